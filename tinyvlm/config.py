@@ -1,0 +1,104 @@
+"""A dataclass becomes a command line: one field per line (type, default, help sentence), nothing else to keep in step.
+
+The idea is nanoGPT's block of options at the top of train.py; the magic is left out. No exec, no globals: argparse does
+the parsing, so -h works, an unknown flag is refused, and --no-compile means what it says. Never `type=bool` in
+argparse: any text, even "False", would then be true; a bool field becomes the pair --flag / --no-flag.
+
+    @dataclass
+    class Config:
+        lr: float = option(1e-3, "peak learning rate; lower it when fine-tuning public weights")
+        image: list[str] = option([], "image files, folders or URLs")
+
+    config = parse_config(Config, presets={"laptop": {"lr": 5e-4}}, argv=["--preset", "laptop"])
+
+This file also holds `UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
+"""
+import argparse
+import dataclasses
+import difflib
+import errno
+import sys
+import types
+import typing
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Its text is one sentence that names the file or flag and the remedy."""
+
+
+def option(default, help, choices=None):
+    """A dataclass field with a help sentence (and, where the answer is one of a few words, those words)."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a sentence for the caller instead of a usage dump."""
+
+    def error(self, message):
+        for word in message.partition("unrecognized arguments: ")[2].split():
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            if near:
+                message += f"; did you mean {near[0]}?"
+                break
+        raise UserError(f"{message} (python {self.prog} -h lists every flag)")
+
+
+def parse_config(cls, argv=None, presets=None, description=None):
+    """Fill the dataclass `cls` from the command line. Order of authority: flags, then the preset, then the defaults.
+
+    presets: {"name": {field: value}}; adds a --preset flag when given.
+    Raises UserError on an unknown flag, preset, choice or a value of the wrong type.
+    """
+    presets = presets or {}
+    for name, values in presets.items():
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        assert not unknown, f"preset {name} sets fields that do not exist: {sorted(unknown)}"
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), help="a named set of options; other flags win over it")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        _add_flag(parser, field, hints[field.name])
+    given = vars(parser.parse_args(argv))
+    return cls(**{**presets.get(given.pop("preset", None), {}), **given})
+
+
+def _add_flag(parser, field, hint):
+    """One field, one flag: int, float, str, bool, `T | None`, or list[T] (one or more values)."""
+    flag, kind = "--" + field.name.replace("_", "-"), hint
+    if isinstance(kind, types.UnionType):                       # `int | None`: parsed as int, None means "not given"
+        kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    extra = {"nargs": "+"} if typing.get_origin(kind) is list else {}
+    kind = typing.get_args(kind)[0] if extra else kind
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    shown = "" if default is None or default == [] else f" [{default}]"
+    text = (field.metadata["help"] + shown).replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        choices = field.metadata["choices"]
+        parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else field.name.upper(), help=text, **extra)
+
+
+def run_script(main):
+    """Run a script's main(): a UserError or a full disk ends in one sentence on stderr and exit code 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_say(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = error.filename or "the output folder"
+        sys.exit(_say(f"cannot write {where}: {error.strerror}; free some space or choose another folder"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _say(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
