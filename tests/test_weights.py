@@ -1,0 +1,412 @@
+"""weights.py: every dtype comes back bit for bit, every rule of the format is enforced, nothing is done by halves.
+
+The oracle for the format is a file assembled by hand, byte by byte, in `pack` below.
+"""
+import errno
+import json
+import os
+import random
+import struct
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from tinyvlm.config import UserError
+from tinyvlm.weights import (DTYPES, SafetensorsError, Source, atomic_write, copy_weights, expand, load_safetensors,
+                             read_json, read_metadata, save_safetensors, write_json)
+
+WHOLE = [kind for kind, (_, ours) in DTYPES.items() if hasattr(torch, ours or "none")]
+
+
+def pack(header, data=b""):
+    """The format in one line: length, header, data."""
+    text = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def line(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def put(folder, raw, name="x.safetensors"):
+    (folder / name).write_bytes(raw)
+    return folder / name
+
+
+# ---- files that appear whole
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt(), ValueError("no")])
+def test_a_failing_writer_leaves_the_old_file_and_no_litter(tmp_path, fault):
+    path = put(tmp_path, b"old", "a.bin")
+
+    def write(file):
+        file.write(b"half of the new")
+        raise fault
+
+    with pytest.raises(type(fault)) as caught:
+        atomic_write(path, write)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
+    if isinstance(fault, OSError):
+        assert caught.value.filename == str(path), "the full disk must be reported under the name the user knows"
+
+
+def test_atomic_write_makes_folders_and_follows_links(tmp_path):
+    atomic_write(tmp_path / "new" / "a.bin", lambda file: file.write(b"one"))
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "a.bin")
+    atomic_write(tmp_path / "link", lambda file: file.write(b"two"))
+    assert (tmp_path / "new" / "a.bin").read_bytes() == b"two" and (tmp_path / "link").is_symlink()
+    assert os.listdir(tmp_path / "new") == ["a.bin"]
+
+
+def test_json_round_trip_and_its_errors_name_the_file(tmp_path):
+    obj = {"task": "caption", "size": [128, 128], "name": "caf\u00e9 \U0001f600 \udcff", "score": None}
+    write_json(tmp_path / "config.json", obj)
+    assert read_json(tmp_path / "config.json") == obj
+    for raw in (b"", b"{", b"\xff", b"[" * 100_000):
+        with pytest.raises(UserError, match="bad.json is not a readable JSON file"):
+            read_json(put(tmp_path, raw, "bad.json"))
+    with pytest.raises(UserError, match="nowhere.json"):
+        read_json(tmp_path / "nowhere.json")
+
+
+# ---- reading and writing tensors
+
+def test_the_bytes_of_a_file_assembled_by_hand(tmp_path):
+    """Header padded to 8 with spaces; I64 before F32 before U8 (so each is aligned), then by name."""
+    header = ('{"__metadata__":{"format":"pt"},"n":{"dtype":"I64","shape":[],"data_offsets":[0,8]},'
+              '"a":{"dtype":"F32","shape":[1,2],"data_offsets":[8,16]},'
+              '"b\u00e9":{"dtype":"F32","shape":[0,3],"data_offsets":[16,16]},'
+              '"m":{"dtype":"U8","shape":[3],"data_offsets":[16,19]}}').encode()
+    header += b" " * (-len(header) % 8)
+    expected = pack(header, struct.pack("<qff3B", -7, 1.5, -2.0, 1, 2, 255))
+    tensors = {"m": torch.tensor([1, 2, 255], dtype=torch.uint8), "b\u00e9": torch.zeros(0, 3),
+               "a": torch.tensor([[1.5, -2.0]]), "n": torch.tensor(-7)}
+    save_safetensors(tensors, tmp_path / "x.safetensors", {"format": "pt"})
+    assert (tmp_path / "x.safetensors").read_bytes() == expected
+    loaded = load_safetensors(tmp_path / "x.safetensors")
+    assert list(loaded) == ["n", "a", "b\u00e9", "m"] and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+    assert read_metadata(tmp_path / "x.safetensors") == {"format": "pt"}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("pad", [0, 3])
+def test_every_dtype_comes_back_bit_for_bit(tmp_path, kind, pad):
+    """pad=3 shifts the data off every grid but the byte's, as unpadded headers of old writers do."""
+    dtype = getattr(torch, DTYPES[kind][1])
+    raw = torch.randint(0, 2, (6 * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tensor = raw.view(dtype).reshape(2, 3)
+    save_safetensors({"x": tensor}, tmp_path / "x.safetensors")
+    text = (tmp_path / "x.safetensors").read_bytes()
+    n = int.from_bytes(text[:8], "little")
+    assert json.loads(text[8:8 + n])["x"]["dtype"] == kind and text[8 + n:] == bytes(raw.tolist())
+    path = put(tmp_path, pack(text[8:8 + n] + b" " * pad, text[8 + n:]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")          # torch warns about tensors on read-only memory
+        loaded = load_safetensors(path)["x"]
+    assert loaded.dtype == dtype and loaded.shape == (2, 3) and loaded.data_ptr() % dtype.itemsize == 0
+    assert torch.equal(loaded.reshape(-1).view(torch.uint8), raw)
+
+
+def test_views_tied_weights_and_conjugates_are_saved_as_what_they_show(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    odd = {"t": base.t(), "cut": base[:, 1:3], "wide": base[:1].expand(3, 4), "tie": base, "tied": base,
+           "conj": torch.tensor([1 + 2j]).conj(), "neg": torch.tensor([1 + 2j]).conj().imag,
+           "param": nn.Parameter(base), "last": torch.ones(1, 2, 3, 4).to(memory_format=torch.channels_last)}
+    save_safetensors(odd, tmp_path / "x.safetensors")
+    loaded = load_safetensors(tmp_path / "x.safetensors")
+    assert loaded.keys() == odd.keys() and all(torch.equal(loaded[name], odd[name]) for name in odd)
+
+
+def test_writing_into_a_loaded_tensor_is_private(tmp_path):
+    path = put(tmp_path, pack({"x": line()}, struct.pack("<f", 1.0)))
+    before, first, second = path.read_bytes(), load_safetensors(path)["x"], load_safetensors(path)["x"]
+    first.fill_(5.0)
+    assert path.read_bytes() == before and second.item() == 1.0 and first.item() == 5.0
+    save_safetensors({"x": first + 1}, path)    # replacing the file does not pull the ground from under old tensors
+    assert second.item() == 1.0 and load_safetensors(path)["x"].item() == 6.0
+
+
+@pytest.mark.parametrize("tensors, metadata, fault", [
+    ({"x": torch.zeros(1, dtype=torch.complex128)}, None, "complex128"),
+    ({"x": torch.zeros(2, 2).to_sparse()}, None, "sparse"),
+    ({"x": torch.zeros(1, device="meta")}, None, "meta"),
+    ({"x": [1.0]}, None, "list"),
+    ({3: torch.zeros(1)}, None, "named 3"),
+    ({"__metadata__": torch.zeros(1)}, None, "__metadata__"),
+    ({"\ud800": torch.zeros(1)}, None, "not text"),
+    ({}, {"epoch": 3}, "strings to strings"),
+])
+def test_what_the_format_cannot_hold_is_refused_and_nothing_written(tmp_path, tensors, metadata, fault):
+    with pytest.raises(SafetensorsError, match=fault):
+        save_safetensors(tensors, tmp_path / "x.safetensors", metadata)
+    assert os.listdir(tmp_path) == []
+
+
+# ---- malformed files
+
+D4 = b"\0" * 4
+FAULTS = {
+    "empty file": (b"", "too short"),
+    "seven bytes": (b"\2" + b"\0" * 6, "too short"),
+    "header longer than the file": (struct.pack("<Q", 3) + b"{}", "too large"),
+    "header at 2**64 - 1": (struct.pack("<Q", 2**64 - 1) + b"{}", "too large"),
+    "header of zero bytes": (pack(b""), "does not start with"),
+    "leading blank": (pack(b" {}"), "does not start with"),
+    "a list": (pack(b"[]"), "does not start with"),
+    "bad UTF-8": (pack(b'{"\xff": 1}'), "utf-8"),
+    "bad JSON": (pack(b"{"), "line 1"),
+    "NUL after the JSON": (pack(b"{}\0"), "Extra data"),
+    "NaN": (pack('{"x":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', D4), "NaN is not JSON"),
+    "deep nesting": (pack('{"x":' + "[" * 200_000), "nested too deeply"),
+    "half a surrogate pair": (pack('{"\\ud800":' + json.dumps(line()) + "}", D4), "surrogates"),
+    "duplicate tensor": (pack('{"x":%s,"x":%s}' % ((json.dumps(line()),) * 2), D4), "'x' appears twice"),
+    "duplicate field": (pack('{"x":{"shape":[1],"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', D4), "'shape' app"),
+    "entry a number": (pack({"x": 1}), "'x' is not an object"),
+    "entry null": (pack({"x": None}), "'x' is not an object"),
+    "entry a list": (pack({"x": ["F32", [1], [0, 4]]}, D4), "'x' is not an object"),
+    "no dtype": (pack({"x": {"shape": [1], "data_offsets": [0, 4]}}, D4), "'x' lacks the field 'dtype'"),
+    "no shape": (pack({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, D4), "'x' lacks the field 'shape'"),
+    "no offsets": (pack({"x": {"dtype": "F32", "shape": [1]}}, D4), "'x' lacks the field 'data_offsets'"),
+    "dtype unknown": (pack({"x": line("f32")}, D4), "unknown dtype 'f32'"),
+    "dtype a list": (pack({"x": line(["F32"])}, D4), "unknown dtype"),
+    "dtype of six bits": (pack({"x": line("F6_E2M3", (4,), (0, 3))}, D4[:3]), "F6_E2M3"),
+    "dtype of four bits": (pack({"x": line("F4", (8,))}, D4), "F4"),
+    "odd number of four bits": (pack({"x": line("F4", (1,), (0, 1))}, b"\0"), "0.5 bytes"),
+    "shape null": (pack({"x": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}}, D4), "the shape None"),
+    "shape with a bool": (pack({"x": line(shape=(True,))}, D4), "the shape"),
+    "shape with a float": (pack({"x": line(shape=(1.0,))}, D4), "the shape"),
+    "shape with a text": (pack({"x": line(shape=("1",))}, D4), "the shape"),
+    "shape negative": (pack({"x": line(shape=(-1, -1))}, D4), "the shape"),
+    "shape beyond 64 bits": (pack({"x": line(shape=(0, 2**64), offsets=(0, 0))}), "the shape"),
+    "shape of 5000 digits": (pack('{"x":{"dtype":"F32","data_offsets":[0,4],"shape":[' + "9" * 5000 + ']}}'), "shape"),
+    "product overflows": (pack({"x": line(shape=(2**62, 4))}, D4), "overflow"),
+    "product wraps round to the right size": (pack({"x": line("U8", (2**32, 2**32), (0, 0))}), "overflow"),
+    "bits overflow": (pack({"x": line(shape=(2**60,))}, D4), "overflow"),
+    "length beyond torch": (pack({"x": line(shape=(0, 2**63), offsets=(0, 0))}), "too large for torch"),
+    "offsets minus zero": (pack('{"x":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', D4), "data_offsets"),
+    "offsets of three": (pack({"x": line(offsets=(0, 4, 4))}, D4), "data_offsets"),
+    "offsets an object": (pack({"x": {"dtype": "F32", "shape": [1], "data_offsets": {}}}, D4), "data_offsets"),
+    "begin after end": (pack({"x": line(offsets=(4, 0))}, D4), "begin <= end"),
+    "size and offsets differ": (pack({"x": line(shape=(2,))}, D4), "8 bytes"),
+    "hole at the start": (pack({"x": line(offsets=(4, 8))}, D4 * 2), "a hole"),
+    "hole": (pack({"x": line(), "y": line(offsets=(8, 12))}, D4 * 3), "a hole in the data: tensor 'y'"),
+    "overlap": (pack({"x": line(), "y": line()}, D4), "an overlap"),
+    "trailing bytes": (pack({"x": line()}, D4 + b"!"), "the file holds 5"),
+    "data cut short": (pack({"x": line()}, D4[:3]), "the file holds 3"),
+    "data without tensors": (pack({}, D4), "cover 0 bytes"),
+    "metadata with a number": (pack({"__metadata__": {"a": 1}}), "__metadata__"),
+    "metadata a list": (pack({"__metadata__": []}), "__metadata__"),
+    "metadata false": (pack({"__metadata__": False}), "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_each_rule_of_the_format_is_enforced_and_named(tmp_path, case):
+    raw, fault = FAULTS[case]
+    with pytest.raises(SafetensorsError) as caught:
+        load_safetensors(put(tmp_path, raw))
+    assert fault in str(caught.value) and "x.safetensors" in str(caught.value)
+    assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
+
+
+def test_a_header_over_the_limit_is_refused_without_reading_it(tmp_path):
+    with open(tmp_path / "big.safetensors", "wb") as file:      # sparse: takes no room on the disk
+        file.write(struct.pack("<Q", 100_000_001) + b"{}")
+        file.truncate(100_000_100)
+    with pytest.raises(SafetensorsError, match="limit: 100,000,000"):
+        load_safetensors(tmp_path / "big.safetensors")
+
+
+@pytest.mark.parametrize("raw, shapes", [
+    (pack(b"{}"), {}),
+    (pack({"__metadata__": None, "x": line()}, D4), {"x": (1,)}),
+    (pack({"x": {**line(), "note": [1, {"z": -1}]}}, D4), {"x": (1,)}),
+    (pack({"y": line("U8", (2,), (2, 4)), "x": line("U8", (1, 2), (0, 2))}, D4), {"x": (1, 2), "y": (2,)}),
+    (pack({"x": line(), "e": line(shape=(0, 7), offsets=(4, 4)), "f": line(shape=(2, 0), offsets=(0, 0))}, D4),
+     {"f": (2, 0), "x": (1,), "e": (0, 7)}),
+    (pack('{"\\ud83d\\ude00":{"\\u0064type":"F32","shape":[],"data_offsets":[0,4]}}\n\t ', D4), {"\U0001f600": ()}),
+], ids=["nothing", "null metadata", "unknown field", "any order", "empty tensors", "escapes and blanks"])
+def test_unusual_but_valid_files_open(tmp_path, raw, shapes):
+    loaded = load_safetensors(put(tmp_path, raw))
+    assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == shapes
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path, "nul\0.safetensors"):
+        with pytest.raises(SafetensorsError, match="cannot read"):
+            load_safetensors(path)
+
+
+def small(folder):
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.bfloat16), "c": torch.tensor(True)}
+    save_safetensors(tensors, folder / "small.safetensors", {"format": "pt"})
+    return (folder / "small.safetensors").read_bytes()
+
+
+def test_a_file_cut_at_any_byte_is_refused(tmp_path):
+    raw = small(tmp_path)
+    for length in range(len(raw)):
+        with pytest.raises(SafetensorsError):
+            load_safetensors(put(tmp_path, raw[:length]))
+
+
+def test_random_damage_raises_nothing_but_safetensors_error(tmp_path):
+    """What still opens must be covered exactly by its tensors; both outcomes must occur, or this is no test."""
+    raw, rng, opened = small(tmp_path), random.Random(0), 0
+    n = int.from_bytes(raw[:8], "little")
+    bits = [b"-0", b"1e9", b"null", b"[]", b"{}", b"true", b'"F32"', b"18446744073709551616", b"\\ud800", b"\0"]
+    for _ in range(800):
+        header = bytearray(raw[8:8 + n])
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(header))
+            header[at:at + rng.randint(0, 3)] = rng.choice(bits) if rng.random() < 0.5 else bytes([rng.randrange(256)])
+        try:
+            tensors = load_safetensors(put(tmp_path, pack(bytes(header), raw[8 + n:])))
+        except SafetensorsError:
+            continue
+        assert sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()) == len(raw) - 8 - n
+        opened += 1
+    assert 0 < opened < 800, f"{opened} of 800 damaged files opened"
+
+
+# ---- models in several files
+
+def shards(folder, weight_map, **files):
+    for name, tensors in files.items():
+        save_safetensors(tensors, folder / f"{name}.safetensors", {name: "yes"})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 8}, "weight_map": weight_map})
+    return folder / "model.safetensors.index.json"
+
+
+def test_an_index_gathers_its_files_and_decides_between_them(tmp_path):
+    index = shards(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"},
+                   one={"a": torch.ones(1), "c": torch.ones(2)}, two={"b": torch.ones(3), "a": torch.zeros(1)})
+    loaded = load_safetensors(index)
+    assert loaded.keys() == {"a", "b", "c"} and loaded["a"].item() == 1.0
+    assert read_metadata(index) == {"one": "yes", "two": "yes"}
+
+
+@pytest.mark.parametrize("weight_map, fault", [
+    ({"a": "one.safetensors", "b": "gone.safetensors"}, "gone.safetensors"),
+    ({"a": "one.safetensors", "lost": "one.safetensors"}, "'lost'"),
+    ({"a": "../one.safetensors"}, "outside"), ({"a": "/etc/passwd"}, "outside"), ({"a": "..\\one"}, "outside"),
+    ({"a": "C:one"}, "outside"), ({"a": ""}, "outside"), ({"a": "."}, "outside"), ({"a": "nul\0"}, "cannot read"),
+    ({"a": "model.safetensors.index.json"}, "not a valid safetensors"),
+    ({"a": 1}, "no weight_map"), ([], "no weight_map"),
+])
+def test_a_broken_index_is_named(tmp_path, weight_map, fault):
+    with pytest.raises(SafetensorsError) as caught:
+        load_safetensors(shards(tmp_path, weight_map, one={"a": torch.ones(1)}))
+    assert fault in str(caught.value)
+
+
+def test_an_index_that_is_no_object(tmp_path):
+    for raw in (b"[]", b"{", b"{}"):
+        with pytest.raises(SafetensorsError, match="x.index.json"):
+            load_safetensors(put(tmp_path, raw, "x.index.json"))
+
+
+# ---- the strict copy
+
+class Tiny(nn.Module):
+    """Two layers of joined q, k, v; a head tied to the embedding; one buffer that is saved and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(5, 2)
+        self.h = nn.ModuleList([nn.Linear(2, 6) for _ in range(2)])
+        self.head = nn.Linear(2, 5, bias=False)
+        self.head.weight = self.wte.weight
+        self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("mask", torch.zeros(3), persistent=False)
+
+
+TABLE = {"head.weight": "emb", "mean": Source("mean", op="viewed"), "h.{i}.weight": Source("{i}.w", op="transposed"),
+         "h.{i}.bias": Source("{i}.q", "{i}.k", "{i}.v", op="joined")}
+
+
+def foreign():
+    torch.manual_seed(0)
+    tensors = {"emb": torch.randn(5, 2), "mean": torch.randn(1, 2, 1), "0.mask": torch.ones(3, dtype=torch.uint8)}
+    for i in "01":
+        tensors[f"{i}.w"] = torch.randn(2, 6)
+        tensors.update({f"{i}.{part}": torch.randn(2).half() for part in "qkv"})
+    return tensors
+
+
+def test_copy_weights_fills_everything_and_tells_from_where():
+    model, theirs = Tiny(), foreign()
+    rows = copy_weights(model, theirs, expand(TABLE, 2), ignore=["*.mask"])
+    assert torch.equal(model.wte.weight, theirs["emb"]) and model.head.weight is model.wte.weight
+    assert torch.equal(model.h[1].weight, theirs["1.w"].t())
+    assert torch.equal(model.mean, theirs["mean"].double().flatten())
+    assert torch.equal(model.h[0].bias, torch.cat([theirs[f"0.{part}"].float() for part in "qkv"]))
+    assert rows[0] == ("emb", "wte.weight = head.weight", (5, 2), "copied")
+    assert ("0.q + 0.k + 0.v", "h.0.bias", (6,), "joined") in rows
+    assert ("1.w", "h.1.weight", (6, 2), "transposed") in rows
+    assert rows[-1] == ("0.mask", "", (3,), "ignored") and len(rows) == 7
+    assert all(parameter.requires_grad and parameter.grad_fn is None for parameter in model.parameters())
+
+
+def test_a_function_may_serve_where_no_word_does_and_a_tensor_twice():
+    """A fused k-then-v matrix split over two of our layers."""
+    model = nn.ModuleDict({"k": nn.Linear(2, 3, bias=False), "v": nn.Linear(2, 3, bias=False)})
+    kv = torch.arange(12.0).reshape(6, 2)
+
+    def upper(x):
+        return x[:3]
+
+    table = {"k.weight": Source("kv", op=upper), "v.weight": Source("kv", op=lambda x: x[3:])}
+    rows = copy_weights(model, {"kv": kv}, table)
+    assert torch.equal(model["k"].weight, kv[:3]) and torch.equal(model["v"].weight, kv[3:]) and rows[0].how == "upper"
+
+
+def broken(**changes):
+    """(tensors, table) with one thing wrong; None removes."""
+    tensors, table = foreign(), expand(TABLE, 2)
+    for kind, values in (("tensors", tensors), ("table", table)):
+        values.update(changes.get(kind, {}))
+        for name in [name for name, value in values.items() if value is None]:
+            del values[name]
+    return tensors, table
+
+
+@pytest.mark.parametrize("changes, faults", [
+    ({"tensors": {"1.w": None}}, ["missing in the file: 1.w"]),
+    ({"table": {"mean": None}}, ["missing in the name table: mean", "unused in the file: mean"]),
+    ({"table": {"head.weight": None}},
+     ["missing in the name table: wte.weight = head.weight", "unused in the file: emb"]),
+    ({"table": {"wte.weight": "emb"}}, ["filled more than once: wte.weight = head.weight"]),
+    ({"table": {"mask": "mean"}}, ["unknown to the model: mask"]),
+    ({"tensors": {"extra": torch.ones(1), "0.masked": torch.ones(1)}}, ["unused in the file: 0.masked, extra"]),
+    ({"table": {"h.0.weight": "0.w"}}, ["wrong shape: ours h.0.weight (6, 2), theirs 0.w (2, 6) copied: (2, 6)"]),
+    ({"tensors": {"0.q": torch.ones(2, 2)}},
+     ["wrong shape: ours h.0.bias (6,), theirs 0.q (2, 2) + 0.k (2,) + 0.v (2,)"]),
+    ({"tensors": {"mean": torch.ones(3)}}, ["wrong shape: ours mean (2,), theirs mean (3,) viewed"]),
+    ({"tensors": {"0.w": torch.ones(1, 2, 6)}},
+     ["wrong shape: ours h.0.weight (6, 2), theirs 0.w (1, 2, 6) transposed"]),
+    ({"tensors": {"0.w": torch.ones(3, 6), "1.w": None, "z": torch.ones(1)}},
+     ["missing in the file: 1.w", "unused in the file: z", "ours h.0.weight (6, 2), theirs 0.w (3, 6)"]),
+])
+def test_copy_weights_lists_every_fault_and_writes_nothing(changes, faults):
+    model = Tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        copy_weights(model, *broken(**changes), ignore=["*.mask"], source="some/file")
+    assert all(fault in str(caught.value) for fault in faults), str(caught.value)
+    assert str(caught.value).count("\n") == len(faults), "a fault that is none was reported"
+    assert "some/file does not fit Tiny" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_expand_writes_out_the_layers():
+    assert expand({"a": "b", "h.{i}.x": "l.{i}.y.{i}"}, 2) == {"a": "b", "h.0.x": "l.0.y.0", "h.1.x": "l.1.y.1"}
+    rule = expand({"h.{i}": Source("q{i}", "k{i}", op="joined")}, 3)["h.2"]
+    assert rule.names == ("q2", "k2") and rule.op == "joined"
+
+
+def test_an_unknown_word_in_a_table_is_refused():
+    with pytest.raises(AssertionError, match="'joind'"):
+        Source("a", "b", op="joind")
