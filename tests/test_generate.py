@@ -1,0 +1,172 @@
+"""Decoding, on a model of a few numbers whose every sentence can be counted, and on the real ones."""
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+from test_models import IMAGE, tiny
+from tinyvlm.generate import filter_logits, generate
+
+EOS = 0
+
+
+class Table(torch.nn.Module):
+    """A language of V words: the next depends on the image, the place in the sentence and the last word, by a table."""
+
+    def __init__(self, V=5, n_images=4, seed=0):
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+        self.table = torch.nn.Parameter(1.5 * torch.randn(n_images, 8, V, V, generator=rng))
+
+    @functools.cached_property
+    def logp(self):
+        return torch.log_softmax(self.table, -1).tolist()
+
+    class State:
+        def __init__(self, image):
+            self.image, self.place = image, 0
+
+        def reorder(self, rows):
+            self.image = self.image[rows]
+
+    def prefill(self, img, idx, lengths, max_new_tokens):
+        return self.table[img, 0, idx[:, -1]], Table.State(img)
+
+    def step(self, idx, state):
+        state.place += 1
+        return self.table[state.image, state.place, idx]
+
+
+def logp(model, image, sentence, prompt=1):
+    rows = model.logp[image]
+    return sum(rows[t][a][b] for t, (a, b) in enumerate(zip([prompt, *sentence], sentence)))
+
+
+def by_hand(model, image, K, steps, penalty, prompt=1):
+    """Beam search in words: extend all, take the 2K best; those that end among the first K are finished, and so on."""
+    V = model.table.size(-1)
+    beams, finished = [((), 0.0)], []
+    for t in range(1, steps + 1):
+        options = [(s + (w,), logp(model, image, s + (w,), prompt)) for s, _ in beams for w in range(V)]
+        options = sorted(options, key=lambda o: -o[1])[:2 * K]
+        for rank, (s, p) in enumerate(options):
+            if rank < K and (s[-1] == EOS or t == steps):
+                finished.append((p / t ** penalty, s))
+        finished = sorted(finished, key=lambda f: -f[0])[:K]
+        beams = [o for o in options if o[0][-1] != EOS][:K]
+        if len(finished) == K and beams[0][1] / t ** penalty <= finished[-1][0]:
+            break
+    best = list(finished[0][1])
+    return best[:best.index(EOS)] if EOS in best else best
+
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_beam_search_equals_the_search_by_hand(K, penalty, steps):
+    for seed in range(4):
+        model, images = Table(seed=seed), torch.arange(4)                         # four images decode together
+        out = generate(model, images, [[1]] * 4, steps, num_beams=K, eos_id=EOS, length_penalty=penalty)
+        assert out == [by_hand(model, i, K, steps, penalty) for i in range(4)]
+
+
+def test_an_exhaustive_beam_finds_the_best_of_all_sentences():
+    """With nothing pruned (40 beams, 3 words, 4 steps) and no length penalty, beam search is plain maximisation."""
+    for seed in range(5):
+        model = Table(V=3, seed=seed)
+        sentences = [(*s, EOS) for n in range(4) for s in itertools.product((1, 2), repeat=n)]
+        sentences += list(itertools.product((1, 2), repeat=4))
+        best = max(sentences, key=lambda s: logp(model, 0, s))
+        assert generate(model, torch.tensor([0]), [[1]], 4, num_beams=40, eos_id=EOS, length_penalty=0.0)[0] \
+            == [w for w in best if w != EOS]
+
+
+def test_nothing_ended_returns_the_best_open_beam():
+    model = Table()
+    model.table.data[..., EOS] = -50                                             # the end is never likely
+    out = generate(model, torch.tensor([2]), [[1]], 4, num_beams=3, eos_id=EOS)
+    assert len(out[0]) == 4 and out[0] == by_hand(model, 2, 3, 4, 1.0)
+
+
+@pytest.mark.parametrize("model", ["cross", "prefix"])
+def test_width_one_equals_greedy_equals_the_slow_way(model):
+    net, img = tiny(model), torch.randn(3, 3, 16, 16)
+    first = IMAGE if model == "prefix" else 1
+    greedy = generate(net, img, [[first]] * 3, 6, eos_id=EOS)
+    assert greedy == generate(net, img, [[first]] * 3, 6, num_beams=1, eos_id=EOS)
+    for b in range(3):                                                            # the slow way, no cache at all
+        row = [first]
+        while len(row) < 7:
+            token = net(img[b:b + 1], torch.tensor([row]))[0][0, -1].argmax().item()
+            if token == EOS:
+                break
+            row.append(token)
+        assert greedy[b] == row[1:]
+
+
+@pytest.mark.parametrize("model", ["cross", "prefix"])
+def test_beams_of_real_models_do_not_depend_on_the_batch(model):
+    """Reordered caches, shared image keys: an image alone must give what it gives among others."""
+    net, img = tiny(model), torch.randn(3, 3, 16, 16)
+    first = IMAGE if model == "prefix" else 1
+    together = generate(net, img, [[first]] * 3, 8, num_beams=3, eos_id=EOS)
+    assert together == [generate(net, img[b:b + 1], [[first]], 8, num_beams=3, eos_id=EOS)[0] for b in range(3)]
+
+
+def test_beam_search_on_a_real_model_maximises_the_uncached_log_probability():
+    """23 beams of a vocabulary of 23 prune nothing in two steps: the result must be the best of all 529 pairs."""
+    net, img = tiny(), torch.randn(1, 3, 16, 16)
+    pairs = torch.cartesian_prod(torch.arange(23), torch.arange(23))              # (529, 2)
+    idx = torch.cat([torch.ones(529, 1, dtype=torch.long), pairs[:, :1]], dim=1)  # (529, 2)
+    logp = net(img, idx)[0].log_softmax(-1).gather(2, pairs[:, :, None]).sum(dim=(1, 2))    # (529,)
+    assert generate(net, img, [[1]], 2, num_beams=23) == [pairs[logp.argmax()].tolist()]
+
+
+def test_prompts_of_different_length_decode_as_if_alone():
+    net, img = tiny("cross"), torch.randn(2, 3, 16, 16)
+    prompts = [[1, 5, 6, 7], [1, 8]]
+    for how in (dict(), dict(num_beams=3)):
+        out = generate(net, img, prompts, 5, eos_id=EOS, **how)
+        assert out == [generate(net, img[b:b + 1], [prompts[b]], 5, eos_id=EOS, **how)[0] for b in range(2)]
+
+
+def test_a_language_model_alone_generates_too():
+    net = tiny("cross").text
+    net.config.cross = False
+    out = generate(net, None, [[1, 2]], 4)
+    row = [1, 2]
+    for _ in range(4):
+        row.append(net(torch.tensor([row]))[0][0, -1].argmax().item())
+    assert out == [row[2:]]
+
+
+def test_top_p_worked_example():
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    assert filter_logits(logits, top_p=0.7).isfinite().tolist() == [[False, True, False, True]]
+    assert filter_logits(logits, top_p=0.5).isfinite().tolist() == [[False, True, False, False]]
+    assert filter_logits(logits, top_p=1e-9).isfinite().sum() == 1                # never empty
+    assert filter_logits(logits, top_k=3).isfinite().tolist() == [[True, True, False, True]]
+    assert filter_logits(logits, top_k=99).isfinite().all()
+
+
+def test_sampling_follows_temperature():
+    """4,000 draws of one word against softmax(logits / temperature): temperature is used, and used rightly."""
+    model, n = Table(), 4000
+    for temperature in (0.5, 1.0, 2.0):
+        out = generate(model, torch.zeros(n, dtype=torch.long), [[1]] * n, 1, temperature=temperature, seed=3)
+        seen = torch.tensor(out).flatten().bincount(minlength=5) / n
+        wanted = (model.table[0, 0, 1] / temperature).softmax(-1)
+        assert (seen - wanted).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_seed_repeats_and_differs():
+    net, img = tiny(), torch.randn(2, 3, 16, 16)
+    draw = lambda seed: generate(net, img, [[1]] * 2, 8, temperature=1.0, seed=seed)
+    assert draw(1) == draw(1) and draw(1) != draw(2)
+
+
+def test_sampled_beams_are_refused():
+    with pytest.raises(AssertionError, match="temperature 0"):
+        generate(Table(), torch.tensor([0]), [[1]], 2, temperature=1.0, num_beams=2)

@@ -1,0 +1,105 @@
+"""GPT-2: a stack of causal blocks that guesses the next token.
+
+From "Language models are unsupervised multitask learners" (Radford et al. 2019) and, as code, nanoGPT's model.py.
+Two additions let it talk about pictures: `feats` gives every block image features to cross-attend to, and `embed` /
+`hidden` are open to callers that put something other than words into the sequence (the prefix model's image tokens).
+Left out: weight decay groups and generation, which live in train.py and generate.py for all models alike.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .transformer import Block, KVCache, init_weights
+
+IGNORE = -100    # a target nobody is asked to predict: padding, image positions, the user's half of a dialogue
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024      # longest sequence: rows of the position table
+    vocab_size: int = 50257     # V
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768           # C
+    dropout: float = 0.0
+    cross: bool = False         # give every block cross-attention over image features
+    activation: str = "gelu_tanh"
+    eps: float = 1e-5
+
+
+def next_token_loss(logits, targets):
+    """Mean cross-entropy (nats) over the targets that are not IGNORE. logits (B, T, V), targets (B, T) -> scalar."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def last_of(x, lengths=None):
+    """The hidden state at the end of each prompt: x (B, T, C), lengths (B,) or None for T everywhere -> (B, C)."""
+    return x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C), also the output matrix
+        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, causal=True, cross=c.cross, activation=c.activation,
+                                          eps=c.eps, dropout=c.dropout) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
+        init_weights(self, c.n_layer)
+
+    def forward(self, idx, targets=None, feats=None, cache=None):
+        """idx (B, T) -> logits (B, T, V) and, given targets (B, T), the loss; otherwise None.
+
+        targets[b, t] is the token that should FOLLOW idx[b, :t+1] (already shifted), or IGNORE.
+        feats: image features (B or B/K, N, C) for all blocks, or a list with one such tensor per block.
+        """
+        logits = self.head(self.hidden(self.embed(idx), feats, cache))            # (B, T, V)
+        return logits, None if targets is None else next_token_loss(logits, targets)
+
+    def embed(self, idx):
+        """Token ids (B, T) -> vectors (B, T, C), without positions."""
+        return self.wte(idx)
+
+    def hidden(self, x, feats=None, cache=None):
+        """Embedded tokens x (B, T, C) -> the last block's normalised output (B, T, C). Adds the positions."""
+        T = x.size(1)
+        pos = torch.arange(T, device=x.device) if cache is None else cache.positions(T, x.device)
+        if cache is not None:
+            cache.feats = feats = cache.feats if feats is None else feats         # given once, remembered
+        end = T + (cache.length if cache else 0)
+        assert end <= self.config.block_size, f"{end} tokens, but the model's context holds {self.config.block_size}"
+        x = self.drop(x + self.wpe(pos))                                          # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, feats[i] if isinstance(feats, (list, tuple)) else feats, cache, layer=i)
+        if cache is not None:
+            cache.advance(T)
+        return self.ln_f(x)                                                       # (B, T, C)
+
+    def head(self, x):
+        """(B, T, C) -> logits (B, T, V). The matrix is the embedding itself: reading and writing share a vocabulary."""
+        return F.linear(x, self.wte.weight)                                       # (B, T, V)
+
+    def prefill(self, feats, idx, lengths=None, max_new_tokens=0):
+        """Read the prompts idx (B, T), row b ending at lengths[b] (None: all at T). feats as in forward, or None.
+
+        Returns the logits of the next token (B, V) and the cache that `step` continues from: generate.py's contract.
+        """
+        cache = KVCache(self.config.n_layer, idx.size(1) + max_new_tokens)
+        x = self.hidden(self.embed(idx), feats, cache)                            # (B, T, C)
+        return self.head(last_of(x, lengths)), cache.finish_prompt(lengths)
+
+    def step(self, idx, cache):
+        """One more token in each row: idx (R,) -> logits (R, V)."""
+        return self.head(self.hidden(self.embed(idx[:, None]), cache=cache))[:, -1]         # (R, V)
+
+    def grow_vocab(self, vocab_size):
+        """Append rows for new special tokens; each starts as the mean of the old rows, a word of no meaning yet."""
+        old = self.wte.weight.data
+        new = vocab_size - old.size(0)
+        assert new >= 0, f"the model knows {old.size(0)} tokens and cannot shrink to {vocab_size}"
+        self.wte = nn.Embedding.from_pretrained(torch.cat([old, old.mean(0, keepdim=True).expand(new, -1)]), freeze=False)
+        self.config.vocab_size = vocab_size

@@ -1,0 +1,106 @@
+"""ViT: cut the picture into patches, call them words, run a transformer.
+
+From "An image is worth 16x16 words" (Dosovitskiy et al. 2020, arXiv:2010.11929). Covers the plain ViT and DeiT, CLIP's
+vision tower (a norm before the blocks, no patch bias) and, for training from scratch on little data, a convolutional
+stem in place of the patch projection ("Early convolutions help transformers see better", Xiao et al. 2021).
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .transformer import Block, init_weights
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 224       # H = W, pixels
+    patch_size: int = 16        # P, pixels
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768           # C
+    n_hidden: int | None = None # width inside the MLP; None: 4 C
+    n_class: int = 0            # rows of the label head; 0: no head
+    dropout: float = 0.0
+    activation: str = "gelu"
+    eps: float = 1e-6
+    class_token: bool = True    # one extra token, in front, that speaks for the whole picture
+    pre_norm: bool = False      # CLIP: a norm before the first block
+    patch_bias: bool = True     # CLIP: False
+    stem: str = "patch"         # "patch": one P x P projection; "conv": log2(P) small strided convolutions
+
+    @property
+    def n_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+def conv_stem(patch_size, n_embd):
+    """Halve the picture log2(P) times with 3x3 convolutions, doubling the channels each time, up to C.
+
+    P=16, C=256:  (B, 3, 128, 128) -> (B, 32, 64, 64) -> (B, 64, 32, 32) -> (B, 128, 16, 16) -> (B, 256, 8, 8)
+    """
+    steps = patch_size.bit_length() - 1
+    assert 2 ** steps == patch_size, f"a convolutional stem halves the picture: patch_size {patch_size} is no power of 2"
+    widths = [3] + [n_embd >> (steps - 1 - i) for i in range(steps)]
+    layers = []
+    for c_in, c_out in zip(widths, widths[1:]):
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, c_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(n_embd, n_embd, 1))
+
+
+class ViT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        assert c.image_size % c.patch_size == 0, f"image_size {c.image_size} is no multiple of patch_size {c.patch_size}"
+        self.patch = (conv_stem(c.patch_size, c.n_embd) if c.stem == "conv" else
+                      nn.Conv2d(3, c.n_embd, c.patch_size, stride=c.patch_size, bias=c.patch_bias))
+        self.cls = nn.Parameter(torch.zeros(1, 1, c.n_embd)) if c.class_token else None
+        self.pos = nn.Parameter(0.02 * torch.randn(1, c.n_patches + c.class_token, c.n_embd))
+        self.ln_pre = nn.LayerNorm(c.n_embd, eps=c.eps) if c.pre_norm else nn.Identity()
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, activation=c.activation, eps=c.eps, dropout=c.dropout,
+                                          n_hidden=c.n_hidden) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
+        self.head = nn.Linear(c.n_embd, c.n_class) if c.n_class else None
+        init_weights(self, c.n_layer)
+        if c.stem == "conv":                       # GPT-2's small init would fade through four layers of ReLU
+            for m in self.patch.modules():
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, img):
+        """img (B, 3, H, W) -> feats (B, N, C), final norm applied. N = patches (+ 1, the class token, in front)."""
+        return self.ln_f(self.layers(img)[-1])                                    # (B, N, C)
+
+    def layers(self, img):
+        """The output of every block, a list of n_layer tensors (B, N, C), none of them through the final norm."""
+        B, _, H, W = img.shape
+        size = self.config.image_size
+        assert (H, W) == (size, size), f"the model takes {size}x{size} pixels, got {H}x{W}"
+        x = self.patch(img).flatten(2).transpose(1, 2)                            # (B, C, H/P, W/P) -> (B, N, C)
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(B, -1, -1), x], dim=1)                 # (B, 1 + N, C)
+        x = self.drop(self.ln_pre(x + self.pos))
+        outputs = []
+        for block in self.blocks:
+            x = block(x)                                                          # (B, N, C)
+            outputs.append(x)
+        return outputs
+
+    def classify(self, img):
+        """img (B, 3, H, W) -> logits (B, n_class), read off the class token (or the mean of the patches)."""
+        assert self.head is not None, "this ViT has no label head (n_class = 0)"
+        feats = self(img)                                                         # (B, N, C)
+        return self.head(feats[:, 0] if self.cls is not None else feats.mean(dim=1))   # (B, n_class)
+
+
+def resize_positions(pos, n_side, class_token=True):
+    """A position table (1, [1 +] n*n, C) for another grid (1, [1 +] n_side*n_side, C): bicubic, the class row kept."""
+    first, grid = pos[:, :int(class_token)], pos[:, int(class_token):]
+    n = int(grid.size(1) ** 0.5)
+    assert n * n == grid.size(1), f"{grid.size(1)} patch positions do not form a square"
+    grid = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2)                          # (1, C, n, n)
+    grid = F.interpolate(grid, size=(n_side, n_side), mode="bicubic", align_corners=False, antialias=n_side < n)
+    return torch.cat([first, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)      # (1, [1 +] n_side^2, C)

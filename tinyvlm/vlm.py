@@ -1,0 +1,211 @@
+"""The bridges: three ways to let a language model see, under one contract.
+
+    cross    every decoder block gets an extra attention that reads the image features      VisionGPT2, "Show, attend"
+    prefix   image features become tokens at the place of <image>, and a GPT reads on       LLaVA, PaliGemma, nanoVLM
+
+Each is `forward(img_or_feats, idx, targets) -> (logits (B, T, V), loss)` for training and `prefill` / `step` for
+generate.py. Sequences here are what the tokenizer made: `[start] a dog runs [end]` for cross, `<image> a dog runs
+[end]` for prefix. Targets come already shifted: targets[t] is the token that follows idx[..t].
+"""
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn as nn
+
+from .gpt import GPT, GPTConfig, last_of, next_token_loss
+from .transformer import KVCache
+from .vit import ViT, ViTConfig
+
+
+@dataclass
+class VLMConfig:
+    model: str = "cross"                    # cross | prefix
+    vision: ViTConfig | None = field(default_factory=ViTConfig)     # None: image features come ready-made
+    text: GPTConfig = field(default_factory=GPTConfig)
+    wiring: str = "final"                   # cross: "final" (every block sees the ViT's last output) or "lockstep"
+    image_token: int | None = None          # prefix: the id of <image>
+    feat_dim: int | None = None             # width of ready-made features
+
+    @property
+    def width(self):
+        """Channels of the features the bridge receives."""
+        return self.vision.n_embd if self.vision else self.feat_dim
+
+
+class Captioner(nn.Module):
+    """What the cross and prefix models share: a vision tower, a GPT, and the state of a decoding run."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision) if config.vision else None
+        self.text = GPT(config.text)
+
+    def encode(self, img):
+        """Ready-made features (B, N, C) or (B, C) pass as they are; pixels (B, 3, H, W) go through the vision tower."""
+        if img.dim() < 4:
+            return img if img.dim() == 3 else img[:, None]                        # (B, N, C)
+        assert self.vision is not None, "this model has no vision tower: it was trained on ready-made features"
+        return self.vision(img)                                                   # (B, N, C)
+
+    def parts(self):
+        """{"bridge" | "decoder" | "vision": parameters}, for per-part learning rates and staged unfreezing."""
+        parts = {"bridge": [], "decoder": [], "vision": []}
+        for name, p in self.named_parameters():
+            new = name.startswith("bridge") or ".cross." in name or ".ln_cross." in name
+            parts["bridge" if new else "vision" if name.startswith("vision") else "decoder"].append(p)
+        return parts
+
+    def step(self, idx, state):
+        """One more token per row: idx (R,) -> logits (R, V)."""
+        return self.text.step(idx, state)
+
+
+class CrossCaptioner(Captioner):
+    """ViT + GPT, joined by cross-attention in every decoder block.
+
+    wiring "final": all blocks read the ViT's last, normalised output. "lockstep": block i reads the output of ViT block
+    i through a norm of its own (the last through the ViT's), so shallow blocks see edges and deep ones objects; needs
+    equal depths.
+    Where the two widths differ, one linear map brings the features to the decoder's.
+    """
+
+    def __init__(self, config):
+        config.text.cross = True
+        super().__init__(config)
+        n_embd = config.text.n_embd
+        self.bridge = nn.ModuleDict()
+        if config.wiring == "lockstep":
+            assert config.vision and config.vision.n_layer == config.text.n_layer, \
+                f"lockstep pairs the layers of both towers: {config.vision and config.vision.n_layer} != {config.text.n_layer}"
+            self.bridge["norms"] = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(config.text.n_layer - 1))
+        if config.width != n_embd:
+            self.bridge["proj"] = nn.Linear(config.width, n_embd)
+
+    def look(self, img):
+        """img (B, 3, H, W) or features -> what the decoder attends to: (B, N, C), or a list of them, one per block."""
+        proj = self.bridge["proj"] if "proj" in self.bridge else nn.Identity()
+        if self.config.wiring == "lockstep" and img.dim() == 4:
+            norms = [*self.bridge["norms"], self.vision.ln_f]
+            return [proj(norm(x)) for norm, x in zip(norms, self.vision.layers(img))]         # n_layer x (B, N, C)
+        return proj(self.encode(img))                                             # (B, N, C)
+
+    def forward(self, img, idx, targets=None):
+        """idx (B * K, T): K captions for each of B images, the same image's side by side; the ViT runs once per image.
+
+        Returns logits (B * K, T, V) and the loss (None without targets).
+        """
+        return self.text(idx, targets, feats=self.look(img))
+
+    def prefill(self, img, idx, lengths=None, max_new_tokens=0):
+        """Look once, read the prompts idx (B, T): logits of the next token (B, V) and the state to go on from."""
+        return self.text.prefill(self.look(img), idx, lengths, max_new_tokens)
+
+
+class PrefixVLM(Captioner):
+    """ViT -> two-layer projector -> image tokens spliced into the text where `<image>` stands -> GPT.
+
+    N = 196 for a ViT-B/16 at 224 pixels, 64 for P = 16 at 128. The decoder needs no new weights: to it the projected
+    patches are words of a language it has to learn. The class token, if any, stays out: it has no place in the picture.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        assert config.image_token is not None, "the prefix model needs the id of its <image> token"
+        n_embd = config.text.n_embd
+        self.bridge = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, n_embd), nn.GELU(),
+                                    nn.Linear(n_embd, n_embd))
+        for layer in (self.bridge[1], self.bridge[3]):         # start near the size of word embeddings
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def look(self, img):
+        """img (B, 3, H, W) or features -> image tokens (B, N, C)."""
+        feats = self.encode(img)                                                  # (B, [1 +] N, C)
+        if img.dim() == 4 and self.config.vision.class_token:
+            feats = feats[:, 1:]
+        return self.bridge(feats)                                                 # (B, N, C)
+
+    def splice(self, image_tokens, idx):
+        """Replace every <image> of idx (B, T) by its N image tokens.
+
+        image_tokens (B, M, N, C): up to M images per row, in reading order. Returns x (B, L, C) with L = T + M (N - 1),
+        padded on the right, and `last` (B, T): where token t of idx ends in x (for <image>, its last image token).
+        The shapes depend only on T, M and N, so nothing waits for the device and torch.compile sees one graph.
+
+        N = 3:  idx  [<image> a  dog]   ->   x  [i0 i1 i2 a  dog],   last  [2 3 4]
+        """
+        (B, T), (_, M, N, C) = idx.shape, image_tokens.shape
+        is_image = idx == self.config.image_token                                 # (B, T)
+        if not idx.is_cuda:                                                       # on a GPU, asking would stall it
+            most = int(is_image.sum(dim=1).max())
+            assert most <= M, f"a prompt holds {most} <image> tokens but only {M} images were given"
+        size = torch.where(is_image, N, 1)                                        # (B, T) rows that each token takes
+        last = size.cumsum(dim=1) - 1                                             # (B, T)
+        L = T + M * (N - 1)
+        words = self.text.embed(idx)                                              # (B, T, C)
+        image_tokens = image_tokens.to(words.dtype)                               # autocast left them in bf16
+        x = words.new_zeros(B, L + 1, C)                                          # one spare row for what is unused
+        x = x.scatter(1, torch.where(is_image, L, last)[:, :, None].expand(-1, -1, C), words)
+        # where image m of a row begins: the m-th position with is_image, or the spare row if there is none
+        order = torch.where(is_image, is_image.cumsum(dim=1) - 1, M)              # (B, T): 0, 1, .. at images, else M
+        begin = torch.full((B, M + 1), L, device=idx.device).scatter(1, order, torch.where(is_image, last - (N - 1), L))
+        slots = begin[:, :M, None] + torch.arange(N, device=idx.device)           # (B, M, N)
+        slots = slots.clamp(max=L).flatten(1)[:, :, None].expand(-1, -1, C)       # (B, M * N, C)
+        x = x.scatter(1, slots, image_tokens.flatten(1, 2))                       # (B, L + 1, C)
+        return x[:, :L], last                                                     # (B, L, C), (B, T)
+
+    def _read(self, img, idx, cache=None, max_new_tokens=0):
+        """Text positions only: hidden states (B, T, C) and `last` (B, T). img may be (B, M, 3, H, W): M images a row."""
+        B = idx.size(0)
+        tokens = self.look(img.flatten(0, 1) if img.dim() == 5 else img)          # (images, N, C)
+        _, N, C = tokens.shape
+        if img.dim() == 5:
+            tokens = tokens.view(img.size(0), -1, N, C)                           # (B, M, N, C)
+        else:
+            tokens = tokens[:, None]                                              # (B, 1, N, C)
+        tokens = tokens.repeat_interleave(B // tokens.size(0), dim=0)             # K captions share an image
+        x, last = self.splice(tokens, idx)                                        # (B, L, C), (B, T)
+        if cache is not None:
+            cache.max_len = x.size(1) + max_new_tokens
+        x = self.text.hidden(x, cache=cache)                                      # (B, L, C)
+        # the vocabulary is asked only where text is read: 196 of 210 positions of a caption would be thrown away
+        return x.gather(1, last[:, :, None].expand(-1, -1, C)), last              # (B, T, C)
+
+    def forward(self, img, idx, targets=None):
+        """idx (B * K, T) with `<image>` tokens in it -> logits (B * K, T, V) at the text positions, and the loss.
+
+        targets (B * K, T): the word after <image> is predicted at <image>, from the last image token. Image positions
+        themselves have no logits and so can never be trained on.
+        """
+        x, _ = self._read(img, idx)
+        logits = self.text.head(x)                                                # (B, T, V)
+        return logits, None if targets is None else next_token_loss(logits, targets)
+
+    def prefill(self, img, idx, lengths=None, max_new_tokens=0):
+        """Image and prompt in one reading: logits of the next token (B, V) and the state to go on from."""
+        cache = KVCache(self.config.text.n_layer, 0)
+        x, last = self._read(img, idx, cache, max_new_tokens)                     # (B, T, C), (B, T)
+        end = last[:, -1] if lengths is None else last.gather(1, lengths[:, None] - 1)[:, 0]     # (B,)
+        uneven = bool((end != end[0]).any()) or int(end[0]) + 1 < cache.length    # other lengths, or unused image room
+        return self.text.head(last_of(x, lengths)), cache.finish_prompt(end + 1 if uneven else None)
+
+
+MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM}
+
+
+def to_dict(config):
+    """A VLMConfig as plain nested dicts, for config.json."""
+    return asdict(config)
+
+
+def from_dict(d):
+    """The inverse of to_dict: config.json's "sizes" -> VLMConfig."""
+    vision = ViTConfig(**d["vision"]) if d["vision"] else None
+    return VLMConfig(**{**d, "vision": vision, "text": GPTConfig(**d["text"])})
+
+
+def build(config):
+    """VLMConfig -> the model it describes, freshly initialised."""
+    assert config.model in MODELS, f"no model is called {config.model!r}; there are {', '.join(MODELS)}"
+    return MODELS[config.model](config)
