@@ -1,0 +1,159 @@
+"""Preparation of images: each step by itself, and the odd files people have."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinyvlm.config import UserError
+from tinyvlm.image import (RECIPES, Augment, Recipe, adaptive_square, augment, centre_crop, load_image, normalise,
+                           preprocess, resize_short, to_pil, to_uint8)
+
+
+def noise(w, h, mode="RGB", seed=0):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode)
+
+
+def saved(tmp_path, image, name="a.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("w, h, short, expected", [(500, 375, 224, (298, 224)), (375, 500, 224, (224, 298)),
+                                                   (333, 500, 256, (256, 384)), (100, 100, 7, (7, 7))])
+def test_resize_keeps_the_aspect_and_rounds_the_long_side_down(w, h, short, expected):
+    assert resize_short(noise(w, h), short).size == expected
+
+
+@pytest.mark.parametrize("w, left", [(225, 0), (226, 1), (227, 2), (229, 2)])      # .5 -> 0, 1, 1.5 -> 2, 2.5 -> 2
+def test_centre_crop_rounds_half_to_even_as_torchvision_does(w, left):
+    image = noise(w, 224)
+    expected = np.asarray(image)[:, left:left + 224]
+    assert np.array_equal(np.asarray(centre_crop(image, 224)), expected)
+
+
+def test_recipes_name_every_step():
+    image = noise(300, 200)
+    squash = image.resize((224, 224), Image.Resampling.BILINEAR)
+    assert np.array_equal(to_uint8(image, RECIPES["vit"]).permute(1, 2, 0).numpy(), np.asarray(squash))
+    clip = image.resize((336, 224), Image.Resampling.BICUBIC).crop((56, 0, 280, 224))
+    assert np.array_equal(to_uint8(image, RECIPES["clip"]).permute(1, 2, 0).numpy(), np.asarray(clip))
+    deit = image.resize((372, 248), Image.Resampling.BICUBIC).crop((74, 12, 298, 236))
+    assert np.array_equal(to_uint8(image, RECIPES["deit"]).permute(1, 2, 0).numpy(), np.asarray(deit))
+    assert all(preprocess(image, r).shape == (3, r.size, r.size) for r in RECIPES.values())
+
+
+def test_normalise_worked_example():
+    pixels = torch.full((3, 1, 1), 255, dtype=torch.uint8)
+    assert normalise(pixels, RECIPES["vit"]).flatten().tolist() == [1.0, 1.0, 1.0]
+    red = normalise(pixels, RECIPES["clip"])[0].item()
+    assert red == pytest.approx((1 - 0.48145466) / 0.26862954, rel=1e-6)
+
+
+def test_to_pil_undoes_preprocess():
+    image, recipe = noise(32, 32), Recipe(size=32, mean=(.4, .5, .6), std=(.2, .3, .4))
+    assert np.array_equal(np.asarray(to_pil(preprocess(image, recipe), recipe)), np.asarray(image))
+
+
+@pytest.mark.parametrize("size, padded", [((100, 59), True), ((59, 100), True), ((100, 60), False), ((60, 100), False)])
+def test_adaptive_square_pads_what_is_longer_than_five_to_three(size, padded):
+    square = adaptive_square(Image.new("RGB", size, "white"))
+    assert square.size == ((100, 100) if padded else (60, 60))
+    pixels = np.asarray(square)
+    assert (pixels == 0).any() == padded and (pixels[len(pixels) // 2, len(pixels) // 2] == 255).all()
+
+
+def test_exif_orientation_is_obeyed(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))                                          # left half white
+    exif = Image.Exif()
+    exif[274] = 6                                                                 # "turn me clockwise to view"
+    turned = load_image(saved(tmp_path, image, "a.jpg", exif=exif))
+    assert turned.size == (20, 40) and turned.getpixel((10, 5)) > (200,) * 3 and turned.getpixel((10, 35)) < (50,) * 3
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    out = np.asarray(load_image(saved(tmp_path, Image.fromarray(grey))))
+    assert np.abs(out[..., 0].astype(int) - grey // 257).max() <= 1 and out.shape == (8, 8, 3)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    for mode, name in (("L", "a.png"), ("P", "b.png"), ("1", "c.png"), ("CMYK", "d.jpg"), ("RGBA", "e.png"), ("LA", "f.png"),
+                       ("P", "g.gif"), ("YCbCr", "h.jpg")):
+        assert load_image(saved(tmp_path, noise(9, 7, "L").convert(mode) if mode == "LA" else noise(9, 7, mode), name)).mode == "RGB"
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert load_image(saved(tmp_path, clear, "clear.png")).getpixel((0, 0)) == (255, 255, 255)
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "film.gif").getpixel((0, 0)) == (255, 0, 0)      # the first frame
+
+
+def test_bad_files_are_one_sentence_naming_the_file(tmp_path):
+    good = saved(tmp_path, noise(64, 64), "good.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(good[:len(good) // 2])
+    (tmp_path / "page.jpg").write_bytes(b"<html>not here</html>")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name, words in (("cut.jpg", "damaged"), ("page.jpg", "not an image"), ("empty.png", "not an image"), ("no.jpg", "no image")):
+        with pytest.raises(UserError, match=words) as error:
+            load_image(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="https://x/cut"):
+        load_image(good[:500], name="https://x/cut")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    bomb = saved(tmp_path, Image.new("1", (20000, 20000)))                        # 50 kB on disk, 1.2 GB as RGB
+    assert bomb.stat().st_size < 100_000
+    with pytest.raises(UserError, match=bomb.name):
+        load_image(bomb)
+
+
+def test_damage_anywhere_is_a_sentence(tmp_path):
+    """300 seeded ways to break a file: either it still decodes or it is a UserError, never anything else."""
+    rng, outcomes = np.random.default_rng(0), set()
+    for kind in ("PNG", "JPEG", "GIF", "WEBP"):
+        buffer = io.BytesIO()
+        noise(16, 16).save(buffer, kind)
+        for _ in range(75):
+            raw = bytearray(buffer.getvalue())
+            for k in rng.integers(0, len(raw), 6):
+                raw[k] = rng.integers(0, 256)
+            try:
+                load_image(bytes(raw))
+                outcomes.add("decoded")
+            except UserError:
+                outcomes.add("refused")
+    assert outcomes == {"decoded", "refused"}
+
+
+def test_augmentation_does_nothing_when_told_nothing():
+    img = torch.rand(4, 3, 8, 8)
+    assert torch.equal(augment(img, Augment(), torch.rand(8, 4)), img)
+
+
+def test_flip_mirrors_exactly_the_images_it_should():
+    img, draw = torch.rand(4, 3, 8, 8), torch.rand(8, 4)
+    draw[4] = torch.tensor([0.1, 0.9, 0.4, 0.6])                                  # below one half: mirrored
+    out = augment(img, Augment(flip=True), draw)
+    for k, mirrored in enumerate([True, False, True, False]):
+        torch.testing.assert_close(out[k], img[k].flip(-1) if mirrored else img[k], atol=1e-5, rtol=0)
+
+
+def test_random_crop_shows_a_window_of_the_image():
+    """On an image whose red is x and green is y, the corners of the result tell which window was taken."""
+    ramp = (torch.arange(64) + 0.5) / 64
+    img = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])[None].expand(50, -1, -1, -1)
+    out = augment(img, Augment(crop=0.5), torch.rand(8, 50, generator=torch.Generator().manual_seed(0)))
+    width, height = out[:, 0, 32, -1] - out[:, 0, 32, 0], out[:, 1, -1, 32] - out[:, 1, 0, 32]
+    area = width * height * (64 / 63) ** 2
+    assert 0.42 < area.min() < 0.65 and 0.85 < area.max() <= 1.01 and (width / height).std() > 0.05
+
+
+def test_jitter_worked_example():
+    img, draw = torch.full((1, 3, 2, 2), 0.5), torch.full((8, 1), 0.5)
+    torch.testing.assert_close(augment(img, Augment(jitter=0.2), draw), img)      # 0.5 is the middle: all factors 1
+    draw[5] = 1.0
+    torch.testing.assert_close(augment(img, Augment(jitter=0.2), draw), torch.full((1, 3, 2, 2), 0.6))    # 1.2 x brighter
