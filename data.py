@@ -1,0 +1,629 @@
+"""Data sets: fetch, verify, show, cache, batch.
+
+    python data.py --dataset shapes                     what a data set holds, and a contact sheet of it
+    python data.py --dataset flickr8k                   the same, downloading it first if needed
+    python data.py --dataset folder --data-dir photos   your own: images beside a captions.txt, .csv or .jsonl
+
+A `Dataset` is images by number, captions by image number, and three splits. `shapes` draws its scenes from a seed and
+needs no download; the others read the public layouts as they come. `ImageStore` decodes each image once, `step_order`
+says which images each training step sees, and `Batches` makes the tensors. All of it is a pure function of (seed,
+step): a run resumed at step 700 sees what the unbroken run saw.
+"""
+import csv
+import io
+import json
+import os
+import random
+import re
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from tinyvlm.config import UserError, option, parse_config, run_script
+from tinyvlm.download import download, extract_zip
+from tinyvlm.draw import caption_sheet, progress
+from tinyvlm.gpt import IGNORE
+from tinyvlm.image import Augment, augment, load_image, normalise, to_uint8
+from tinyvlm.weights import atomic_write
+
+
+@dataclass
+class DataConfig:
+    dataset: str = option("shapes", "which data set", choices=("shapes", "flickr8k", "folder"))
+    data_dir: str | None = option(None, "folder that holds it, or will; default data/NAME")
+    n_objects: int = option(2, "shapes: scenes hold one to this many objects (1, 2 or 3)")
+    n_scenes: int = option(20000, "shapes: training scenes; a tenth as many, at most 1000, are held out twice")
+    seed: int = option(0, "decides the scenes of `shapes` and any split that is not official")
+    allow_broken: bool = option(False, "go on although 1% or more of the images are broken or missing")
+
+
+@dataclass
+class SheetConfig(DataConfig):
+    sheet: str = option("out/sheet.png", "where to write the contact sheet")
+
+
+class Dataset:
+    """names[i], captions[i] (a list) and open(i) (an RGB PIL image) of image i; splits: {"train": [i, ..], ..}."""
+
+    def __init__(self, name, names, captions, splits, folder=None, notes=()):
+        self.name, self.names, self.captions, self.splits = name, names, captions, splits
+        self.folder, self.notes = folder, list(notes)           # notes: what was left out or decided, to be said aloud
+
+    def open(self, i):
+        return load_image(self.folder / self.names[i])
+
+    @property
+    def speaks_of_sides(self):
+        """Do captions say left or right? Then a mirrored image no longer fits its caption."""
+        words = " ".join(c for i in self.splits["train"][:2000] for c in self.captions[i]).lower().split()
+        return ("left" in words or "right" in words) and self.name == "shapes"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes: coloured figures on a plain ground. A world small enough to be described without a mistake.
+
+COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40),
+          "purple": (140, 50, 170), "orange": (245, 140, 30), "cyan": (60, 200, 215), "brown": (120, 75, 40)}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+SIZES = {"small": 11, "large": 21}          # radius, in pixels of a CANVAS x CANVAS picture
+CANVAS = 128
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene; x, y: its centre in pixels, y downwards."""
+    size: str
+    color: str
+    shape: str
+    x: float
+    y: float
+
+    def __str__(self):
+        return f"{self.size} {self.color} {self.shape}"
+
+
+def relation(a, b):
+    """How a stands to b: the longer of the two distances decides. A tie never happens: make_scene leaves a margin."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def place(thing):
+    """Which ninth of the picture a lone object stands in."""
+    third = CANVAS / 3
+    return PLACES[3 * min(2, int(thing.y // third)) + min(2, int(thing.x // third))]
+
+
+def describe(scene):
+    """The one right caption. Large things come first, then those further left, so that all four relations occur.
+
+    one thing:  "a small red circle in the top left"
+    two:        "a large blue square right of a small red circle"
+    three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)
+    """
+    first, *others = scene
+    if not others:
+        return f"a {first} in the {place(first)}"
+    return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
+
+
+def meaning(caption):
+    """What a caption claims, whatever its wording: (things, relations), or None if it is no description of a scene.
+
+    "a large red star left of a small red star" and "a small red star right of a large red star" mean the same.
+    """
+    thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+    joined = "|".join(OPPOSITE)
+    match = re.fullmatch(rf"{thing}(?: in the ({'|'.join(PLACES)})|((?:(?: and)? (?:{joined}) {thing})+))", caption.strip())
+    if not match:
+        return None
+    first = match.groups()[:3]
+    if match[4]:
+        return frozenset([first]), frozenset([(first, match[4])])
+    claims = re.findall(rf"({joined}) {thing}", match[5])
+    facts = [(first, rel, tuple(other)) for rel, *other in claims]
+    facts = sorted(min(f, (f[2], OPPOSITE[f[1]], f[0])) for f in facts)           # one of the two ways to say it
+    return frozenset([first, *(tuple(other) for _, *other in claims)]), tuple(facts)
+
+
+def make_scene(rng, n_objects):
+    """One to n_objects things that do not touch, every pair clearly more beside or more above each other."""
+    while True:
+        things = []
+        for _ in range(rng.randint(1, n_objects)):
+            size = rng.choice(list(SIZES))
+            r = SIZES[size] + 2
+            things.append(Thing(size, rng.choice(list(COLORS)), rng.choice(SHAPES),
+                                rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
+        things.sort(key=lambda t: (t.size != "large", t.x))
+        if all(_apart(a, b) for k, a in enumerate(things) for b in things[:k]) and (len(things) > 1 or _centred(things[0])):
+            return things
+
+
+def _apart(a, b):
+    dx, dy = abs(a.x - b.x), abs(a.y - b.y)
+    return max(dx, dy) > SIZES[a.size] + SIZES[b.size] + 4 and abs(dx - dy) > 10
+
+
+def _centred(thing):
+    third = CANVAS / 3                      # a lone thing stands clear of the lines between the ninths
+    return all(min(abs(v - third), abs(v - 2 * third)) > 6 for v in (thing.x, thing.y))
+
+
+def draw_scene(scene, rng):
+    """A scene as a CANVAS x CANVAS picture on a ground of random pale or dark grey."""
+    level = rng.choice([rng.randint(225, 255), rng.randint(0, 40)])
+    image = Image.new("RGB", (CANVAS, CANVAS), (level,) * 3)
+    pen = ImageDraw.Draw(image)
+    for t in scene:
+        r, fill = SIZES[t.size], tuple(min(255, max(0, c + rng.randint(-15, 15))) for c in COLORS[t.color])
+        if t.shape == "circle":
+            pen.ellipse([t.x - r, t.y - r, t.x + r, t.y + r], fill=fill)
+        else:
+            pen.polygon([(t.x + r * dx, t.y + r * dy) for dx, dy in _outline(t.shape)], fill=fill)
+    return image
+
+
+def _outline(shape):
+    """The corners of a shape of radius 1 about (0, 0)."""
+    if shape == "star":                     # ten corners, every other one pulled in
+        points = [(np.pi * k / 5, 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
+        return [(r * np.sin(a), -r * np.cos(a)) for a, r in points]
+    if shape == "cross":
+        a = 0.33
+        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+    return {"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)], "triangle": [(0, -1), (.95, .8), (-.95, .8)],
+            "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)]}[shape]
+
+
+def ask(scene, rng):
+    """Questions about a scene: [{kind, question, answer (a sentence), short}], one of every kind that makes sense.
+
+    yes/no questions are asked so that both answers are equally frequent whatever is asked.
+    """
+    things, out = list(scene), []
+
+    def add(kind, question, answer, short):
+        out.append({"kind": kind, "question": question, "answer": answer, "short": short})
+    t = rng.choice(things)
+    if sum(u.shape == t.shape for u in things) == 1:
+        add("color", f"what color is the {t.shape}?", f"the {t.shape} is {t.color}.", t.color)
+        add("size", f"how big is the {t.shape}?", f"the {t.shape} is {t.size}.", t.size)
+    if sum(u.color == t.color for u in things) == 1:
+        add("shape", f"what shape is the {t.color} thing?", f"the {t.color} thing is a {t.shape}.", t.shape)
+    add("count", "how many things are there?", f"there {'is' if len(things) == 1 else 'are'} {len(things)}.", str(len(things)))
+    if len(things) > 1:
+        a, b = rng.sample(things, 2)
+        if (a.color, a.shape) != (b.color, b.shape):
+            add("relation", f"where is the {a.color} {a.shape} from the {b.color} {b.shape}?",
+                f"it is {relation(a, b)} the {b.color} {b.shape}.", relation(a, b))
+    yes = rng.random() < 0.5
+    color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in things)])
+    add("yes/no", f"is there a {color} thing?", f"{'yes' if yes else 'no'}, there is {'a' if yes else 'no'} {color} thing.",
+        "yes" if yes else "no")
+    return out
+
+
+def labels(scene):
+    """Category -> label of the first thing (the large or leftmost one), for classification."""
+    return {"color": scene[0].color, "shape": scene[0].shape, "size": scene[0].size}
+
+
+class Shapes(Dataset):
+    """Scenes made from (seed, index). A scene belongs to the split that the hash of its caption names, so no caption of
+
+    val or test is ever a training caption, by construction and whatever the seed.
+    """
+
+    def __init__(self, n_objects=2, n_scenes=20000, seed=0):
+        self.seed, self.scenes = seed, []
+        held_out = max(1, min(1000, n_scenes // 10))
+        sizes, splits = {"train": n_scenes, "val": held_out, "test": held_out}, {}
+        for split, size in sizes.items():
+            splits[split] = list(range(len(self.scenes), len(self.scenes) + size))
+            self.scenes += [self._scene_of(split, n_objects, seed, i) for i in range(size)]
+        captions = [[describe(scene)] for scene in self.scenes]
+        super().__init__("shapes", [f"scene-{i:05d}" for i in range(len(self.scenes))], captions, splits)
+
+    @staticmethod
+    def _scene_of(split, n_objects, seed, index):
+        rng = random.Random(f"{seed}/{split}/{index}")
+        while True:
+            scene = make_scene(rng, n_objects)
+            bucket = zlib.crc32(describe(scene).encode()) % 10
+            if split == {0: "val", 1: "test"}.get(bucket, "train"):
+                return scene
+
+    def open(self, i):
+        return draw_scene(self.scenes[i], random.Random(f"{self.seed}/paint/{i}"))
+
+    def questions(self, i):
+        return ask(self.scenes[i], random.Random(f"{self.seed}/ask/{i}"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photographs: a folder of images and a file of captions, in the layouts people have.
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+KAGGLE_FLICKR8K = "https://www.kaggle.com/api/v1/datasets/download/adityajn105/flickr8k"
+GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
+
+
+def find_files(folder, names):
+    """The files of the given names in a folder or up to two folders below it, in the order of `names`."""
+    found = {}
+    for depth in ("*", "*/*", "*/*/*"):
+        for path in sorted(folder.glob(depth)):
+            if path.name in names and "__MACOSX" not in path.parts:
+                found.setdefault(path.name, path)
+    return [found[name] for name in names if name in found]
+
+
+def read_captions(path):
+    """A caption file of any public layout -> {image name: [caption, ..]}, in file order.
+
+    CSV with a header (image,caption: quotes obeyed; Kaggle), `name.jpg#2<TAB>caption` (the original Flickr text),
+    `name.jpg<TAB>caption`, or one json object a line with image/file_name and caption/captions/text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the captions in {path}: {error}") from None
+    captions, bad = {}, 0
+    rows = _jsonl_rows(text, path) if path.suffix == ".jsonl" else _table_rows(text)
+    for name, caption in rows:
+        if name and caption and caption.strip():
+            captions.setdefault(name.strip(), []).append(" ".join(caption.split()))
+        else:
+            bad += 1
+    if not captions:
+        raise UserError(f"{path} holds no captions; each line should name an image and say what it shows")
+    return captions, bad
+
+
+def _table_rows(text):
+    if "\t" in text.partition("\n")[0]:
+        for line in text.splitlines():
+            name, _, caption = line.partition("\t")
+            yield re.sub(r"#\d+$", "", name), caption
+        return
+    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
+    header = [cell.strip().lower() for cell in next(rows, [])]
+    name = next((header.index(n) for n in ("image", "file_name", "filename", "image_name") if n in header), None)
+    caption = next((header.index(n) for n in ("caption", "text", "comment") if n in header), None)
+    if name is None or caption is None:
+        raise UserError(f"a caption table begins with the line `image,caption`, not {','.join(header)[:60]!r}")
+    for row in rows:
+        if row:
+            yield row[name], row[caption] if len(row) > caption else ""
+
+
+def _jsonl_rows(text, path):
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name = row.get("image") or row["file_name"]
+            texts = row.get("captions") or [row.get("caption") or row["text"]]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f'line {number} of {path} should be like {{"image": "a.jpg", "caption": "a dog"}}') from None
+        for caption in texts:
+            yield name, caption
+
+
+def read_split_files(folder):
+    """The official Flickr8k split, {"train": {name, ..}, ..}, or None when its three lists are not there."""
+    paths = find_files(folder, ["Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt"])
+    if len(paths) == 3:
+        return {split: set(path.read_text().split()) for split, path in zip(("train", "val", "test"), paths)}
+    for path in find_files(folder, ["dataset_flickr8k.json", "dataset.json"]):
+        images = json.loads(path.read_text())["images"]
+        return {split: {x["filename"] for x in images if x["split"] == split} for split in ("train", "val", "test")}
+    return None
+
+
+def photos(name, folder, seed=0, allow_broken=False):
+    """A Dataset from a folder of images with one caption file. Raises UserError naming what is missing."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the right one with --data-dir")
+    files = find_files(folder, ["captions.txt", "Flickr8k.token.txt", "captions.csv", "captions.jsonl", "metadata.jsonl"])
+    if not files:
+        raise UserError(f"{folder} holds no captions.txt, captions.csv, captions.jsonl or Flickr8k.token.txt; add one "
+                        "that names each image and says what it shows (README: your own photos)")
+    captions, bad = read_captions(files[0])
+    here = {path.name: path for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in IMAGE_TYPES and "__MACOSX" not in path.parts}
+    found = {n: str(here[Path(n).name].relative_to(folder)) for n in captions if Path(n).name in here}
+    notes = [f"{bad} caption lines without an image name or text were left out"] if bad else []
+    absent = [n for n in captions if n not in found]
+    if absent:
+        notes.append(f"{len(absent)} of {len(captions)} captioned images are not in the folder: {', '.join(absent[:5])}"
+                     + (" .." if len(absent) > 5 else ""))
+        if len(absent) > 0.01 * len(captions) and not allow_broken:
+            raise UserError(f"{files[0]} names {len(absent)} images that are not in {folder} (such as {absent[0]}); "
+                            "add them, or go on without them with --allow-broken")
+    splits = read_split_files(folder)
+    names = list(found)
+    if splits:
+        order = {split: [i for i, n in enumerate(names) if n in splits[split]] for split in splits}
+        left = len(names) - sum(map(len, order.values()))
+        notes.append(f"official split {'/'.join(str(len(v)) for v in order.values())}" +
+                     (f"; {left} images are in none of its lists and stay unused" if left else ""))
+    else:
+        shuffled = random.Random(seed).sample(range(len(names)), len(names))
+        tenth = max(1, len(names) // 10)
+        order = {"train": sorted(shuffled[2 * tenth:]), "val": sorted(shuffled[:tenth]), "test": sorted(shuffled[tenth:2 * tenth])}
+        notes.append(f"no official split here: 80/10/10 by seed {seed}; scores are not comparable with published ones")
+    for split, members in order.items():
+        if not members:
+            raise UserError(f"the {split} split of {folder} is empty: {len(names)} captioned images are too few, or the "
+                            "split lists name other files")
+    return Dataset(name, [found[n] for n in names], [captions[n] for n in names], order, folder, notes)
+
+
+def fetch_flickr8k(folder):
+    """Download Flickr8k: the two zips of the text layout, or else Kaggle's copy of it. About 1.1 GB."""
+    zips = folder / "zips"
+    try:
+        for name in ("Flickr8k_text.zip", "Flickr8k_Dataset.zip"):
+            extract_zip(download(GITHUB_FLICKR8K + name, zips / name), folder / name[:-4])
+    except UserError as first:
+        print(f"{first}\ntrying the next mirror")
+        extract_zip(download(KAGGLE_FLICKR8K, zips / "flickr8k.zip"), folder / "flickr8k")
+
+
+def load_dataset(config):
+    """DataConfig (or any object with its fields) -> Dataset."""
+    if config.dataset == "shapes":
+        if not 1 <= config.n_objects <= 3:
+            raise UserError(f"--n-objects {config.n_objects} is not 1, 2 or 3")
+        return Shapes(config.n_objects, config.n_scenes, config.seed)
+    folder = Path(config.data_dir or f"data/{config.dataset}")
+    if config.dataset == "flickr8k" and not config.data_dir and not find_files(folder, ["captions.txt", "Flickr8k.token.txt"]):
+        fetch_flickr8k(folder)
+    return photos(config.dataset, folder, config.seed, config.allow_broken)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a data set to batches.
+
+def decode_all(dataset, members, recipe, label="decoding"):
+    """Decode the images `members` with all cores: uint8 (n, 3, S, S), and {image: fault} for those that would not."""
+    store = torch.zeros(len(members), 3, recipe.size, recipe.size, dtype=torch.uint8)
+    broken = {}
+
+    def work(k):
+        try:
+            store[k] = to_uint8(dataset.open(members[k]), recipe)
+        except UserError as error:
+            broken[members[k]] = str(error)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:            # Pillow decodes outside Python's lock: threads suffice
+        for done, _ in enumerate(pool.map(work, range(len(members))), 1):
+            progress(done, len(members), label)
+    return store, broken
+
+
+class ImageStore:
+    """The images of some splits as uint8 tensors. In memory if they fit, else decoded when asked for.
+
+    cache: "memory", "none", or "auto" (memory while the pixels take at most half of what is free).
+    `broken` holds the images left out; usable(split) is the split without them.
+    """
+
+    def __init__(self, dataset, splits, recipe, cache="auto", allow_broken=False, say=print):
+        self.dataset, self.recipe = dataset, recipe
+        members = sorted({i for split in splits for i in dataset.splits[split]})
+        bytes_needed = len(members) * 3 * recipe.size ** 2
+        self.in_memory = cache == "memory" or (cache == "auto" and bytes_needed < free_memory() / 2)
+        self.row = {i: k for k, i in enumerate(members)}
+        self.pixels, self.broken = None, {}
+        if self.in_memory:
+            self.pixels, self.broken = decode_all(dataset, members, recipe, "images into memory")
+            say(f"{len(members)} images of {recipe.size}x{recipe.size} pixels in memory: {bytes_needed / 1e6:.0f} MB")
+        else:
+            say(f"{len(members)} images would take {bytes_needed / 1e9:.1f} GB of memory: decoded as they are needed")
+            self.broken = check_images(dataset, members)
+        for i, fault in list(self.broken.items())[:10]:
+            say(f"left out: {fault}")
+        if self.broken:
+            say(f"{len(self.broken)} of {len(members)} images are broken and left out")
+        if len(self.broken) > 0.01 * len(members) and not allow_broken:
+            raise UserError(f"{len(self.broken)} of {len(members)} images are broken, first {dataset.names[min(self.broken)]}"
+                            "; mend the data set, or go on without them with --allow-broken")
+
+    def usable(self, split):
+        return [i for i in self.dataset.splits[split] if i not in self.broken]
+
+    def get(self, members):
+        """uint8 (B, 3, S, S) of the images `members`."""
+        if self.in_memory:
+            return self.pixels[[self.row[i] for i in members]]
+        return torch.stack([to_uint8(self.dataset.open(i), self.recipe) for i in members])
+
+
+def check_images(dataset, members):
+    """{image: fault} of the images that do not decode. The pixels are thrown away."""
+    broken = {}
+
+    def work(i):
+        try:
+            dataset.open(i)
+        except UserError as error:
+            broken[i] = str(error)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, _ in enumerate(pool.map(work, members), 1):
+            progress(done, len(members), "checking images")
+    return broken
+
+
+def free_memory():
+    """Bytes of memory this machine could still give, or 4 GB where it does not say."""
+    try:
+        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return 4 << 30
+
+
+# How captions are simplified before they are tokenised.
+CLEAN = {"none": str, "lower": str.lower,
+         "words": lambda s: " ".join(re.sub(r"[^\w\s'-]|[\d_]", " ", s.lower()).split())}
+
+
+class Texts:
+    """The captions of a data set as token ids, tokenised once: [first] + ids + [end], cut at `max_len` ids.
+
+    first: the start token (cross) or <image> (prefix). A caption that was cut has no end token: the model must not
+    learn to stop in mid-sentence. `cut` counts them.
+    """
+
+    def __init__(self, captions, tokenizer, first, end, max_len, clean=str):
+        self.cut, self.ids = 0, []
+        for texts in captions:
+            rows = []
+            for text in texts:
+                ids = tokenizer.encode(clean(text))
+                self.cut += len(ids) > max_len
+                rows.append([first] + ids[:max_len] + ([end] if len(ids) <= max_len else []))
+            self.ids.append(rows)
+
+
+def step_order(n, batch_size, step, seed):
+    """Which of n samples a training step sees, with the epoch of each: permutations by (seed, epoch), laid end to end.
+
+    5 samples, batches of 2: epoch 0 may be 3 1 4 0 2 and epoch 1 be 2 0 ..; then the steps are
+    [(3, 0), (1, 0)], [(4, 0), (0, 0)], [(2, 0), (2, 1)], [(0, 1), ..
+    """
+    picks = []
+    for k in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(k, n)
+        if not picks or place == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(n)
+        picks.append((int(order[place]), epoch))
+    return picks
+
+
+def pad_rows(rows, pad_to=None):
+    """Token rows -> idx (B, T), targets (B, T): targets are the row moved by one, IGNORE where the row has ended.
+
+    Padding is told by length, never by id: the end token may serve as padding, and still one real end is learned.
+        row [s, a, dog, e] and T = 5   ->   idx [s, a, dog, 0, 0]   targets [a, dog, e, -100, -100]
+    """
+    T = pad_to or max(len(row) for row in rows) - 1
+    idx = torch.zeros(len(rows), T, dtype=torch.long)
+    targets = torch.full((len(rows), T), IGNORE)
+    for b, row in enumerate(rows):
+        t = len(row) - 1
+        if t > 0:
+            idx[b, :t], targets[b, :t] = torch.tensor(row[:-1]), torch.tensor(row[1:])
+    return idx, targets
+
+
+@dataclass
+class Batch:
+    img: torch.Tensor           # (B, 3, S, S) uint8, or floats once on the device
+    idx: torch.Tensor           # (B * K, T): K captions of each image, side by side
+    targets: torch.Tensor       # (B * K, T)
+    n_targets: int              # how many of them are to be predicted, here
+    share: float = 1.0          # .. divided by the same count over the whole step: this batch's weight in its loss
+    draw: torch.Tensor | None = None    # (8, B) random numbers in 0..1 that decide the augmentation
+
+    def pin_memory(self):
+        """Page-locked memory, from which a GPU copies while it computes. The loader calls this."""
+        self.img, self.idx, self.targets = self.img.pin_memory(), self.idx.pin_memory(), self.targets.pin_memory()
+        return self
+
+    def to(self, device, recipe, how=None):
+        """On the device, normalised, augmented if `how` (an Augment) says so: img, idx, targets."""
+        img, idx, targets = (t.to(device, non_blocking=True) for t in (self.img, self.idx, self.targets))
+        img = img.float() / 255
+        return normalise(augment(img, how, self.draw) if how else img, recipe), idx, targets
+
+
+class Batches(torch.utils.data.Dataset):
+    """Training steps: batches[step] is the list of this process's micro-batches in that step.
+
+    batch_size images in all, over `world` processes and `accum` micro-batches, with K captions of each.
+    """
+
+    def __init__(self, store, texts, split, batch_size, K=1, accum=1, seed=0, rank=0, world=1, pad_to=None):
+        self.store, self.texts, self.members = store, texts, store.usable(split)
+        self.batch_size, self.K, self.accum, self.seed = batch_size, K, accum, seed
+        self.rank, self.world, self.pad_to = rank, world, pad_to
+        if batch_size % (accum * world):
+            raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} micro-batches")
+        if not self.members:
+            raise UserError(f"the {split} split holds no usable image")
+
+    def captions_of(self, i, epoch):
+        """K captions of image i: over the epochs all of them take their turn; empty rows where it has fewer than K."""
+        rows = self.texts.ids[i]
+        start = 0 if self.K >= len(rows) else epoch * self.K + i
+        return [rows[(start + k) % len(rows)] if k < len(rows) else [0] for k in range(self.K)]
+
+    def __getitem__(self, step):
+        picks = [(self.members[k], epoch) for k, epoch in step_order(len(self.members), self.batch_size, step, self.seed)]
+        rows = [self.captions_of(i, epoch) for i, epoch in picks]
+        total = sum(len(row) - 1 for group in rows for row in group)
+        draw = torch.rand(8, self.batch_size, generator=torch.Generator().manual_seed(hash((self.seed, step))))
+        per = self.batch_size // (self.accum * self.world)
+        out = []
+        for m in range(self.accum):
+            part = slice((m * self.world + self.rank) * per, (m * self.world + self.rank + 1) * per)
+            flat = [row for group in rows[part] for row in group]
+            n = sum(len(row) - 1 for row in flat)
+            idx, targets = pad_rows(flat, self.pad_to)
+            out.append(Batch(self.store.get([i for i, _ in picks[part]]), idx, targets, n, n / total, draw[:, part]))
+        return out
+
+
+def eval_batches(store, texts, split, batch_size, limit=None, pad_to=None):
+    """Every image of a split once, with all its captions. The last batch may be smaller."""
+    members = store.usable(split)[:limit]
+    for start in range(0, len(members), batch_size):
+        part = members[start:start + batch_size]
+        K = max(len(texts.ids[i]) for i in part)
+        rows = [row for i in part for row in texts.ids[i] + [[0]] * (K - len(texts.ids[i]))]
+        idx, targets = pad_rows(rows, pad_to)
+        yield Batch(store.get(part), idx, targets, sum(len(row) - 1 for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def report(dataset):
+    """What a data set holds, for the eyes of its user."""
+    lines = [f"{dataset.name}: {len(dataset.names)} images, {sum(map(len, dataset.captions))} captions"]
+    for split, members in dataset.splits.items():
+        lengths = [len(c.split()) for i in members for c in dataset.captions[i]]
+        lines.append(f"  {split:5} {len(members):6} images {len(lengths):7} captions of {min(lengths)} to {max(lengths)} "
+                     f"words, {np.mean(lengths):.1f} on average")
+    return "\n".join(lines + [f"  {note}" for note in dataset.notes])
+
+
+def main():
+    config = parse_config(SheetConfig, description="Prepare and verify a data set, say what it holds, draw a contact sheet.")
+    dataset = load_dataset(config)
+    print(report(dataset))
+    broken = {} if config.dataset == "shapes" else check_images(dataset, range(len(dataset.names)))
+    for fault in broken.values():
+        print(f"  broken: {fault}")
+    print(f"  {len(broken)} broken images" if config.dataset != "shapes" else "  scenes are drawn from the seed; nothing to break")
+    some = [i for i in random.Random(config.seed).sample(range(len(dataset.names)), min(12, len(dataset.names))) if i not in broken]
+    sheet = caption_sheet([dataset.open(i) for i in some], ["\n".join(dataset.captions[i][:2]) for i in some])
+    atomic_write(config.sheet, lambda file: sheet.save(file, format="PNG"))
+    print(f"wrote {config.sheet}")
+    if len(broken) > 0.01 * len(dataset.names) and not config.allow_broken:
+        raise UserError(f"{len(broken)} of {len(dataset.names)} images are broken; mend the data set, or use --allow-broken")
+
+
+if __name__ == "__main__":
+    run_script(main)

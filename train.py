@@ -1,0 +1,479 @@
+"""Train a model to talk about pictures.
+
+    python train.py                                           shapes, a few minutes on a laptop, no download
+    python train.py --dataset flickr8k --preset laptop        real photographs
+    python train.py --resume                                  go on where the last run stopped
+    torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve
+
+All options come first, then the loop: rate, evaluate and save, micro-batches, clip, step, log. What a run leaves in
+--out-dir is described in weights.py; sample.py needs nothing else.
+"""
+import csv
+import io
+import math
+import os
+import pickle
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import CLEAN, Batches, DataConfig, ImageStore, Texts, eval_batches, load_dataset, meaning, report
+from tinyvlm import metrics
+from tinyvlm.config import UserError, option, parse_config, run_script
+from tinyvlm.draw import caption_sheet, curves
+from tinyvlm.generate import generate
+from tinyvlm.gpt import GPTConfig
+from tinyvlm.image import Augment, Recipe, normalise, to_pil
+from tinyvlm.schedule import one_cycle
+from tinyvlm.tokenizer import BPETokenizer
+from tinyvlm.vit import ViTConfig
+from tinyvlm.vlm import VLMConfig, build, to_dict
+from tinyvlm.weights import atomic_write, load_safetensors, read_json, save_safetensors, write_json
+
+START = END = "<|endoftext|>"
+
+
+@dataclass
+class TrainConfig(DataConfig):      # and the data set's own options, see DataConfig in data.py
+    task: str = option("caption", "what to learn", choices=("caption",))
+    model: str = option("cross", "how the decoder sees: cross-attention, or <image> replaced by image tokens", ("cross", "prefix"))
+    wiring: str = option("final", "cross: all blocks see the last vision layer, or block i sees layer i", ("final", "lockstep"))
+    out_dir: str = option("out", "the run's folder")
+    resume: bool = option(False, "continue the run in --out-dir, exactly")
+    # the model
+    image_size: int = option(64, "pixels a side; more shows more and costs its square")
+    patch_size: int = option(8, "pixels a side of one image token")
+    stem: str = option("conv", "how patches are made: `patch` as in the paper, `conv` learns faster from little data", ("patch", "conv"))
+    n_layer: int = option(3, "blocks in each tower")
+    n_head: int = option(4, "attention heads")
+    n_embd: int = option(128, "channels")
+    dropout: float = option(0.0, "raise it (0.1) when the training loss falls and the validation loss does not")
+    vocab_size: int = option(1024, "entries of the tokenizer that is trained on the captions")
+    max_tokens: int = option(40, "longest caption, in tokens; longer ones are cut, counted and reported")
+    clean: str = option("none", "captions: as they are, lower-cased, or lower-cased words only", ("none", "lower", "words"))
+    # the training
+    epochs: float = option(6, "passes over the training images")
+    batch_size: int = option(64, "images a step, over all processes and micro-batches")
+    captions_per_image: int = option(1, "captions of each image a step; the vision tower runs once for all of them")
+    accum: int = option(1, "split each step into this many micro-batches; raise it when memory runs out")
+    lr: float = option(2e-3, "peak learning rate; lower it for larger models or public weights")
+    lr_decoder: float = option(1.0, "the decoder's rate, as a factor of --lr (new layers always take --lr)")
+    lr_vision: float = option(1.0, "the vision tower's rate, as a factor of --lr")
+    open_decoder: float = option(0, "epoch from which the decoder learns; before, only the new layers do")
+    open_vision: float = option(0, "epoch from which the vision tower learns")
+    warmup: float = option(0.2, "share of the steps in which the rate climbs (OneCycle)")
+    weight_decay: float = option(0.05, "pull of matrices (not of norms, biases, embeddings) towards zero")
+    beta2: float = option(0.98, "AdamW's memory of squared gradients; 0.999 for very long runs")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 for no limit")
+    crop: float = option(0.0, "augment: random windows, leaving out at most this share of the area")
+    jitter: float = option(0.0, "augment: brightness, contrast, saturation each by up to this factor")
+    flip: bool = option(True, "augment: mirror half of the images (never where captions say left and right)")
+    # the machine
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    dtype: str = option("auto", "autocast to this; auto: bfloat16 or else float16 on cuda, float32 elsewhere",
+                        ("auto", "float32", "bfloat16", "float16"))
+    compile: bool | None = option(None, "torch.compile the model; the default is yes on cuda, no elsewhere")
+    cache: str = option("auto", "keep decoded images in memory, or decode them when needed", ("auto", "memory", "none"))
+    workers: int = option(2, "processes that decode images, when these are not in memory")
+    # looking
+    eval_interval: int = option(250, "steps between evaluations (and saves)")
+    eval_images: int = option(400, "validation images each evaluation looks at")
+    test_images: int = option(1000, "test images captioned at the end")
+    log_interval: int = option(25, "steps between log lines")
+    stop_after: int = option(0, "end after this step, as if interrupted (0: never); --resume goes on")
+
+
+PRESETS = {
+    "laptop": dict(dataset="flickr8k", image_size=128, patch_size=16, n_layer=4, n_head=4, n_embd=256, vocab_size=4096, clean="words",
+                   dropout=0.1, epochs=20, batch_size=32, captions_per_image=5, lr=1e-3, crop=0.3, jitter=0.2, eval_interval=375),
+    "gpu": dict(dataset="flickr8k", image_size=224, patch_size=16, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
+                dropout=0.1, epochs=40, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.4, jitter=0.3, eval_interval=200),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine: device, number format, processes.
+
+class Machine:
+    """Where and how to compute: device, autocast, gradient scaler, and this process's place among the others."""
+
+    def __init__(self, config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        kind = config.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if kind.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu, or install a CUDA build")
+        if self.world > 1 and kind == "cuda":
+            kind = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(kind)
+        try:
+            self.device = torch.device(kind)
+        except RuntimeError:
+            raise UserError(f"--device {kind} is none PyTorch knows; use cpu, cuda, mps or auto") from None
+        self.cuda = self.device.type == "cuda"
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.cuda else "gloo")
+        name = config.dtype
+        if name == "auto":
+            name = ("bfloat16" if torch.cuda.is_bf16_supported() else "float16") if self.cuda else "float32"
+        self.dtype = getattr(torch, name)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "float16")
+        self.compile = self.cuda if config.compile is None else config.compile
+        if self.cuda:
+            torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
+
+    def autocast(self):
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def total(self, *numbers):
+        """Sums over all processes."""
+        t = torch.tensor(numbers, dtype=torch.float64)
+        if self.world > 1:
+            t = t.to(self.device)
+            dist.all_reduce(t)
+        return t.tolist()
+
+    def prepare(self, model, example):
+        """What the loop calls in place of the model: compiled if wanted and possible, then spread over the processes.
+
+        The model itself stays as it is, so a checkpoint never carries the names a compiler or DDP would add.
+        """
+        fast = model
+        if self.compile:
+            try:                                                # compilation happens at the first call: make one
+                with torch.random.fork_rng(), self.autocast():  # .. without disturbing the run's random numbers
+                    fast = torch.compile(model)
+                    fast(*example)[1].backward()
+            except Exception as error:                          # a compiler can raise anything; the plain model is right
+                fast, self.compile = model, False
+                self.say(f"torch.compile failed ({type(error).__name__}); going on without it, slower")
+            model.zero_grad(set_to_none=True)
+        return torch.nn.parallel.DistributedDataParallel(fast) if self.world > 1 else fast
+
+    def say(self, text):
+        if self.main:
+            print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: the data, the model, and what is left on disk.
+
+class Run:
+    """Everything that belongs to one run and does not change while it trains."""
+
+    def __init__(self, config, machine):
+        self.config, self.machine, self.out = config, machine, Path(config.out_dir)
+        self.dataset = load_dataset(config)
+        machine.say(report(self.dataset))
+        self.recipe = Recipe(size=config.image_size)
+        self.store = ImageStore(self.dataset, ("train", "val", "test"), self.recipe, config.cache, config.allow_broken, machine.say)
+        clean = CLEAN[config.clean]
+        texts = [clean(c) for i in self.dataset.splits["train"] for c in self.dataset.captions[i]]
+        self.tokenizer = BPETokenizer.train(texts, config.vocab_size)
+        self.end = self.tokenizer.token_to_id(END)
+        self.first = self.tokenizer.token_to_id("<image>") if config.model == "prefix" else self.end
+        self.texts = Texts(self.dataset.captions, self.tokenizer, self.first, self.end, config.max_tokens, clean)
+        if self.texts.cut:
+            machine.say(f"{self.texts.cut} captions are longer than --max-tokens {config.max_tokens} and were cut")
+        flip = config.flip and not self.dataset.speaks_of_sides
+        self.augment = Augment(config.crop, config.jitter, flip) if config.crop or config.jitter or flip else None
+        self.pad_to = config.max_tokens + 1 if machine.compile else None          # one shape, one compilation
+        self.batches = Batches(self.store, self.texts, "train", config.batch_size, config.captions_per_image,
+                               config.accum, config.seed, machine.rank, machine.world, self.pad_to)
+        self.steps_per_epoch = len(self.batches.members) / config.batch_size
+        self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
+
+    def make_model(self):
+        """Both towers from scratch, sizes from the options."""
+        c = self.config
+        torch.manual_seed(c.seed)
+        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
+        vision = ViTConfig(image_size=c.image_size, patch_size=c.patch_size, class_token=False, stem=c.stem, **sizes)
+        room = c.max_tokens + 2 + (vision.n_patches if c.model == "prefix" else 0)
+        text = GPTConfig(block_size=room, vocab_size=self.tokenizer.vocab_size, **sizes)
+        image_token = self.first if c.model == "prefix" else None
+        return build(VLMConfig(model=c.model, vision=vision, text=text, wiring=c.wiring, image_token=image_token))
+
+    def loader(self, start):
+        """The steps from `start` on, made ahead of time: by worker processes where there is decoding or a GPU to feed."""
+        workers = self.config.workers if self.machine.cuda or not self.store.in_memory else 0
+        return torch.utils.data.DataLoader(self.batches, batch_size=None, sampler=range(start, self.total_steps),
+                                           num_workers=workers, pin_memory=self.machine.cuda)
+
+    def save(self, model, scores):
+        """The best model so far: what it is, how it reads text, its weights. sample.py needs nothing else."""
+        write_json(self.out / "config.json", {
+            "task": self.config.task, "model": self.config.model, "sizes": to_dict(model.config),
+            "recipe": asdict(self.recipe), "first": self.first, "end": self.end, "max_tokens": self.config.max_tokens,
+            "dataset": self.dataset.name, "scores": scores, "options": asdict(self.config)})
+        self.tokenizer.save(self.out / "tokenizer.json")
+        save_safetensors(model.state_dict(), self.out / "model.safetensors", {"format": "pt"})
+
+    def save_state(self, model, optimizer, step, best, log):
+        """All that --resume needs to go on from `step` as if nothing had happened. One file: no kill can split it."""
+        state = {"step": step, "best": best, "log": log, "options": asdict(self.config), "model": model.state_dict(),
+                 "optimizer": optimizer.state_dict(), "scaler": self.machine.scaler.state_dict(),
+                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if self.machine.cuda else []}
+        atomic_write(self.out / "state.pt", lambda file: torch.save(state, file))
+        self.write_log(log)
+
+    def load_state(self, model, optimizer):
+        """Put everything back where save_state took it from; returns (step, best, log)."""
+        state = read_state(self.out)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.machine.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if self.machine.cuda and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return state["step"], state["best"], state["log"]
+
+    def write_log(self, log):
+        """log.csv, a line per logged step, and the same as curves.png."""
+        text = io.StringIO()
+        names = ["step", "train_loss", "val_loss", "shuffled_loss", "lr", "grad_norm", "ms", "images_per_s"]
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+        atomic_write(self.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+        series = {name: [(row["step"], row[key]) for row in log if key in row] for name, key in
+                  (("training", "train_loss"), ("validation", "val_loss"), ("wrong image", "shuffled_loss"))}
+        image = curves(series, f"{self.dataset.name}, {self.config.model}: loss (nats per token) by step")
+        atomic_write(self.out / "curves.png", lambda file: image.save(file, "PNG"))
+
+
+def read_state(out):
+    try:
+        return torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{out / 'state.pt'} is damaged ({type(error).__name__}); start again without --resume") from None
+
+
+def make_optimizer(model, config):
+    """AdamW, a group per part (its own rate) and kind: matrices decay; norms, biases and embeddings do not."""
+    factor = {"bridge": 1.0, "decoder": config.lr_decoder, "vision": config.lr_vision}
+    tables = {id(p) for name, p in model.named_parameters() if name.endswith(("wte.weight", "wpe.weight", "pos", "cls"))}
+    groups = []
+    for part, params in model.parts().items():
+        for decays in (True, False):
+            chosen = [p for p in params if (p.dim() >= 2 and id(p) not in tables) == decays]
+            pull = config.weight_decay if decays else 0.0
+            groups += [{"params": chosen, "weight_decay": pull, "factor": factor[part]}] if chosen else []
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=next(model.parameters()).is_cuda)
+
+
+def open_parts(model, config, epoch):
+    """Staged unfreezing: new layers learn from the start, the rest from its epoch on. True if anything changed."""
+    changed = False
+    for part, since in (("decoder", config.open_decoder), ("vision", config.open_vision)):
+        for p in model.parts()[part]:
+            changed |= p.requires_grad != (epoch >= since)
+            p.requires_grad_(epoch >= since)
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at what was learned.
+
+@torch.no_grad()
+def evaluate(model, run, split, limit=None):
+    """Mean loss in nats per token over a split, and the same with every image exchanged for its neighbour's.
+
+    If the second is no larger than the first, the model is not looking.
+    """
+    model.eval()
+    true = shuffled = n = 0.0
+    batches = eval_batches(run.store, run.texts, split, max(2, run.config.batch_size), limit)
+    for k, batch in enumerate(batches):
+        if k % run.machine.world == run.machine.rank:           # each process takes its share
+            img, idx, targets = batch.to(run.machine.device, run.recipe)
+            with run.machine.autocast():
+                true += model(img, idx, targets)[1].item() * batch.n_targets
+                shuffled += model(img.roll(1, dims=0), idx, targets)[1].item() * batch.n_targets
+            n += batch.n_targets
+    model.train()
+    true, shuffled, n = run.machine.total(true, shuffled, n)
+    return true / n, shuffled / n
+
+
+def caption(model, run, members, **how):
+    """What the model says about the images `members`: greedily, unless `how` (generate's arguments) says otherwise."""
+    model.eval()
+    said = []
+    for start in range(0, len(members), 64):
+        img = normalise(run.store.get(members[start:start + 64]).to(run.machine.device), run.recipe)
+        with run.machine.autocast():
+            rows = generate(model, img, [[run.first]] * len(img), run.config.max_tokens, eos_id=run.end, **how)
+        said += [run.tokenizer.decode(row).strip() for row in rows]
+    model.train()
+    return said
+
+
+def score(dataset, members, said):
+    """{"name": value}: exact meaning on shapes, BLEU-4 and CIDEr-D on photographs, and how many captions are distinct."""
+    distinct = len(set(said)) / len(said)
+    if dataset.name == "shapes":
+        right = [meaning(text) == meaning(dataset.captions[i][0]) for i, text in zip(members, said)]
+        return {"exact": sum(right) / len(right), "distinct": distinct}
+    found = metrics.score_captions(said, [dataset.captions[i] for i in members])
+    return {**found, "distinct": distinct}
+
+
+def look(run, model, step, best):
+    """Evaluate, say what came out, keep the model if it is the best so far. Returns (val loss, shuffled loss)."""
+    val, shuffled = evaluate(model, run, "val", run.config.eval_images)
+    if run.machine.main:
+        members = run.store.usable("val")[:24]
+        said = caption(model, run, members)
+        run.machine.say(f"step {step}: validation loss {val:.3f}, perplexity {math.exp(min(val, 50)):.2f}, with images "
+                        f"exchanged {shuffled:.3f}; {len(set(said))} of {len(said)} sample captions are distinct")
+        for i, text in list(zip(members, said))[:3]:
+            run.machine.say(f"    {text!r}   truth: {run.dataset.captions[i][0]!r}")
+        if val < best:
+            run.save(model, {"val_loss": val, "perplexity": math.exp(min(val, 50)), "shuffled_loss": shuffled, "step": step})
+    return val, shuffled
+
+
+def finish(run, model):
+    """Caption the test split with the best weights; print, score and draw the result, and say what to run next."""
+    model.load_state_dict(load_safetensors(run.out / "model.safetensors"))
+    members = run.store.usable("test")[:run.config.test_images]
+    said = caption(model, run, members)
+    scores = score(run.dataset, members, said)
+    print(f"\n{len(members)} held-out images, captioned greedily by the best model:")
+    for i, text in list(zip(members, said))[:8]:
+        print(f"    says   {text}\n    truth  {run.dataset.captions[i][0]}\n")
+    print("test split: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    config = read_json(run.out / "config.json")
+    write_json(run.out / "config.json", {**config, "scores": {**config["scores"], **{f"test {k}": v for k, v in scores.items()}}})
+    pictures = [run.dataset.open(i) for i in members[:16]]
+    sheet = caption_sheet(pictures, said[:16])
+    atomic_write(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
+    atomic_write(run.out / "example.png", lambda file: pictures[0].save(file, "PNG"))
+    place = "" if str(run.out) == "out" else f" --out-dir {run.out}"
+    print(f"{run.out}/samples.png shows sixteen of them, {run.out}/curves.png how it learned. Now try\n"
+          f"    python sample.py --image {run.out}/example.png{place}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train(run):
+    """The loop. Returns the trained model, or None when it was stopped before the end."""
+    config, machine = run.config, run.machine
+    model = run.make_model().to(machine.device)
+    optimizer = make_optimizer(model, config)
+    step, best, log = 0, math.inf, []
+    if config.resume:
+        step, best, log = run.load_state(model, optimizer)
+    machine.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; steps {step} to {run.total_steps} of "
+                f"{config.batch_size} images x {config.captions_per_image} captions, {config.epochs:g} epochs, on "
+                f"{machine.world} x {machine.device}, {str(machine.dtype)[6:]}")
+    stop = []                                                   # Ctrl-C: finish the step, save, leave; twice: leave at once
+    signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
+    fast, losses, norm = None, [], torch.zeros(())
+    begin, begin_step, mark = time.perf_counter(), step, time.perf_counter()
+    model.train()
+
+    for micro_batches in run.loader(step):
+        # The rate of this step, and the parts of the model that may learn by now.
+        lr = one_cycle(step, run.total_steps, config.lr, pct_start=config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        if open_parts(model, config, step / run.steps_per_epoch) or fast is None:
+            fast = machine.prepare(model, micro_batches[0].to(machine.device, run.recipe))
+
+        # Micro-batches: each adds its share of the gradient. DDP takes the mean over processes, we want the sum.
+        for k, batch in enumerate(micro_batches):
+            img, idx, targets = batch.to(machine.device, run.recipe, run.augment)
+            more = k + 1 < len(micro_batches)
+            with fast.no_sync() if machine.world > 1 and more else nullcontext():
+                with machine.autocast():
+                    loss = fast(img, idx, targets)[1] * batch.share
+                machine.scaler.scale(loss * machine.world).backward()
+            losses.append(loss.detach())                        # .item() here would make the host wait for the GPU
+
+        # Clip and step.
+        machine.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        machine.scaler.step(optimizer)
+        machine.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # Log. Only here are numbers read off the device, so only here can a bad one be seen.
+        end = step == run.total_steps
+        evaluating = end or step % config.eval_interval == 0
+        leaving = step == config.stop_after or (stop and machine.world == 1)
+        if end or evaluating or leaving or step % config.log_interval == 0:
+            n = step - (log[-1]["step"] if log else 0)
+            values = torch.stack(losses).view(n, -1).sum(dim=1).tolist() if losses else []     # one per step
+            if not all(map(math.isfinite, values)):
+                bad = step - n + 1 + [math.isfinite(v) for v in values].index(False)
+                raise UserError(f"the loss of step {bad} is not finite; lower --lr, and go on from the last save with --resume")
+            total, stops = machine.total(sum(values), len(stop))
+            leaving = leaving or stops > 0
+            now = time.perf_counter()
+            ms = 1000 * (now - mark) / n
+            log.append({"step": step, "train_loss": total / n, "lr": lr, "grad_norm": norm.item(), "ms": ms,
+                        "images_per_s": 1000 * config.batch_size / ms})
+            left = (now - begin) / (step - begin_step) * (run.total_steps - step) / 60
+            machine.say(f"step {step}/{run.total_steps}  loss {total / n:.3f}  lr {lr:.1e}  norm {norm.item():.2f}  {ms:.0f} ms"
+                        f"  {1000 * config.batch_size / ms:.0f} images/s  {left:.1f} min left")
+            losses, mark = [], now
+
+        # Evaluate, save, leave.
+        if evaluating:
+            val, shuffled = look(run, model, step, best)
+            best = min(best, val)
+            log[-1].update(val_loss=val, shuffled_loss=shuffled)
+            mark = time.perf_counter()
+        if (evaluating or leaving) and machine.main:
+            run.save_state(model, optimizer, step, best, log)
+        if leaving and not end:
+            machine.say(f"stopped after step {step}; go on with: python train.py --resume --out-dir {run.out}")
+            return None
+    return model
+
+
+def resumed_options(config, out):
+    """The options of the saved run: --resume means the same run, so a flag that says otherwise is refused."""
+    if not (out / "state.pt").exists():
+        print(f"{out} holds no saved state yet: starting from the beginning")
+        return config, False
+    saved = TrainConfig(**read_state(out)["options"])
+    free = ("resume", "out_dir", "stop_after", "device", "workers", "cache", "data_dir", "log_interval")
+    defaults = TrainConfig()
+    for f in fields(TrainConfig):
+        now, then = getattr(config, f.name), getattr(saved, f.name)
+        if f.name in free:
+            setattr(saved, f.name, then if now == getattr(defaults, f.name) and f.name not in free[:3] else now)
+        elif now != then and now != getattr(defaults, f.name):
+            raise UserError(f"--resume continues the run in {out}, made with --{f.name.replace('_', '-')} {then}, not {now}; "
+                            "drop the flag, or start a new run in another --out-dir")
+    return saved, True
+
+
+def main():
+    config = parse_config(TrainConfig, presets=PRESETS, description="Train a model to talk about pictures.")
+    if config.resume:
+        config, config.resume = resumed_options(config, Path(config.out_dir))
+    machine = Machine(config)
+    run = Run(config, machine)
+    try:
+        model = train(run)
+        if model is not None and machine.main:
+            finish(run, model)
+    finally:
+        if machine.world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main)
