@@ -1,0 +1,346 @@
+"""How good is a caption, a retrieval, an answer? The scores papers print, computed as the official scripts do.
+
+    tokenize                    Stanford's Penn Treebank rules (CoreNLP 3.4.1), applied by coco-caption before scoring
+    bleu, rouge_l, cider        coco-caption (Papineni 2002, Lin 2004, Vedantam 2015), its quirks included, to 1e-6
+    recall_at_k, vqa_accuracy   retrieval both ways (Karpathy 2015); agreement with ten humans (Antol 2015, Goyal 2017)
+
+BLEU and ROUGE ask how many words and runs of words a caption shares with its references; CIDEr also asks how telling
+they are: "dog on the" is in every caption, "catching a frisbee" is not. Left out: METEOR and SPICE (WordNet, a
+parser and Java). Numbers are comparable only after the same tokenisation, so it comes first and is most of this file.
+"""
+import math
+from collections import Counter
+from functools import lru_cache
+
+import numpy as np
+import regex
+
+from .config import UserError
+
+
+class MetricError(UserError, ValueError):
+    """Scores were asked of inputs that do not fit together (no images, no references, lists of different lengths)."""
+
+
+# ----- 1. Tokens: Penn Treebank rules for captions -----
+# A lexer stands at one place of the text, tries every rule and keeps the longest match; Python's `|` keeps the first
+# that fits, so the rules below go from the greedy to the plain. What no rule claims (spaces, commas, quotes, emoji) is
+# skipped: coco-caption drops it anyway. <NAME> stands for a piece of the table. Left out: file and phone numbers, HTML.
+
+_PIECES = {
+    "L": r"[\p{L}\p{M}]",                                      # a letter of any script
+    "A": r"[\p{L}\p{M}\p{Nd}]",                                # a letter or a digit
+    "Q": "['’]",                                               # the apostrophe, straight or curly
+    "Q2": "['’`‘‛]",                                           # ... or a quote mark mistyped for one inside a word
+    "CLITIC": "(?:[msdMSD]|(?i:re|ve|ll))",                    # what hangs on an apostrophe: 's 'd 'm 're 've 'll
+    "STOP": r"(?:\.(?=[,;:]))?",                               # "dog.," a period before a comma stays with its word
+    "END": r"(?![\p{L}\p{M}\p{Nd}]|[-_/]\w|[.!?]\p{L}|\.[,;:])",    # no longer word begins here
+    "ACRONYM": r"[A-Za-z](?:\.[A-Za-z])*\.",                   # U.S., p.m., and any single letter: "plan b."
+    # These keep their period: titles, firms, months, states. Those that are also words need their capital.
+    "ABBREVIATION": r"""(?:(?i:mr|mrs|ms|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm|rev|maj|sgt|cpl|pvt
+        |capt|ste?|ave|pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|mt|ft|adj|adv|asst|assoc|ens|insp|mlle|mme|msgr|sfc
+        |jr|sr|bros|(?:ed|ph)\.d|ph|esq|blvd|rd|bldg|dept|inc|cos?|corp|ltd|plc|rt|pp?t[ye]s?|bancorp|bhd|assn|univ|intl
+        |sys|invt|elec|natl|m[ft]g|wm|jos|cie|alex|treas|tel|est|ext|sq|etc|al|seq|vs|cf|jan|feb|mar|apr|jun|jul|aug
+        |sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|ala|ariz|calif|colo|conn|ct|dak|fla|ga|ind|kans?|ky|md|mich|minn
+        |mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo)
+        |A(?i:z|rk)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass|iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash))\.""",
+    # These begin a sentence, so a single letter before them gives up its period: "Plan B. The", but "U. Miami".
+    "OPENER": r"""(?:About|According|Additionally|After|An?|As|At|But|Earlier|Her?|Here|However|If|In|It|Last|Many|More
+        |M[rs]\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|When|While
+        |What|Yet|You)""",
+}
+
+_RULES = r"""
+  (?i: can(?=not<END>) | (?:gon|wan)(?=na<END>) | got(?=ta<END>) | (?:lem|gim)(?=me<END>) | 't(?=is|was) )    # can|not
+| [A-Za-z]+ (?=\s)                                              # nearly every token: letters up to a space
+| (?i:https?)://[^\s"<>|(){}]+[^\s"<>|.!?(){},-]                # links: https://..., www.name.tld, name.com
+| (?: (?i:www)\.(?:[^\s"<>|.!?(){},]+\.)+[A-Za-z]{2,4} | (?:[^\s"`'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu)(?!<A>) )
+  (?:/[^\s"<>|()]+[^\s"<>|.!?(){},-])?
+| [A-Za-z0-9][^\s"<>|(){}]*@[^\s"<>|(){}.]+(?:\.[^\s"<>|(){}.]+)*   # anything@anything is mail
+| </?[A-Za-z][\w:.-]*[ ]*/?> | @[A-Za-z_]\w* | \#<L>+ | [cC]\+\+ | [cCfF]\#     # <unk> @name #tag C++ C#
+| \d{1,4}[- ]\d{1,4}/\d{1,4}                                    # "1 1/2" is one token, with a no-break space inside
+| [A-Za-z0-9]+(?:-[A-Za-z]+){0,2} (?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}     # and/or, w/o, 1/2, 10/11/2008
+| (?: [A-Za-z0-9][A-Za-z0-9.,]*(?=-) | (?:[dDlLoO]<Q2>(?=<A>{2}))?<A>+ )        # t-shirt, 1.5-liter, U.S.-made,
+  (?: [-_‐‑] (?: <ACRONYM>(?<=\..\.) | (?:[dDlLoO]<Q2>(?=<A>{2}))?<A>+ ) )+ <STOP>      # non-U.S., cat-o'nine, a_b
+| (?i:pro|anti)- | -(?i:[lr][rcs]b)- | [A-Z]*\$                 # "pro- and"; -LRB- from earlier tokenising; US$
+| [A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+ <STOP>                        # AT&T stays whole, at&t does not
+| [A-Za-z] (?=\.\s+<OPENER>\s)                                  # Plan B|. The
+| (?: <ACRONYM> | <ABBREVIATION> | (?i:ca|figs?|prop|nos?|art|pp|op)\.(?=\s?\d) ) (?!<L>)       # p.m. st. no.|7
+| [dDlLoO]<Q2><A>{2,}                                           # o'clock, O'Malley
+| (?i: (?:dunkin|somethin|ol)<Q> | cont'd\.? | nor'easter | c'mon | e'er | s'mores | ev'ry | li'l | nat'l | cap<Q>n )
+| [A-HJ-XZn]<Q2>(?!<CLITIC>(?!<L>))<L>{2,} | <L>+(?<=<L>[aeiouyAEIOUY])<Q2>(?!<CLITIC>(?!<L>))[aeiouA-Z]<L>*    # ma'am
+| [A-Za-z]*[A-MO-Za-mo-z] (?=[nN]<Q2>[tT])                      # does|n't, ca|n't
+| [nN]<Q2>[tT] | <Q><CLITIC>(?![A-Za-z]) | ’<CLITIC>          # the other half: n't, 's
+| <Q>[2-9]0[sS] | <Q>\d\d(?=\s) | <Q>(?i:em|till?|cause) | <Q>[nN](?:<Q>|(?!\S))        # '90s '08 'em rock 'n' roll
+| [yYlLdDjJ]<Q>(?!<CLITIC>)                                     # y'|all
+| <L><A>*(?:[.!?]<L><A>*)* <STOP>                               # a word; a forgotten space glues two: "people.They"
+| [-+]?\d*(?:[.:,]\d+)+ | [-+]\d+ | \d<A>* <STOP>               # 3,000 5:30 .5 -5; 4x4, 3rd, 1950s
+| [<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]] (?![A-Za-z0-9])           # a smiley :-)
+| -+ | [?!]+ | \.{3,5} | '' | &(?i:amp|lt|gt|quot|nbsp|\#\d+);  # "-" and "!" are dropped below, "!!" is not
+| @+ | \#+ | _+ | \*+ | << | >>
+| [=/(){}\[\]<>+%&~^|\\¢-©¬®-º¼-¾×÷†-‣‰-‸⁄€℀-⯿]                 # symbols that stand alone
+"""
+_SPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "¢": "cents", "£": "#",
+            "¤": "$", "€": "$", "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", " ": "\u00a0",
+            "&amp;": "&", "&lt;": "<", "&gt;": ">"}
+# Brackets survive: the official list says -LRB- but is compared with lower-cased text. "---" is "--" to Stanford.
+_DROPPED = frozenset("'' ? ! - -- --- ---- ... .... ..... &quot; &nbsp;".split())
+
+
+@lru_cache(maxsize=1)
+def _lexer():
+    return regex.compile(regex.sub("<([A-Z]+[0-9]?)>", lambda name: _PIECES[name[1]], _RULES), regex.VERBOSE).findall
+
+
+def tokenize(caption):
+    """Words of one caption: Stanford PTB, lower case, punctuation dropped.
+
+    tokenize('The man\'s dog can\'t catch "it" (yet).')  ->  the man 's dog ca n't catch it -lrb- yet -rrb-
+    """
+    tokens = []
+    for token in _lexer()(caption.replace("\u00ad", "").replace("&apos;", "'") + "\n"):     # U+00AD: the soft hyphen
+        if token.isalpha():
+            tokens.append(token.lower())
+        elif token.lower() not in _DROPPED:
+            for mark, spelled in () if token.isascii() and token.isalnum() else _SPELLED.items():
+                token = token.replace(mark, spelled)
+            curly = len(token) <= 3 and not token[-1].isdigit()  # ’s n’t become 's n't; o’clock stays
+            tokens.append((regex.sub("[’`‘‛]", "'", token) if curly else token).lower())
+    return tokens
+
+
+# ----- 2. Captions: BLEU, ROUGE-L, CIDEr-D -----
+# All three take candidates (one tokenised string per image) and references (a list of such strings per image).
+
+def _check_captions(candidates, references):
+    if isinstance(candidates, str) or len(candidates) != len(references):
+        raise MetricError(f"captions are scored image by image, but there are {len(candidates)} candidates and "
+                          f"{len(references)} lists of references; give one candidate and one list per image")
+    if not len(candidates):
+        raise MetricError("there is no caption to score; give at least one image (is the split empty?)")
+    for i, refs in enumerate(references):
+        if isinstance(refs, str) or not len(refs):
+            raise MetricError(f"image {i} has {'a bare string' if isinstance(refs, str) else 'nothing'} where its list "
+                              "of reference captions belongs; give every image at least one reference in a list")
+
+
+def _ngrams(caption, longest=4):
+    """Counts of all 1- to 4-grams, keyed by tuple, and the length. "a b a" -> {("a",): 2, ("a", "b"): 1, ...}, 3"""
+    words = caption.split()
+    return Counter(gram for n in range(longest) for gram in zip(*(words[i:] for i in range(n + 1)))), len(words)
+
+
+def bleu(candidates, references):
+    """Corpus BLEU-1..4, each in 0..1: geometric mean of clipped n-gram precisions times a penalty for short output.
+
+    Counts are summed over all images before dividing (it is not a mean of sentence scores, and there is no smoothing).
+    Clipping: "the the the" against "the dog" gets credit for one "the", not three. The reference length
+    that counts is the one closest to the candidate's, the shorter if two are. An empty candidate adds only penalty.
+    Raises MetricError on an empty set, on lists of different lengths and on an image without references.
+    """
+    _check_captions(candidates, references)
+    correct, guessed, words_out, words_ref = [0] * 4, [0] * 4, 0, 0
+    for candidate, refs in zip(candidates, references):
+        counts, length = _ngrams(candidate)
+        refs = [_ngrams(ref) for ref in refs]
+        words_out += length
+        words_ref += min((ref_length for _, ref_length in refs), key=lambda n: (abs(n - length), n))
+        for n in range(4):
+            guessed[n] += max(0, length - n)
+        for gram, count in counts.items():
+            correct[len(gram) - 1] += min(count, max(ref_counts.get(gram, 0) for ref_counts, _ in refs))
+    ratio = (words_out + 1e-15) / (words_ref + 1e-9)  # coco-caption's guards against 0 / 0
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, []
+    for n in range(4):
+        product *= (correct[n] + 1e-15) / (guessed[n] + 1e-9)
+        scores.append(product ** (1 / (n + 1)) * penalty)
+    return scores
+
+
+def _lcs(a, b):
+    """Length of the longest common subsequence. "a dog on grass", "the dog runs on grass" (as lists) -> 3"""
+    row = [0] * (len(b) + 1)                        # row[j]: the answer for the words of a so far and the first j of b
+    for word in a:
+        corner = 0                                                                  # the row above, one column left
+        for j, other in enumerate(b, 1):
+            corner, row[j] = row[j], corner + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(candidates, references):
+    """Mean over images of ROUGE-L in 0..1: an F-score (beta 1.2: recall weighs more) of the longest common subsequence.
+
+    Best precision and best recall are taken over the references separately, so they may come from two of them.
+    Raises MetricError as bleu does.
+    """
+    _check_captions(candidates, references)
+    beta2, total = 1.2 ** 2, 0.0
+    for candidate, refs in zip(candidates, references):
+        words, refs = candidate.split(" "), [ref.split(" ") for ref in refs]  # "" is one empty word, as in the original
+        common = [_lcs(ref, words) for ref in refs]
+        precision, recall = max(common) / len(words), max(c / len(ref) for c, ref in zip(common, refs))
+        if recall:
+            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)
+    return total / len(candidates)
+
+
+def cider(candidates, references):
+    """CIDEr-D, mean over images, 0 to 10: cosine of tf-idf n-gram vectors, averaged over n = 1..4 and the references.
+
+    An n-gram weighs its count times log(images / images whose references use it), so a phrase that fits every image
+    weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
+    (sigma 6) punishes a different length. Raises MetricError as bleu does.
+    """
+    _check_captions(candidates, references)
+    references = [[_ngrams(ref)[0] for ref in refs] for refs in references]
+    seen_in = Counter(gram for refs in references for gram in set().union(*refs))
+    log_images = math.log(len(references))
+    weight = {gram: log_images - math.log(images) for gram, images in seen_in.items()}
+
+    def vector(counts):
+        weights, norm, length = {}, [0.0] * 4, 0
+        for gram, count in counts.items():
+            weights[gram] = value = count * weight.get(gram, log_images)
+            norm[len(gram) - 1] += value * value
+            length += count if len(gram) == 2 else 0                                # the official length counts bigrams
+        return weights, norm, length
+
+    total = 0.0
+    for candidate, refs in zip(candidates, references):
+        weights, norm, length = vector(_ngrams(candidate)[0])
+        for ref_weights, ref_norm, ref_length in map(vector, refs):
+            dots = [0.0] * 4
+            for gram in weights.keys() & ref_weights.keys():
+                dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]
+            cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
+            total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2)) / len(refs)
+    return total / len(candidates)
+
+
+def score_captions(candidates, references):
+    """All caption scores from raw text: one sentence per image, a list of reference sentences per image.
+
+    -> {"BLEU-1": .., ..., "BLEU-4": .., "ROUGE-L": .., "CIDEr-D": ..}; papers print 100 times that.
+    """
+    _check_captions(candidates, references)
+    candidates = [" ".join(tokenize(caption)) for caption in candidates]
+    references = [[" ".join(tokenize(caption)) for caption in refs] for refs in references]
+    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu(candidates, references), 1)}
+    return {**scores, "ROUGE-L": rouge_l(candidates, references), "CIDEr-D": cider(candidates, references)}
+
+
+# ----- 3. Retrieval -----
+
+def _ranks(queries, gallery, query_ids, gallery_ids):
+    """Rank (1 is best) of each query's best own item among the others' items. (Q, D), (G, D), (Q,), (G,) -> (Q,)
+
+    A tie with a stranger counts against us, and so does a NaN: a model that says the same of everything comes last.
+    """
+    ranks, gallery = [], gallery.T.astype(np.float64)                               # (D, G)
+    step = max(1, 2 ** 22 // len(gallery_ids))  # 32 MB of scores at a time, whatever Q x G
+    for start in range(0, len(queries), step):
+        # float64, then rounded: equal vectors must tie although the matrix product may sum them in another order
+        scores = (queries[start:start + step].astype(np.float64) @ gallery).astype(np.float32)      # (b, G)
+        own = query_ids[start:start + step, None] == gallery_ids                    # (b, G)
+        best = np.where(own & ~np.isnan(scores), scores, -np.inf).max(1, keepdims=True)             # (b, 1)
+        strangers = (~own & ~(scores < best)).sum(1)  # "not less": true for ties and for NaN
+        ranks.append(np.where(best[:, 0] > -np.inf, strangers + 1.0, np.inf))
+    return np.concatenate(ranks)
+
+
+def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
+    """Retrieval both ways. Score = dot product, so L2-normalise the rows first for cosine (as CLIP.encode_* does).
+
+    image_emb (N, D), text_emb (M, D): arrays or tensors; owner (M,): index of each text's image.
+    Returns {"image_to_text": {"R@1": .., ..., "R@10": .., "median_rank": ..}, "text_to_image": {...}}, R@K in 0..1.
+    image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is.
+    Memory does not grow with N x M. Raises MetricError when shapes disagree or an image owns no text.
+    """
+    image_emb, text_emb, owner = (np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x)
+                                  for x in (image_emb, text_emb, owner))
+    flat = image_emb.ndim != 2 or text_emb.ndim != 2
+    if flat or image_emb.shape[1] != text_emb.shape[1] or owner.shape != text_emb.shape[:1]:
+        raise MetricError(f"recall needs images (N, D), texts (M, D) and owners (M,), but the shapes are "
+                          f"{image_emb.shape}, {text_emb.shape} and {owner.shape}")
+    lonely = np.setdiff1d(np.arange(len(image_emb)), owner)
+    if not owner.size or len(lonely) or owner.min() < 0 or owner.max() >= len(image_emb):
+        raise MetricError(f"owner must name every one of the {len(image_emb)} images (0 to {len(image_emb) - 1}) "
+                          f"and no other; images without a text: {lonely[:5].tolist()}")
+    images = np.arange(len(image_emb))
+    result = {"image_to_text": _ranks(image_emb, text_emb, images, owner),
+              "text_to_image": _ranks(text_emb, image_emb, owner, images)}
+    return {way: {**{f"R@{k}": float((ranks <= k).mean()) for k in ks}, "median_rank": float(np.median(ranks))}
+            for way, ranks in result.items()}
+
+
+# ----- 4. Visual question answering -----
+# The official script mends missing apostrophes from a table. Every entry of it is a word below with one apostrophe
+# taken out: "couldnt've" and "couldn'tve" both become "couldn't've". (Its I'm and I've cannot match lower case.)
+
+_APOSTROPHES = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+_DIGITS = {"none": "0"} | {word: str(n) for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
+
+
+@lru_cache(maxsize=1)
+def _contractions():
+    table = {word[:i] + word[i + 1:]: word for word in _APOSTROPHES.split() for i, c in enumerate(word) if c == "'"}
+    return table | {"somebody'd": "somebodyd"}  # sic: the official entry is backwards
+
+
+def _normalize_answer(text):
+    """The official clean-up: "The two dogs." -> "2 dogs"."""
+    glue = regex.search(r"\d,\d", text) is not None  # "1,000": then every mark is deleted
+    cleaned = text
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        near_space = mark + " " in text or " " + mark in text
+        cleaned = cleaned.replace(mark, "" if near_space or glue else " ")
+    # The original hands its flag to the wrong argument, so only the first 32 periods go; "1.5" keeps its own
+    cleaned = regex.sub(r"\.(?!\d)", "", cleaned, count=32)
+    words = [_DIGITS.get(word, word) for word in cleaned.lower().split()]
+    return " ".join(_contractions().get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def _answer_score(prediction, humans):
+    """Agreement with the humans, each compared with the others: m matches of ten give 0, .3, .6, .9, then 1."""
+    prediction, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *humans))
+    if len(set(humans)) > 1 or len(humans) == 1:          # official: ten equal answers are compared as they are typed
+        clean = {text: _normalize_answer(text) for text in {prediction, *humans}}
+        prediction, humans = clean[prediction], [clean[text] for text in humans]
+    matches = sum(human == prediction for human in humans)
+    others = min(3, len(humans) - 1)
+    if not others:
+        return float(matches)
+    left_out = matches * min(1, (matches - 1) / others) + (len(humans) - matches) * min(1, matches / others)
+    return left_out / len(humans)
+
+
+def vqa_accuracy(predictions, answers, answer_types=None):
+    """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten.
+
+    For each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than
+    four humans "three" becomes all the others; a single answer must be equal after clean-up.
+    answer_types, one word per question ("yes/no", "number", "other"): then returns {"overall": .., "number": ..}.
+    Raises MetricError on an empty set, lists of different lengths, or a question nobody answered.
+    """
+    lengths = [len(x) for x in (predictions, answers, answer_types) if x is not None]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise MetricError("VQA needs one prediction, one list of answers and one type (if any) per question, but the "
+                          f"lengths are {lengths}; give at least one question and lists of one length")
+    for i, humans in enumerate(answers):
+        if isinstance(humans, str) or not len(humans):
+            raise MetricError(f"question {i} has no list of human answers ({humans!r}); give at least one")
+    scores = [_answer_score(prediction, humans) for prediction, humans in zip(predictions, answers)]
+    overall = sum(scores) / len(scores)
+    if answer_types is None:
+        return overall
+    kinds = {kind: [s for s, t in zip(scores, answer_types) if t == kind] for kind in dict.fromkeys(answer_types)}
+    return {"overall": overall, **{kind: sum(part) / len(part) for kind, part in kinds.items()}}
