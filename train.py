@@ -204,8 +204,9 @@ class Run:
     def loader(self, start):
         """The steps from `start` on, made ahead of time: by worker processes where there is decoding or a GPU to feed."""
         workers = self.config.workers if self.machine.cuda or not self.store.in_memory else 0
+        # its own generator: the loader draws a seed for its workers, which must not come out of the run's random numbers
         return torch.utils.data.DataLoader(self.batches, batch_size=None, sampler=range(start, self.total_steps),
-                                           num_workers=workers, pin_memory=self.machine.cuda)
+                                           num_workers=workers, pin_memory=self.machine.cuda, generator=torch.Generator())
 
     def save(self, model, scores):
         """The best model so far: what it is, how it reads text, its weights. sample.py needs nothing else."""
@@ -442,6 +443,23 @@ def train(run):
     return model
 
 
+def check_options(c):
+    """Numbers that cannot work together are refused before anything is read or written."""
+    rules = [(c.image_size % c.patch_size == 0, f"--image-size {c.image_size} is no multiple of --patch-size {c.patch_size}"),
+             (c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} does not divide among --n-head {c.n_head} heads"),
+             (c.stem == "patch" or c.patch_size & (c.patch_size - 1) == 0, f"--stem conv needs a power of 2, not --patch-size {c.patch_size}"),
+             (c.stem == "patch" or c.n_embd % c.patch_size == 0, f"--stem conv needs --n-embd to be a multiple of --patch-size {c.patch_size}"),
+             (c.vocab_size >= 300, f"--vocab-size {c.vocab_size} is too small: 256 bytes, 5 special tokens and some merges need 300")]
+    rules += [(getattr(c, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(c, name)}") for name in
+              ("epochs", "batch_size", "captions_per_image", "accum", "lr", "n_layer", "n_head", "max_tokens", "eval_interval",
+               "log_interval", "eval_images", "test_images", "n_scenes")]
+    rules += [(0 <= getattr(c, name) < 1, f"--{name} must be at least 0 and below 1, not {getattr(c, name)}") for name in
+              ("dropout", "crop", "jitter", "warmup")]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
 def resumed_options(config, out):
     """The options of the saved run: --resume means the same run, so a flag that says otherwise is refused."""
     if not (out / "state.pt").exists():
@@ -464,6 +482,7 @@ def main():
     config = parse_config(TrainConfig, presets=PRESETS, description="Train a model to talk about pictures.")
     if config.resume:
         config, config.resume = resumed_options(config, Path(config.out_dir))
+    check_options(config)
     machine = Machine(config)
     run = Run(config, machine)
     try:

@@ -1,0 +1,278 @@
+"""The three scripts, run for real at tiny size: every promise of the README that a small machine can check."""
+import csv
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+import train
+from conftest import ROOT
+from test_data import album
+from tinyvlm.config import run_script
+from tinyvlm.weights import load_safetensors
+
+TINY = ["--n-scenes", "48", "--image-size", "32", "--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--vocab-size", "320",
+        "--batch-size", "8", "--epochs", "2", "--eval-interval", "4", "--log-interval", "1", "--dropout", "0.1", "--jitter", "0.2",
+        "--crop", "0.2"]
+
+
+def run(script, *argv, code=0):
+    """Call a script's main() as the shell would; returns nothing, fails on another exit code."""
+    old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, argv)]
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        run_script(script.main)
+        assert code == 0, "the script ended well, but should not have"
+    except SystemExit as stop:
+        assert stop.code == code
+    finally:
+        sys.argv = old
+        signal.signal(signal.SIGINT, handler)
+
+
+def losses(out):
+    return {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(open(out / "log.csv"))}
+
+
+def same_run(a, b):
+    """Two runs left the same: weights, optimizer, log (but for the times), bit for bit."""
+    assert losses(a) == losses(b)
+    one, two = (torch.load(x / "state.pt", weights_only=True) for x in (a, b))
+    assert one["step"] == two["step"] and one["best"] == two["best"] and torch.equal(one["rng"], two["rng"])
+    for key, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][key]), key
+    for k, slot in one["optimizer"]["state"].items():
+        assert all(torch.equal(slot[name], two["optimizer"]["state"][k][name]) for name in slot)
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    run(train, *TINY, "--out-dir", out)
+    return out
+
+
+def test_training_leaves_a_complete_folder(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json", "state.pt", "log.csv", "curves.png", "samples.png", "example.png"}
+    config = json.loads((trained / "config.json").read_text())
+    assert config["task"] == "caption" and config["scores"]["perplexity"] > 1 and "test exact" in config["scores"]
+    seen = losses(trained)
+    assert list(seen) == list(range(1, 13)) and seen[12] < seen[1]
+    for name in ("curves.png", "samples.png", "example.png"):
+        Image.open(trained / name).verify()
+
+
+def test_the_command_printed_at_the_end_works(tmp_path, capsys):
+    run(train, *TINY, "--out-dir", tmp_path / "r", "--epochs", "0.2", "--model", "prefix")
+    printed = capsys.readouterr().out
+    assert "held-out images" in printed and "truth" in printed and "test split: exact" in printed and "min left" in printed
+    command = re.search(r"python sample.py (.+)", printed)[1]
+    run(sample, *command.split())
+    assert "example.png: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [[], ["--num-beams", "3"], ["--temperature", "1.0", "--top-k", "5", "--seed", "3"],
+                                 ["--temperature", "0.7", "--top-p", "0.9", "--seed", "3"], ["--prompt", "a large"]])
+def test_sample_on_files_and_folders_as_json(trained, tmp_path, capsys, how):
+    album(tmp_path, n=3, captions=False)
+    argv = ["--image", trained / "example.png", tmp_path / "Images", "--out-dir", trained, "--json", *how]
+    run(sample, *argv)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(line) for line in lines] == [{"image", "caption"}] * 4
+    if "--prompt" in how:
+        assert all(line["caption"].startswith("a large") for line in lines)
+    run(sample, *argv, "--batch-size", "4")
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert again == lines                                                         # repeatable: greedy, or by the seed
+
+
+def test_sample_from_an_address_and_attention(trained, tmp_path, capsys):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(trained))
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    run(sample, "--image", f"{url}/example.png", "--out-dir", trained, "--attention", tmp_path / "look.png")
+    run(sample, "--image", trained / "example.png", "--out-dir", trained)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.split(": ")[1:] == two.split(": ")[1:] or one.split("example.png: ")[1] == two.split("example.png: ")[1]
+    assert Image.open(tmp_path / "look.png").size[0] > 500
+    run(sample, "--image", f"{url}/none.png", "--out-dir", trained, code=2)
+    assert "404" in capsys.readouterr().err
+    run(sample, "--image", f"{url}/log.csv", "--out-dir", trained, code=2)
+    assert "not an image" in capsys.readouterr().err
+    server.shutdown()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--image", "x.png", "--out-dir", "nothing-here"], "python train.py"), (["--image", "no-such.png"], "no-such.png"),
+    ([], "--image"), (["--imgae", "x"], "--image"), (["--image", "EXAMPLE", "--prompt", "a " * 99], "shorten"),
+    (["--image", "EXAMPLE", "--num-beams", "2", "--temperature", "1"], "--temperature"), (["--image", "EMPTY"], "holds no images")])
+def test_sample_mistakes_are_one_sentence(trained, tmp_path, capsys, argv, words):
+    argv = [{"EXAMPLE": trained / "example.png", "EMPTY": tmp_path}.get(a, a) for a in argv]
+    run(sample, *(argv if "--out-dir" in argv else [*argv, "--out-dir", trained]), code=2)
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    argv = ["--image", trained / "example.png", "--out-dir", tmp_path]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "task": "clip"}))
+    run(sample, *argv, code=2)
+    assert "--task clip" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    run(sample, *argv, code=2)
+    assert "config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-100])
+    run(sample, *argv, code=2)
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--preset", "huge"], "laptop"), (["--lerning-rate", "1"], "error"), (["--n-objects", "9"], "--n-objects"),
+    (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"), (["--batch-size", "7", "--accum", "2"], "--batch-size 7"),
+    (["--device", "cuda"], "cuda"), (["--device", "tpu9"], "tpu9"), (["--image-size", "30"], "--image-size 30")])
+def test_train_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, argv, words):
+    if argv == ["--device", "cuda"] and torch.cuda.is_available():
+        argv, words = ["--device", "cuda:99"], "cuda:99"
+    run(train, *TINY, *argv, "--out-dir", tmp_path / "r", code=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words in error and error.startswith("error: ") and not (tmp_path / "r").exists()
+
+
+def test_a_non_finite_loss_names_its_step(tmp_path, capsys):
+    run(train, *TINY, "--out-dir", tmp_path / "r", "--lr", "1e30", "--grad-clip", "0", "--log-interval", "5", code=2)
+    assert re.search(r"the loss of step [2345] is not finite", capsys.readouterr().err)
+
+
+def test_data_prepares_and_draws(tmp_path, capsys):
+    run(data, "--sheet", tmp_path / "a.png", "--n-scenes", "50")
+    folder = album(tmp_path / "album")
+    (folder / "Images" / "4.jpg").write_bytes(b"broken")
+    run(data, "--dataset", "folder", "--data-dir", folder, "--sheet", tmp_path / "b.png", code=2)
+    out, err = capsys.readouterr()
+    assert "train     50 images" in out and "4.jpg" in out and "1 broken" in out and "1 of 20 images are broken" in err
+    assert Image.open(tmp_path / "a.png").size[0] > 700 and Image.open(tmp_path / "b.png").size[0] > 700
+
+
+def test_photographs_lockstep_and_several_captions_an_image(tmp_path, capsys):
+    folder = album(tmp_path / "album")
+    argv = ["--dataset", "folder", "--data-dir", folder, "--out-dir", tmp_path / "r", "--image-size", "16", "--captions-per-image", "5",
+            "--n-layer", "2", "--n-embd", "32", "--n-head", "2", "--batch-size", "4", "--epochs", "2", "--wiring", "lockstep",
+            "--vocab-size", "300", "--max-tokens", "30", "--clean", "words", "--cache", "none", "--accum", "2"]
+    run(train, *argv)
+    out = capsys.readouterr().out
+    assert "BLEU-4" in out and "no official split" in out and "decoded as they are needed" in out
+
+
+def test_staged_unfreezing_opens_the_parts_in_their_epochs(tmp_path):
+    """Decoder from epoch 1, vision from epoch 1.5: until then their weights must be the initial ones, bit for bit."""
+    argv = [*TINY, "--open-decoder", "1", "--open-vision", "1.5", "--epochs", "2", "--eval-interval", "1000"]
+    states = []
+    for stop in (1, 6, 8, 11):                                                    # 6 steps an epoch
+        run(train, *argv, "--stop-after", stop, "--out-dir", tmp_path / str(stop))
+        states.append(torch.load(tmp_path / str(stop) / "state.pt", weights_only=True)["model"])
+
+    def moved(a, b):
+        names = [n for n in a if not torch.equal(a[n], b[n])]
+        return {"vision" if n.startswith("vision") else "bridge" if "cross" in n or "bridge" in n else "decoder" for n in names}
+    assert moved(states[0], states[1]) == {"bridge"}
+    assert moved(states[1], states[2]) == {"bridge", "decoder"}
+    assert moved(states[2], states[3]) == {"bridge", "decoder", "vision"}
+
+
+def test_resume_equals_the_unbroken_run(trained, tmp_path, capsys):
+    """Stopped between evaluations, resumed: dropout, augmentation, order and optimizer go on as if nothing had been."""
+    run(train, *TINY, "--out-dir", tmp_path / "r", "--stop-after", "7")
+    assert "go on with" in capsys.readouterr().out
+    run(train, "--resume", "--out-dir", tmp_path / "r")
+    same_run(trained, tmp_path / "r")
+    run(train, "--resume", "--out-dir", tmp_path / "r", "--n-embd", "48", code=2)
+    assert "--n-embd 32, not 48" in capsys.readouterr().err
+    (tmp_path / "r" / "state.pt").write_bytes((tmp_path / "r" / "state.pt").read_bytes()[:2000])
+    run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
+    assert "state.pt is damaged" in capsys.readouterr().err
+
+
+def start(*argv, torchrun=False):
+    head = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={29500 + os.getpid() % 1000}"] if torchrun else []
+    return subprocess.Popen([sys.executable, *head, str(ROOT / "train.py"), *map(str, argv)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+
+
+def test_a_killed_run_resumes_to_the_same_end(trained, tmp_path):
+    """kill -9 in the middle of things, twice; what is on disk afterwards must always be whole."""
+    out = tmp_path / "r"
+    for after in ("step 6/12", "step 10/12"):
+        process = start(*TINY, "--out-dir", out, "--resume")
+        for line in process.stdout:
+            if after in line:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        load_safetensors(out / "model.safetensors")
+        json.loads((out / "config.json").read_text())
+    run(train, "--resume", "--out-dir", out)
+    same_run(trained, out)
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path):
+    process = start(*TINY, "--out-dir", tmp_path, "--epochs", "2000")
+    for line in process.stdout:
+        if "step 5/" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "stopped after step" in rest and (tmp_path / "state.pt").exists()
+
+
+def test_two_processes_give_the_same_curve_as_one(tmp_path):
+    argv = [*TINY, "--dropout", "0", "--accum", "2", "--eval-images", "4"]
+    run(train, *argv, "--out-dir", tmp_path / "one")
+    process = start(*argv, "--out-dir", tmp_path / "two", torchrun=True)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two)
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=2e-4), f"step {step}"
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
+    def broken(model):
+        raise RuntimeError("no C++ compiler here")
+    monkeypatch.setattr(torch, "compile", broken)
+    run(train, *TINY, "--out-dir", tmp_path, "--compile", "--epochs", "0.5")
+    assert "torch.compile failed (RuntimeError)" in capsys.readouterr().out and (tmp_path / "model.safetensors").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_the_old_run(trained, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "r"
+    run(train, *TINY, "--out-dir", out, "--stop-after", "4")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    run(train, "--resume", "--out-dir", out, code=2)
+    assert "No space left on device" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
