@@ -16,23 +16,25 @@ import pickle
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import CLEAN, Batches, DataConfig, ImageStore, Texts, eval_batches, load_dataset, meaning, report
+from data import CLEAN, Batches, DataConfig, ImageStore, Texts, eval_batches, load_dataset, report
 from tinyvlm import metrics
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.draw import caption_sheet, curves
 from tinyvlm.generate import generate
 from tinyvlm.gpt import GPTConfig
-from tinyvlm.image import Augment, Recipe, normalise, to_pil
+from tinyvlm.image import Augment, Recipe, normalise
+from tinyvlm.pretrained import load_gpt2, load_vit
 from tinyvlm.schedule import one_cycle
+from tinyvlm.shapes import meaning
 from tinyvlm.tokenizer import BPETokenizer
 from tinyvlm.vit import ViTConfig
-from tinyvlm.vlm import VLMConfig, build, to_dict
+from tinyvlm.vlm import MODELS, VLMConfig, build, to_dict
 from tinyvlm.weights import atomic_write, load_safetensors, read_json, save_safetensors, write_json
 
 START = END = "<|endoftext|>"
@@ -40,28 +42,33 @@ START = END = "<|endoftext|>"
 
 @dataclass
 class TrainConfig(DataConfig):      # and the data set's own options, see DataConfig in data.py
-    task: str = option("caption", "what to learn", choices=("caption",))
-    model: str = option("cross", "how the decoder sees: cross-attention, or <image> replaced by image tokens", ("cross", "prefix"))
-    wiring: str = option("final", "cross: all blocks see the last vision layer, or block i sees layer i", ("final", "lockstep"))
+    task: str = option("caption", "what to learn", ("caption",))
+    model: str = option("cross", "how the decoder sees: cross-attention, or image tokens in place of <image>", MODELS)
+    wiring: str = option("final", "cross: all blocks see the last vision layer, or block i sees layer i",
+                         ("final", "lockstep"))
     out_dir: str = option("out", "the run's folder")
     resume: bool = option(False, "continue the run in --out-dir, exactly")
     # the model
-    image_size: int = option(64, "pixels a side; more shows more and costs its square")
-    patch_size: int = option(8, "pixels a side of one image token")
-    stem: str = option("conv", "how patches are made: `patch` as in the paper, `conv` learns faster from little data", ("patch", "conv"))
-    n_layer: int = option(3, "blocks in each tower")
+    vision: str | None = option(None, "start from this public ViT: a Hub id or a folder; default: from scratch")
+    text: str | None = option(None, "start from this public GPT-2, with its tokenizer; default: from scratch")
+    image_size: int = option(64, "pixels a side; more shows more and costs its square (a public ViT brings its own)")
+    patch_size: int = option(16, "pixels a side of one image token")
+    stem: str = option("conv", "patches: as in the paper, or by small convolutions that learn faster from little data",
+                       ("patch", "conv"))
+    class_token: bool = option(False, "give the ViT its extra token; public ViTs have it, the captioners do without")
+    n_layer: int = option(2, "blocks in each tower")
     n_head: int = option(4, "attention heads")
     n_embd: int = option(128, "channels")
     dropout: float = option(0.0, "raise it (0.1) when the training loss falls and the validation loss does not")
     vocab_size: int = option(1024, "entries of the tokenizer that is trained on the captions")
     max_tokens: int = option(40, "longest caption, in tokens; longer ones are cut, counted and reported")
-    clean: str = option("none", "captions: as they are, lower-cased, or lower-cased words only", ("none", "lower", "words"))
+    clean: str = option("none", "captions: as they are, lower-cased, or lower-cased words only", tuple(CLEAN))
     # the training
-    epochs: float = option(6, "passes over the training images")
-    batch_size: int = option(64, "images a step, over all processes and micro-batches")
+    epochs: float = option(7, "passes over the training images")
+    batch_size: int = option(32, "images a step, over all processes and micro-batches")
     captions_per_image: int = option(1, "captions of each image a step; the vision tower runs once for all of them")
     accum: int = option(1, "split each step into this many micro-batches; raise it when memory runs out")
-    lr: float = option(2e-3, "peak learning rate; lower it for larger models or public weights")
+    lr: float = option(2e-3, "peak learning rate; lower it for larger models, much lower for public weights")
     lr_decoder: float = option(1.0, "the decoder's rate, as a factor of --lr (new layers always take --lr)")
     lr_vision: float = option(1.0, "the vision tower's rate, as a factor of --lr")
     open_decoder: float = option(0, "epoch from which the decoder learns; before, only the new layers do")
@@ -72,27 +79,35 @@ class TrainConfig(DataConfig):      # and the data set's own options, see DataCo
     grad_clip: float = option(1.0, "largest gradient norm; 0 for no limit")
     crop: float = option(0.0, "augment: random windows, leaving out at most this share of the area")
     jitter: float = option(0.0, "augment: brightness, contrast, saturation each by up to this factor")
-    flip: bool = option(True, "augment: mirror half of the images (never where captions say left and right)")
+    flip: bool = option(True, "augment: mirror half of the images, but none whose captions say left or right")
     # the machine
     device: str = option("auto", "cpu, cuda, mps or auto")
-    dtype: str = option("auto", "autocast to this; auto: bfloat16 or else float16 on cuda, float32 elsewhere",
+    dtype: str = option("auto", "number format of products; auto: bfloat16 or else float16 on cuda, float32 elsewhere",
                         ("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "torch.compile the model; the default is yes on cuda, no elsewhere")
-    cache: str = option("auto", "keep decoded images in memory, or decode them when needed", ("auto", "memory", "none"))
-    workers: int = option(2, "processes that decode images, when these are not in memory")
+    cache: str = option("auto", "decoded images: in memory if they fit, always, never", ("auto", "memory", "none"))
+    workers: int = option(2, "processes that prepare batches, on a GPU or when images are not in memory")
     # looking
-    eval_interval: int = option(250, "steps between evaluations (and saves)")
-    eval_images: int = option(400, "validation images each evaluation looks at")
+    eval_interval: int = option(625, "steps between evaluations (and saves)")
+    eval_images: int = option(500, "validation images each evaluation looks at")
     test_images: int = option(1000, "test images captioned at the end")
     log_interval: int = option(25, "steps between log lines")
     stop_after: int = option(0, "end after this step, as if interrupted (0: never); --resume goes on")
 
 
 PRESETS = {
-    "laptop": dict(dataset="flickr8k", image_size=128, patch_size=16, n_layer=4, n_head=4, n_embd=256, vocab_size=4096, clean="words",
-                   dropout=0.1, epochs=20, batch_size=32, captions_per_image=5, lr=1e-3, crop=0.3, jitter=0.2, eval_interval=375),
-    "gpu": dict(dataset="flickr8k", image_size=224, patch_size=16, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
-                dropout=0.1, epochs=40, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.4, jitter=0.3, eval_interval=200),
+    # real photographs from scratch on two cores: within 40 minutes
+    "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, vocab_size=4096, clean="words",
+                   max_tokens=24, dropout=0.1, epochs=12, captions_per_image=5, lr=1e-3, crop=0.3, jitter=0.2,
+                   eval_interval=376),
+    # the same at the size a GPU likes
+    "gpu": dict(dataset="flickr8k", image_size=224, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
+                max_tokens=32, dropout=0.1, epochs=40, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.4,
+                jitter=0.3, eval_interval=235),
+    # public weights: first the new cross-attention, then the decoder, then all, at gentle rates
+    "public": dict(dataset="flickr8k", vision="google/vit-base-patch16-224-in21k", text="openai-community/gpt2",
+                   max_tokens=40, dropout=0.1, epochs=8, batch_size=32, lr=1e-4, lr_decoder=0.3, lr_vision=0.1,
+                   open_decoder=1, open_vision=2, crop=0.3, eval_interval=376),
 }
 
 
@@ -109,7 +124,7 @@ class Machine:
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if kind.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu, or install a CUDA build")
+            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu or a CUDA build")
         if self.world > 1 and kind == "cuda":
             kind = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(kind)
@@ -151,7 +166,7 @@ class Machine:
                 with torch.random.fork_rng(), self.autocast():  # .. without disturbing the run's random numbers
                     fast = torch.compile(model)
                     fast(*example)[1].backward()
-            except Exception as error:                          # a compiler can raise anything; the plain model is right
+            except Exception as error:                          # a compiler can raise anything
                 fast, self.compile = model, False
                 self.say(f"torch.compile failed ({type(error).__name__}); going on without it, slower")
             model.zero_grad(set_to_none=True)
@@ -172,18 +187,21 @@ class Run:
         self.config, self.machine, self.out = config, machine, Path(config.out_dir)
         self.dataset = load_dataset(config)
         machine.say(report(self.dataset))
-        self.recipe = Recipe(size=config.image_size)
-        self.store = ImageStore(self.dataset, ("train", "val", "test"), self.recipe, config.cache, config.allow_broken, machine.say)
+        # public weights bring their own picture size and tokenizer; from scratch these are ours to choose
+        self.vit = load_vit(config.vision) if config.vision else None
+        self.gpt = load_gpt2(config.text, special_tokens=("<image>",)) if config.text else None
+        self.recipe = self.vit.recipe if self.vit else Recipe(size=config.image_size)
+        self.store = ImageStore(self.dataset, ("train", "val", "test"), self.recipe, config.cache, config.allow_broken,
+                                machine.say)
         clean = CLEAN[config.clean]
-        texts = [clean(c) for i in self.dataset.splits["train"] for c in self.dataset.captions[i]]
-        self.tokenizer = BPETokenizer.train(texts, config.vocab_size)
+        words = (clean(c) for i in self.dataset.splits["train"] for c in self.dataset.captions[i])
+        self.tokenizer = self.gpt.tokenizer if self.gpt else BPETokenizer.train(words, config.vocab_size)
         self.end = self.tokenizer.token_to_id(END)
         self.first = self.tokenizer.token_to_id("<image>") if config.model == "prefix" else self.end
         self.texts = Texts(self.dataset.captions, self.tokenizer, self.first, self.end, config.max_tokens, clean)
         if self.texts.cut:
             machine.say(f"{self.texts.cut} captions are longer than --max-tokens {config.max_tokens} and were cut")
-        flip = config.flip and not self.dataset.speaks_of_sides
-        self.augment = Augment(config.crop, config.jitter, flip) if config.crop or config.jitter or flip else None
+        self.augment = Augment(config.crop, config.jitter, config.flip)
         self.pad_to = config.max_tokens + 1 if machine.compile else None          # one shape, one compilation
         self.batches = Batches(self.store, self.texts, "train", config.batch_size, config.captions_per_image,
                                config.accum, config.seed, machine.rank, machine.world, self.pad_to)
@@ -191,22 +209,34 @@ class Run:
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
 
     def make_model(self):
-        """Both towers from scratch, sizes from the options."""
+        """Each tower from the public weights, or from scratch with the sizes of the options."""
         c = self.config
         torch.manual_seed(c.seed)
         sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
-        vision = ViTConfig(image_size=c.image_size, patch_size=c.patch_size, class_token=False, stem=c.stem, **sizes)
+        vision = replace(self.vit.config, n_class=0, dropout=c.dropout) if self.vit else ViTConfig(
+            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, **sizes)
         room = c.max_tokens + 2 + (vision.n_patches if c.model == "prefix" else 0)
-        text = GPTConfig(block_size=room, vocab_size=self.tokenizer.vocab_size, **sizes)
-        image_token = self.first if c.model == "prefix" else None
-        return build(VLMConfig(model=c.model, vision=vision, text=text, wiring=c.wiring, image_token=image_token))
+        text = replace(self.gpt.config, dropout=c.dropout) if self.gpt else GPTConfig(
+            block_size=room, vocab_size=self.tokenizer.vocab_size, **sizes)
+        if text.block_size < room:
+            raise UserError(f"--text {c.text} reads at most {text.block_size} tokens; image and caption need {room}")
+        model = build(VLMConfig(model=c.model, vision=vision, text=text, wiring=c.wiring,
+                                image_token=self.first if c.model == "prefix" else None))
+        if self.vit:
+            model.vision.load_state_dict({k: v for k, v in self.vit.state_dict().items() if not k.startswith("head.")})
+        if self.gpt:                                            # all but the new cross-attention, which starts at zero
+            missing, extra = model.text.load_state_dict(self.gpt.state_dict(), strict=False)
+            new = [name for name in missing if "cross" not in name]
+            assert not extra and not new, f"GPT weights do not fit the decoder: missing {new}, extra {extra}"
+        return model
 
     def loader(self, start):
-        """The steps from `start` on, made ahead of time: by worker processes where there is decoding or a GPU to feed."""
+        """The steps from `start` on; made ahead by worker processes where there is decoding or a GPU to feed."""
         workers = self.config.workers if self.machine.cuda or not self.store.in_memory else 0
-        # its own generator: the loader draws a seed for its workers, which must not come out of the run's random numbers
-        return torch.utils.data.DataLoader(self.batches, batch_size=None, sampler=range(start, self.total_steps),
-                                           num_workers=workers, pin_memory=self.machine.cuda, generator=torch.Generator())
+        # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
+        return torch.utils.data.DataLoader(
+            self.batches, batch_size=None, sampler=range(start, self.total_steps), num_workers=workers,
+            pin_memory=self.machine.cuda, generator=torch.Generator())
 
     def save(self, model, scores):
         """The best model so far: what it is, how it reads text, its weights. sample.py needs nothing else."""
@@ -251,16 +281,19 @@ class Run:
 
 
 def read_state(out):
+    """The content of a run's state.pt, or a UserError."""
+    path = out / "state.pt"
     try:
-        return torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{out / 'state.pt'} is damaged ({type(error).__name__}); start again without --resume") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None
 
 
 def make_optimizer(model, config):
     """AdamW, a group per part (its own rate) and kind: matrices decay; norms, biases and embeddings do not."""
     factor = {"bridge": 1.0, "decoder": config.lr_decoder, "vision": config.lr_vision}
-    tables = {id(p) for name, p in model.named_parameters() if name.endswith(("wte.weight", "wpe.weight", "pos", "cls"))}
+    names = (".wte.weight", ".wpe.weight", ".pos", ".cls")
+    tables = {id(p) for name, p in model.named_parameters() if name.endswith(names)}
     groups = []
     for part, params in model.parts().items():
         for decays in (True, False):
@@ -318,13 +351,13 @@ def caption(model, run, members, **how):
 
 
 def score(dataset, members, said):
-    """{"name": value}: exact meaning on shapes, BLEU-4 and CIDEr-D on photographs, and how many captions are distinct."""
-    distinct = len(set(said)) / len(said)
+    """{"name": value}: exact meaning on shapes, the papers' scores on photographs; the share of distinct captions."""
+    truths = [dataset.captions[i] for i in members]
+    distinct = {"distinct": len(set(said)) / len(said), "distinct in truth": len({t[0] for t in truths}) / len(truths)}
     if dataset.name == "shapes":
-        right = [meaning(text) == meaning(dataset.captions[i][0]) for i, text in zip(members, said)]
-        return {"exact": sum(right) / len(right), "distinct": distinct}
-    found = metrics.score_captions(said, [dataset.captions[i] for i in members])
-    return {**found, "distinct": distinct}
+        right = [meaning(text) == meaning(truth[0]) for text, truth in zip(said, truths)]
+        return {"exact": sum(right) / len(right), **distinct}
+    return {**metrics.score_captions(said, truths), **distinct}
 
 
 def look(run, model, step, best):
@@ -338,7 +371,8 @@ def look(run, model, step, best):
         for i, text in list(zip(members, said))[:3]:
             run.machine.say(f"    {text!r}   truth: {run.dataset.captions[i][0]!r}")
         if val < best:
-            run.save(model, {"val_loss": val, "perplexity": math.exp(min(val, 50)), "shuffled_loss": shuffled, "step": step})
+            run.save(model, {"val_loss": val, "perplexity": math.exp(min(val, 50)), "shuffled_loss": shuffled,
+                             "step": step})
     return val, shuffled
 
 
@@ -353,7 +387,8 @@ def finish(run, model):
         print(f"    says   {text}\n    truth  {run.dataset.captions[i][0]}\n")
     print("test split: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     config = read_json(run.out / "config.json")
-    write_json(run.out / "config.json", {**config, "scores": {**config["scores"], **{f"test {k}": v for k, v in scores.items()}}})
+    config["scores"].update({f"test {name}": value for name, value in scores.items()})
+    write_json(run.out / "config.json", config)
     pictures = [run.dataset.open(i) for i in members[:16]]
     sheet = caption_sheet(pictures, said[:16])
     atomic_write(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
@@ -373,10 +408,11 @@ def train(run):
     step, best, log = 0, math.inf, []
     if config.resume:
         step, best, log = run.load_state(model, optimizer)
-    machine.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; steps {step} to {run.total_steps} of "
-                f"{config.batch_size} images x {config.captions_per_image} captions, {config.epochs:g} epochs, on "
-                f"{machine.world} x {machine.device}, {str(machine.dtype)[6:]}")
-    stop = []                                                   # Ctrl-C: finish the step, save, leave; twice: leave at once
+    n_params = sum(p.numel() for p in model.parameters())
+    machine.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {run.total_steps} of {config.batch_size} images x "
+                f"{config.captions_per_image} captions, {config.epochs:g} epochs, on {machine.world} x "
+                f"{machine.device}, {str(machine.dtype)[6:]}")
+    stop = []                                                   # Ctrl-C: finish the step, save, leave; twice: at once
     signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
     fast, losses, norm = None, [], torch.zeros(())
     begin, begin_step, mark = time.perf_counter(), step, time.perf_counter()
@@ -417,7 +453,8 @@ def train(run):
             values = torch.stack(losses).view(n, -1).sum(dim=1).tolist() if losses else []     # one per step
             if not all(map(math.isfinite, values)):
                 bad = step - n + 1 + [math.isfinite(v) for v in values].index(False)
-                raise UserError(f"the loss of step {bad} is not finite; lower --lr, and go on from the last save with --resume")
+                raise UserError(f"the loss of step {bad} is not finite; lower --lr and start again (the weights of the "
+                                "last good evaluation are kept)")
             total, stops = machine.total(sum(values), len(stop))
             leaving = leaving or stops > 0
             now = time.perf_counter()
@@ -425,8 +462,8 @@ def train(run):
             log.append({"step": step, "train_loss": total / n, "lr": lr, "grad_norm": norm.item(), "ms": ms,
                         "images_per_s": 1000 * config.batch_size / ms})
             left = (now - begin) / (step - begin_step) * (run.total_steps - step) / 60
-            machine.say(f"step {step}/{run.total_steps}  loss {total / n:.3f}  lr {lr:.1e}  norm {norm.item():.2f}  {ms:.0f} ms"
-                        f"  {1000 * config.batch_size / ms:.0f} images/s  {left:.1f} min left")
+            machine.say(f"step {step}/{run.total_steps}  loss {total / n:.3f}  lr {lr:.1e}  norm {norm.item():.2f}  "
+                        f"{ms:.0f} ms  {1000 * config.batch_size / ms:.0f} images/s  {left:.1f} min left")
             losses, mark = [], now
 
         # Evaluate, save, leave.
@@ -445,17 +482,23 @@ def train(run):
 
 def check_options(c):
     """Numbers that cannot work together are refused before anything is read or written."""
-    rules = [(c.image_size % c.patch_size == 0, f"--image-size {c.image_size} is no multiple of --patch-size {c.patch_size}"),
-             (c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} does not divide among --n-head {c.n_head} heads"),
-             (c.stem == "patch" or c.patch_size & (c.patch_size - 1) == 0, f"--stem conv needs a power of 2, not --patch-size {c.patch_size}"),
-             (c.stem == "patch" or c.n_embd % c.patch_size == 0, f"--stem conv needs --n-embd to be a multiple of --patch-size {c.patch_size}"),
-             (c.vocab_size >= 300, f"--vocab-size {c.vocab_size} is too small: 256 bytes, 5 special tokens and some merges need 300")]
-    rules += [(getattr(c, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(c, name)}") for name in
-              ("epochs", "batch_size", "captions_per_image", "accum", "lr", "n_layer", "n_head", "max_tokens", "eval_interval",
-               "log_interval", "eval_images", "test_images", "n_scenes")]
-    rules += [(0 <= getattr(c, name) < 1, f"--{name} must be at least 0 and below 1, not {getattr(c, name)}") for name in
-              ("dropout", "crop", "jitter", "warmup")]
+    above_zero = ("epochs", "batch_size", "captions_per_image", "accum", "lr", "n_layer", "n_head", "n_embd",
+                  "n_scenes", "image_size", "patch_size", "max_tokens", "eval_interval", "log_interval", "eval_images",
+                  "test_images")
+    rules = [(getattr(c, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(c, name)}")
+             for name in above_zero]
+    rules += [(0 <= getattr(c, name) < 1, f"--{name} must be at least 0 and below 1, not {getattr(c, name)}")
+              for name in ("dropout", "crop", "jitter", "warmup")]
+    rules += [(c.vocab_size >= 300, f"--vocab-size {c.vocab_size} is too small: bytes and special tokens need 300")]
     for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+    power = c.stem == "patch" or c.patch_size & (c.patch_size - 1) == 0
+    for holds, sentence in (
+            (c.image_size % c.patch_size == 0,
+             f"--image-size {c.image_size} is no multiple of --patch-size {c.patch_size}"),
+            (c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} does not divide among --n-head {c.n_head} heads"),
+            (power, f"--stem conv halves the picture: --patch-size {c.patch_size} is no power of 2")):
         if not holds:
             raise UserError(sentence)
 
@@ -473,8 +516,8 @@ def resumed_options(config, out):
         if f.name in free:
             setattr(saved, f.name, then if now == getattr(defaults, f.name) and f.name not in free[:3] else now)
         elif now != then and now != getattr(defaults, f.name):
-            raise UserError(f"--resume continues the run in {out}, made with --{f.name.replace('_', '-')} {then}, not {now}; "
-                            "drop the flag, or start a new run in another --out-dir")
+            raise UserError(f"--resume continues the run in {out}, made with --{f.name.replace('_', '-')} {then}, not "
+                            f"{now}; drop the flag, or start a new run in another --out-dir")
     return saved, True
 
 

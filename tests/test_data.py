@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import data
-from data import (COLORS, IGNORE, OPPOSITE, SHAPES, Batches, Dataset, ImageStore, Shapes, Texts, Thing, ask, describe,
-                  draw_scene, eval_batches, load_dataset, make_scene, meaning, pad_rows, photos, step_order)
+from data import IGNORE, Batches, Dataset, ImageStore, Shapes, Texts, eval_batches, load_dataset, pad_rows, photos, step_order
 from tinyvlm.config import UserError
 from tinyvlm.image import Recipe
+from tinyvlm.shapes import COLORS, OPPOSITE, SHAPES, Thing, ask, describe, draw_scene, make_scene, meaning
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +242,17 @@ def test_processes_and_micro_batches_share_one_step():
     assert torch.equal(torch.cat([p.draw for p in parts], 1), whole.draw)         # same augmentation, however split
     assert sum(p.share for p in parts) == pytest.approx(1) and whole.share == 1
     assert all(p.n_targets == int((p.targets != IGNORE).sum()) for p in parts)
+
+
+def test_images_whose_captions_say_left_or_right_are_never_mirrored():
+    captions = [["a dog left of a cat"], ["a dog"], ["Two cats", "the one on the right jumps"]]
+    ds = Dataset("toy", list("abc"), captions, {"train": [0, 1, 2]})
+    assert [ds.may_flip(i) for i in range(3)] == [False, True, False]
+    batches = toy(n=20, batch_size=20)
+    batches.store.dataset.may_flip = lambda i: i >= 10
+    picks = [i for i, _ in step_order(20, 20, 0, seed=0)]
+    assert all(value == 1 for value, i in zip(batches[0][0].draw[4].tolist(), picks) if i < 10)
+    assert all(value < 1 for value, i in zip(batches[0][0].draw[4].tolist(), picks) if i >= 10)
 
 
 def test_batches_that_do_not_divide_are_refused():

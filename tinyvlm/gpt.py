@@ -23,6 +23,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768           # C
+    n_hidden: int | None = None # width inside the MLP; None: 4 C
     dropout: float = 0.0
     cross: bool = False         # give every block cross-attention over image features
     activation: str = "gelu_tanh"
@@ -47,7 +48,8 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, causal=True, cross=c.cross, activation=c.activation,
-                                          eps=c.eps, dropout=c.dropout) for _ in range(c.n_layer))
+                                          eps=c.eps, dropout=c.dropout, n_hidden=c.n_hidden)
+                                    for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
         init_weights(self, c.n_layer)
 

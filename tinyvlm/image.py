@@ -165,17 +165,19 @@ def augment(img, how, draw):
     """Augment a whole batch on its device: img (B, 3, H, W) floats in 0..1 -> same shape.
 
     draw (8, B): numbers in 0..1 that decide everything, made by the caller, so that a resumed run or one split over
-    several processes repeats them. Crop, aspect and flip are one affine map per image, sampled in a single call.
+    several processes repeats them. A crop is one affine map per image, all sampled in a single call.
     """
     B = len(img)
-    if how.crop or how.flip:
+    if how.flip:
+        mirrored = (draw[4] < 0.5).to(img.device).view(B, 1, 1, 1)
+        img = torch.where(mirrored, img.flip(-1), img)
+    if how.crop:
         area = 1 - how.crop * draw[0]                                             # (B,) share of the image kept
-        aspect = torch.exp((2 * draw[1] - 1) * math.log(4 / 3)) if how.crop else torch.ones(B)
+        aspect = torch.exp((2 * draw[1] - 1) * math.log(4 / 3))
         w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
         x0, y0 = (1 - w) * (2 * draw[2] - 1), (1 - h) * (2 * draw[3] - 1)         # centre of the window in -1..1
-        mirror = torch.where(draw[4] < 0.5, -1.0, 1.0) if how.flip else torch.ones(B)
         zero = torch.zeros(B)
-        theta = torch.stack([w * mirror, zero, x0, zero, h, y0], dim=1).view(B, 2, 3)       # output -> input
+        theta = torch.stack([w, zero, x0, zero, h, y0], dim=1).view(B, 2, 3)      # from output to input places
         grid = F.affine_grid(theta, list(img.shape), align_corners=False).to(img.device)    # (B, H, W, 2)
         img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)
     if how.jitter:

@@ -74,7 +74,8 @@ class KVCache:
         end = self.length + T
         assert end <= self.max_len, f"the cache holds {self.max_len} tokens, {end} were given"
         if self.self_kv[layer] is None:
-            self.self_kv[layer] = [t.new_empty(B, n_head, self.max_len, head_dim) for t in (k, v)]
+            # zeros, not empty: a masked slot counts 0 times its content, and 0 times a stray NaN would be NaN
+            self.self_kv[layer] = [t.new_zeros(B, n_head, self.max_len, head_dim) for t in (k, v)]
         keys, values = self.self_kv[layer]
         mask = None
         if self.lengths is None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .cnn import BatchNorm2d, conv
 from .transformer import Block, init_weights
 
 
@@ -36,17 +37,32 @@ class ViTConfig:
 
 
 def conv_stem(patch_size, n_embd):
-    """Halve the picture log2(P) times with 3x3 convolutions, doubling the channels each time, up to C.
+    """Halve the picture log2(P) times with 3x3 convolutions, doubling the channels (from 32 on) each time, up to C.
 
     P=16, C=256:  (B, 3, 128, 128) -> (B, 32, 64, 64) -> (B, 64, 32, 32) -> (B, 128, 16, 16) -> (B, 256, 8, 8)
     """
     steps = patch_size.bit_length() - 1
     assert 2 ** steps == patch_size, f"a convolutional stem halves the picture: patch_size {patch_size} is no power of 2"
-    widths = [3] + [n_embd >> (steps - 1 - i) for i in range(steps)]
+    widths = [3] + [min(n_embd, max(32, n_embd >> (steps - 1 - i))) for i in range(steps)]
     layers = []
     for c_in, c_out in zip(widths, widths[1:]):
-        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, c_out), nn.ReLU()]
+        layers += [conv(c_in, c_out, 3, stride=2), BatchNorm2d(c_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(n_embd, n_embd, 1))
+
+
+def wave_positions(n_side, n_embd, class_token=False):
+    """First values of the position table (1, [1 +] n_side^2, C): waves along x and y of ever longer period.
+
+    The table is learned, but from small random numbers a little data does not teach it what is left of what; from waves
+    the arrangement is there at the start ("Better plain ViT baselines", Beyer et al. 2022, keeps them fixed).
+    """
+    quarter = -(-n_embd // 4)
+    rates = 1e4 ** -(torch.arange(quarter) / quarter)                             # (C/4,) from 1 down to 1/10000
+    angle = torch.arange(n_side)[:, None] * rates                                 # (n_side, C/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                           # (n_side, C/2)
+    x, y = wave[None].expand(n_side, -1, -1), wave[:, None].expand(-1, n_side, -1)       # row y, column x
+    grid = torch.cat([x, y], dim=2).flatten(0, 1)[:, :n_embd]                     # (n_side^2, C)
+    return torch.cat([torch.zeros(int(class_token), n_embd), grid])[None]
 
 
 class ViT(nn.Module):
@@ -57,7 +73,7 @@ class ViT(nn.Module):
         self.patch = (conv_stem(c.patch_size, c.n_embd) if c.stem == "conv" else
                       nn.Conv2d(3, c.n_embd, c.patch_size, stride=c.patch_size, bias=c.patch_bias))
         self.cls = nn.Parameter(torch.zeros(1, 1, c.n_embd)) if c.class_token else None
-        self.pos = nn.Parameter(0.02 * torch.randn(1, c.n_patches + c.class_token, c.n_embd))
+        self.pos = nn.Parameter(wave_positions(c.image_size // c.patch_size, c.n_embd, c.class_token))
         self.ln_pre = nn.LayerNorm(c.n_embd, eps=c.eps) if c.pre_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, activation=c.activation, eps=c.eps, dropout=c.dropout,
