@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,13 +30,14 @@ from tinyvlm.draw import caption_sheet, progress
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import augment, load_image, normalise, to_uint8
 from tinyvlm.shapes import ask, describe, draw_scene, make_scene
-from tinyvlm.weights import atomic_write
+from tinyvlm.weights import atomic_write, read_json
 
 
 @dataclass
 class DataConfig:
+    """Options of the data, shared by data.py and train.py."""
     dataset: str = option("shapes", "which data set", choices=("shapes", "flickr8k", "folder"))
-    data_dir: str | None = option(None, "folder that holds it, or will; default data/NAME")
+    data_dir: str | None = option(None, "folder that holds it; default data/NAME, downloaded if it is not there")
     n_objects: int = option(2, "shapes: scenes hold one to this many objects (1, 2 or 3)")
     n_scenes: int = option(20000, "shapes: training scenes; a tenth as many, at most 1000, are held out twice")
     seed: int = option(0, "decides the scenes of `shapes` and any split that is not official")
@@ -44,6 +46,7 @@ class DataConfig:
 
 @dataclass
 class SheetConfig(DataConfig):
+    """.. and of the contact sheet."""
     sheet: str = option("out/sheet.png", "where to write the contact sheet")
 
 
@@ -93,6 +96,10 @@ class Shapes(Dataset):
     def open(self, i):
         return draw_scene(self.scenes[i], random.Random(f"{self.seed}/paint/{i}"))
 
+    def may_flip(self, i):
+        """Of two things the one further left is often named first, so only lone things can be mirrored."""
+        return len(self.scenes[i]) == 1 and super().may_flip(i)
+
     def questions(self, i):
         return ask(self.scenes[i], random.Random(f"{self.seed}/ask/{i}"))
 
@@ -100,6 +107,8 @@ class Shapes(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Photographs: a folder of images and a file of captions, in the layouts people have.
 
+CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "captions.csv", "captions.jsonl", "metadata.jsonl")
+NAME_COLUMNS, CAPTION_COLUMNS = ("image", "file_name", "filename", "image_name"), ("caption", "text", "comment")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 KAGGLE_FLICKR8K = "https://www.kaggle.com/api/v1/datasets/download/adityajn105/flickr8k"
 GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
@@ -116,7 +125,7 @@ def find_files(folder, names):
 
 
 def read_captions(path):
-    """A caption file of any public layout -> {image name: [caption, ..]}, in file order.
+    """A caption file of any public layout -> {image name: [caption, ..]} in file order, and the number of bad lines.
 
     CSV with a header (image,caption: quotes obeyed; Kaggle), `name.jpg#2<TAB>caption` (the original Flickr text),
     `name.jpg<TAB>caption`, or one json object a line with image/file_name and caption/captions/text.
@@ -126,32 +135,38 @@ def read_captions(path):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the captions in {path}: {error}") from None
     captions, bad = {}, 0
-    rows = _jsonl_rows(text, path) if path.suffix == ".jsonl" else _table_rows(text)
-    for name, caption in rows:
-        if name and caption and caption.strip():
-            captions.setdefault(name.strip(), []).append(" ".join(caption.split()))
-        else:
-            bad += 1
+    try:
+        for name, caption in _jsonl_rows(text, path) if path.suffix == ".jsonl" else _table_rows(text, path):
+            if name.strip() and caption.strip():
+                captions.setdefault(name.strip(), []).append(" ".join(caption.split()))
+            else:
+                bad += 1
+    except csv.Error as error:
+        raise UserError(f"{path} is no proper CSV ({error}); a quote left open is the usual cause") from None
     if not captions:
         raise UserError(f"{path} holds no captions; each line should name an image and say what it shows")
     return captions, bad
 
 
-def _table_rows(text):
+def _table_rows(text, path):
     if "\t" in text.partition("\n")[0]:
-        for line in text.splitlines():
+        for number, line in enumerate(text.splitlines()):
             name, _, caption = line.partition("\t")
-            yield re.sub(r"#\d+$", "", name), caption
+            if number or name.strip().lower() not in NAME_COLUMNS:                # a header is welcome, not required
+                yield re.sub(r"#\d+$", "", name), caption
         return
     rows = csv.reader(io.StringIO(text), skipinitialspace=True)
     header = [cell.strip().lower() for cell in next(rows, [])]
-    name = next((header.index(n) for n in ("image", "file_name", "filename", "image_name") if n in header), None)
-    caption = next((header.index(n) for n in ("caption", "text", "comment") if n in header), None)
+    name = next((header.index(n) for n in NAME_COLUMNS if n in header), None)
+    caption = next((header.index(n) for n in CAPTION_COLUMNS if n in header), None)
     if name is None or caption is None:
-        raise UserError(f"a caption table begins with the line `image,caption`, not {','.join(header)[:60]!r}")
+        raise UserError(f"{path} should begin with the line `image,caption`, not {','.join(header)[:60]!r}")
     for row in rows:
-        if row:
-            yield row[name], row[caption] if len(row) > caption else ""
+        if len(row) > len(header) and caption != len(header) - 1:
+            raise UserError(f"line {rows.line_num} of {path} has more cells than the header; put quotes round commas")
+        if row:             # commas without quotes split a caption that stands last; cutting it there would be silent
+            yield row[name] if len(row) > name else "", ", ".join(row[caption:] if caption + 1 == len(header) else
+                                                                  row[caption:caption + 1])
 
 
 def _jsonl_rows(text, path):
@@ -162,35 +177,63 @@ def _jsonl_rows(text, path):
             row = json.loads(line)
             name = row.get("image") or row["file_name"]
             texts = row.get("captions") or [row.get("caption") or row["text"]]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f'line {number} of {path} should be like {{"image": "a.jpg", "caption": "a dog"}}') from None
+            if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            wanted = '{"image": "a.jpg", "caption": "a dog"}'
+            raise UserError(f"line {number} of {path} should be like {wanted}") from None
         for caption in texts:
             yield name, caption
+
+
+def find_images(folder, names):
+    """{name: path within folder} of the named images that are there: by path, or by file name wherever it lies."""
+    by_path, by_name = {}, {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_TYPES and "__MACOSX" not in path.parts:
+            inner = path.relative_to(folder).as_posix()
+            by_path[inner] = inner
+            by_name.setdefault(path.name, []).append(inner)
+    found = {}
+    for name in names:
+        there = [by_path[name]] if name in by_path else by_name.get(Path(name).name, [])
+        if len(there) > 1:
+            raise UserError(f"{name} could be {there[0]} or {there[1]} in {folder}; write its folder there as well")
+        if there:
+            found[name] = there[0]
+    return found
 
 
 def read_split_files(folder):
     """The official Flickr8k split, {"train": {name, ..}, ..}, or None when its three lists are not there."""
     paths = find_files(folder, ["Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt"])
-    if len(paths) == 3:
-        return {split: set(path.read_text().split()) for split, path in zip(("train", "val", "test"), paths)}
-    for path in find_files(folder, ["dataset_flickr8k.json", "dataset.json"]):
-        images = json.loads(path.read_text())["images"]
-        return {split: {x["filename"] for x in images if x["split"] == split} for split in ("train", "val", "test")}
-    return None
+    try:
+        if len(paths) == 3:
+            lists = {split: set(path.read_text().split()) for split, path in zip(("train", "val", "test"), paths)}
+        else:
+            paths = find_files(folder, ["dataset_flickr8k.json", "dataset.json"])      # Karpathy's
+            if not paths:
+                return None
+            images = read_json(paths[0])["images"]
+            lists = {s: {x["filename"] for x in images if x["split"] == s} for s in ("train", "val", "test")}
+    except (UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{paths[0]} is no list of a split ({error}); mend or remove it") from None
+    twice = lists["train"] & lists["val"] | lists["train"] & lists["test"] | lists["val"] & lists["test"]
+    if twice:
+        raise UserError(f"the split lists in {folder} name {len(twice)} images twice, such as {min(twice)}; mend them")
+    return lists
 
 
 def photos(name, folder, seed=0, allow_broken=False):
     """A Dataset from a folder of images with one caption file. Raises UserError naming what is missing."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the right one with --data-dir")
-    files = find_files(folder, ["captions.txt", "Flickr8k.token.txt", "captions.csv", "captions.jsonl", "metadata.jsonl"])
+    files = find_files(folder, CAPTION_FILES)
     if not files:
         raise UserError(f"{folder} holds no captions.txt, captions.csv, captions.jsonl or Flickr8k.token.txt; add one "
                         "that names each image and says what it shows (README: your own photos)")
     captions, bad = read_captions(files[0])
-    here = {path.name: path for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in IMAGE_TYPES and "__MACOSX" not in path.parts}
-    found = {n: str(here[Path(n).name].relative_to(folder)) for n in captions if Path(n).name in here}
+    found = find_images(folder, captions)
     notes = [f"{bad} caption lines without an image name or text were left out"] if bad else []
     absent = [n for n in captions if n not in found]
     if absent:
@@ -209,24 +252,33 @@ def photos(name, folder, seed=0, allow_broken=False):
     else:
         shuffled = random.Random(seed).sample(range(len(names)), len(names))
         tenth = max(1, len(names) // 10)
-        order = {"train": sorted(shuffled[2 * tenth:]), "val": sorted(shuffled[:tenth]), "test": sorted(shuffled[tenth:2 * tenth])}
+        order = {"train": sorted(shuffled[2 * tenth:]), "val": sorted(shuffled[:tenth]),
+                 "test": sorted(shuffled[tenth:2 * tenth])}
         notes.append(f"no official split here: 80/10/10 by seed {seed}; scores are not comparable with published ones")
     for split, members in order.items():
         if not members:
-            raise UserError(f"the {split} split of {folder} is empty: {len(names)} captioned images are too few, or the "
-                            "split lists name other files")
+            raise UserError(f"the {split} split of {folder} is empty: {len(names)} captioned images are too few, or "
+                            "the split lists name other files")
     return Dataset(name, [found[n] for n in names], [captions[n] for n in names], order, folder, notes)
 
 
 def fetch_flickr8k(folder):
-    """Download Flickr8k: the two zips of the text layout, or else Kaggle's copy of it. About 1.1 GB."""
+    """Download Flickr8k: the two zips of the text layout, or else Kaggle's copy of it. About 1.1 GB.
+
+    The captions come last: where they are, the images are whole, and load_dataset need not ask again. Lengths are
+    checked against what the server announced, contents by the zips' own checksums; the publishers give no others.
+    """
     zips = folder / "zips"
     try:
-        for name in ("Flickr8k_text.zip", "Flickr8k_Dataset.zip"):
+        for name in ("Flickr8k_Dataset.zip", "Flickr8k_text.zip"):
             extract_zip(download(GITHUB_FLICKR8K + name, zips / name), folder / name[:-4])
     except UserError as first:
         print(f"{first}\ntrying the next mirror")
-        extract_zip(download(KAGGLE_FLICKR8K, zips / "flickr8k.zip"), folder / "flickr8k")
+        try:
+            extract_zip(download(KAGGLE_FLICKR8K, zips / "flickr8k.zip"), folder / "flickr8k")
+        except UserError as second:
+            raise UserError(f"no mirror of Flickr8k answered: {first}; {second}") from None
+    shutil.rmtree(zips)
 
 
 def load_dataset(config):
@@ -236,7 +288,7 @@ def load_dataset(config):
             raise UserError(f"--n-objects {config.n_objects} is not 1, 2 or 3")
         return Shapes(config.n_objects, config.n_scenes, config.seed)
     folder = Path(config.data_dir or f"data/{config.dataset}")
-    if config.dataset == "flickr8k" and not config.data_dir and not find_files(folder, ["captions.txt", "Flickr8k.token.txt"]):
+    if config.dataset == "flickr8k" and not config.data_dir and not find_files(folder, CAPTION_FILES):
         fetch_flickr8k(folder)
     return photos(config.dataset, folder, config.seed, config.allow_broken)
 
@@ -285,8 +337,9 @@ class ImageStore:
         if self.broken:
             say(f"{len(self.broken)} of {len(members)} images are broken and left out")
         if len(self.broken) > 0.01 * len(members) and not allow_broken:
-            raise UserError(f"{len(self.broken)} of {len(members)} images are broken, first {dataset.names[min(self.broken)]}"
-                            "; mend the data set, or go on without them with --allow-broken")
+            raise UserError(f"{len(self.broken)} of {len(members)} images are broken, first "
+                            f"{dataset.names[min(self.broken)]}; mend the data set, or go on without them with "
+                            "--allow-broken")
 
     def usable(self, split):
         return [i for i in self.dataset.splits[split] if i not in self.broken]
@@ -321,7 +374,7 @@ def free_memory():
         return 4 << 30
 
 
-# How captions are simplified before they are tokenised.
+# How captions are simplified before they are tokenised; "words" turns "A dog, 2 cats." into "a dog cats".
 CLEAN = {"none": str, "lower": str.lower,
          "words": lambda s: " ".join(re.sub(r"[^\w\s'-]|[\d_]", " ", s.lower()).split())}
 
@@ -338,7 +391,7 @@ class Texts:
         for texts in captions:
             rows = []
             for text in texts:
-                ids = tokenizer.encode(clean(text))
+                ids = tokenizer.encode(clean(text), special=False)                # a caption cannot say <image>
                 self.cut += len(ids) > max_len
                 rows.append([first] + ids[:max_len] + ([end] if len(ids) <= max_len else []))
             self.ids.append(rows)
@@ -377,6 +430,7 @@ def pad_rows(rows, pad_to=None):
 
 @dataclass
 class Batch:
+    """What the model trains on at once: B images, K captions of each."""
     img: torch.Tensor           # (B, 3, S, S) uint8, or floats once on the device
     idx: torch.Tensor           # (B * K, T): K captions of each image, side by side
     targets: torch.Tensor       # (B * K, T)
@@ -404,10 +458,12 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, store, texts, split, batch_size, K=1, accum=1, seed=0, rank=0, world=1, pad_to=None):
         self.store, self.texts, self.members = store, texts, store.usable(split)
-        self.batch_size, self.K, self.accum, self.seed = batch_size, K, accum, seed
+        self.batch_size, self.accum, self.seed = batch_size, accum, seed
+        self.K = min(K, max(map(len, texts.ids)))               # more rows than any image has captions would be empty
         self.rank, self.world, self.pad_to = rank, world, pad_to
         if batch_size % (accum * world):
-            raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} micro-batches")
+            raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} "
+                            "micro-batches")
         if not self.members:
             raise UserError(f"the {split} split holds no usable image")
 
@@ -418,7 +474,8 @@ class Batches(torch.utils.data.Dataset):
         return [rows[(start + k) % len(rows)] if k < len(rows) else [0] for k in range(self.K)]
 
     def __getitem__(self, step):
-        picks = [(self.members[k], epoch) for k, epoch in step_order(len(self.members), self.batch_size, step, self.seed)]
+        order = step_order(len(self.members), self.batch_size, step, self.seed)
+        picks = [(self.members[k], epoch) for k, epoch in order]
         rows = [self.captions_of(i, epoch) for i, epoch in picks]
         total = sum(len(row) - 1 for group in rows for row in group)
         draw = torch.rand(8, self.batch_size, generator=torch.Generator().manual_seed(hash((self.seed, step))))
@@ -452,25 +509,27 @@ def report(dataset):
     lines = [f"{dataset.name}: {len(dataset.names)} images, {sum(map(len, dataset.captions))} captions"]
     for split, members in dataset.splits.items():
         lengths = [len(c.split()) for i in members for c in dataset.captions[i]]
-        lines.append(f"  {split:5} {len(members):6} images {len(lengths):7} captions of {min(lengths)} to {max(lengths)} "
-                     f"words, {np.mean(lengths):.1f} on average")
+        lines.append(f"  {split:5} {len(members):6} images {len(lengths):7} captions of {min(lengths)} to "
+                     f"{max(lengths)} words, {np.mean(lengths):.1f} on average")
     return "\n".join(lines + [f"  {note}" for note in dataset.notes])
 
 
 def main():
-    config = parse_config(SheetConfig, description="Prepare and verify a data set, say what it holds, draw a contact sheet.")
+    """Load, report, check every image, draw the sheet."""
+    config = parse_config(SheetConfig, description="Prepare, verify and show a data set.")
     dataset = load_dataset(config)
     print(report(dataset))
     broken = {} if config.dataset == "shapes" else check_images(dataset, range(len(dataset.names)))
     for fault in broken.values():
         print(f"  broken: {fault}")
-    print(f"  {len(broken)} broken images" if config.dataset != "shapes" else "  scenes are drawn from the seed; nothing to break")
-    some = [i for i in random.Random(config.seed).sample(range(len(dataset.names)), min(12, len(dataset.names))) if i not in broken]
+    print(f"  {len(broken)} broken images" if config.dataset != "shapes" else "  drawn from the seed: nothing to break")
+    n = len(dataset.names)
+    some = [i for i in random.Random(config.seed).sample(range(n), min(12, n)) if i not in broken]
     sheet = caption_sheet([dataset.open(i) for i in some], ["\n".join(dataset.captions[i][:2]) for i in some])
     atomic_write(config.sheet, lambda file: sheet.save(file, format="PNG"))
     print(f"wrote {config.sheet}")
     if len(broken) > 0.01 * len(dataset.names) and not config.allow_broken:
-        raise UserError(f"{len(broken)} of {len(dataset.names)} images are broken; mend the data set, or use --allow-broken")
+        raise UserError(f"{len(broken)} of {n} images are broken; mend the data set, or use --allow-broken")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@
     python train.py --resume                                  go on where the last run stopped
     torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve
 
-All options come first, then the loop: rate, evaluate and save, micro-batches, clip, step, log. What a run leaves in
---out-dir is described in weights.py; sample.py needs nothing else.
+All options come first, then the loop: rate, micro-batches, clip, step, log, evaluate, save. What a run leaves in
+--out-dir (README, "A run's folder") is all that sample.py needs.
 """
 import csv
 import io
 import math
 import os
 import pickle
+import shlex
 import signal
 import time
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 from data import CLEAN, Batches, DataConfig, ImageStore, Texts, eval_batches, load_dataset, report
 from tinyvlm import metrics
+from tinyvlm.cnn import BatchNorm2d
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.draw import caption_sheet, curves
 from tinyvlm.generate import generate
@@ -37,11 +39,14 @@ from tinyvlm.vit import ViTConfig
 from tinyvlm.vlm import MODELS, VLMConfig, build, to_dict
 from tinyvlm.weights import atomic_write, load_safetensors, read_json, save_safetensors, write_json
 
-START = END = "<|endoftext|>"
+END = "<|endoftext|>"               # ends every caption, and starts those of the cross model, as GPT-2 was trained
+RUN_FILES = ("state.pt", "model.safetensors", "config.json", "tokenizer.json", "log.csv", "curves.png", "samples.png",
+             "example.png")         # state.pt first: without it nothing is resumed
 
 
 @dataclass
-class TrainConfig(DataConfig):      # and the data set's own options, see DataConfig in data.py
+class TrainConfig(DataConfig):
+    """All options of a run; those of the data set (--dataset, --data-dir, ..) are in DataConfig, in data.py."""
     task: str = option("caption", "what to learn", ("caption",))
     model: str = option("cross", "how the decoder sees: cross-attention, or image tokens in place of <image>", MODELS)
     wiring: str = option("final", "cross: all blocks see the last vision layer, or block i sees layer i",
@@ -64,7 +69,7 @@ class TrainConfig(DataConfig):      # and the data set's own options, see DataCo
     max_tokens: int = option(40, "longest caption, in tokens; longer ones are cut, counted and reported")
     clean: str = option("none", "captions: as they are, lower-cased, or lower-cased words only", tuple(CLEAN))
     # the training
-    epochs: float = option(7, "passes over the training images")
+    epochs: float = option(6, "passes over the training images")
     batch_size: int = option(32, "images a step, over all processes and micro-batches")
     captions_per_image: int = option(1, "captions of each image a step; the vision tower runs once for all of them")
     accum: int = option(1, "split each step into this many micro-batches; raise it when memory runs out")
@@ -88,7 +93,7 @@ class TrainConfig(DataConfig):      # and the data set's own options, see DataCo
     cache: str = option("auto", "decoded images: in memory if they fit, always, never", ("auto", "memory", "none"))
     workers: int = option(2, "processes that prepare batches, on a GPU or when images are not in memory")
     # looking
-    eval_interval: int = option(625, "steps between evaluations (and saves)")
+    eval_interval: int = option(1000, "steps between evaluations (and saves)")
     eval_images: int = option(500, "validation images each evaluation looks at")
     test_images: int = option(1000, "test images captioned at the end")
     log_interval: int = option(25, "steps between log lines")
@@ -97,8 +102,8 @@ class TrainConfig(DataConfig):      # and the data set's own options, see DataCo
 
 PRESETS = {
     # real photographs from scratch on two cores: within 40 minutes
-    "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, vocab_size=4096, clean="words",
-                   max_tokens=24, dropout=0.1, epochs=12, captions_per_image=5, lr=1e-3, crop=0.3, jitter=0.2,
+    "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, vocab_size=2048, clean="words",
+                   max_tokens=20, epochs=12, captions_per_image=5, lr=1e-3, crop=0.3, jitter=0.2,
                    eval_interval=376),
     # the same at the size a GPU likes
     "gpu": dict(dataset="flickr8k", image_size=224, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
@@ -162,6 +167,7 @@ class Machine:
         """
         fast = model
         if self.compile:
+            buffers = [b.clone() for b in model.buffers()]      # BatchNorm's statistics: the trial must not count
             try:                                                # compilation happens at the first call: make one
                 with torch.random.fork_rng(), self.autocast():  # .. without disturbing the run's random numbers
                     fast = torch.compile(model)
@@ -170,6 +176,8 @@ class Machine:
                 fast, self.compile = model, False
                 self.say(f"torch.compile failed ({type(error).__name__}); going on without it, slower")
             model.zero_grad(set_to_none=True)
+            for b, old in zip(model.buffers(), buffers):
+                b.copy_(old)
         return torch.nn.parallel.DistributedDataParallel(fast) if self.world > 1 else fast
 
     def say(self, text):
@@ -189,7 +197,10 @@ class Run:
         machine.say(report(self.dataset))
         # public weights bring their own picture size and tokenizer; from scratch these are ours to choose
         self.vit = load_vit(config.vision) if config.vision else None
-        self.gpt = load_gpt2(config.text, special_tokens=("<image>",)) if config.text else None
+        new = ("<image>",) if config.model == "prefix" else ()
+        self.gpt = load_gpt2(config.text, special_tokens=new) if config.text else None
+        if self.gpt and (self.gpt.tokenizer is None or self.gpt.tokenizer.token_to_id(END) is None):
+            raise UserError(f"--text {config.text} holds no GPT-2 tokenizer (tokenizer.json or vocab.json, merges.txt)")
         self.recipe = self.vit.recipe if self.vit else Recipe(size=config.image_size)
         self.store = ImageStore(self.dataset, ("train", "val", "test"), self.recipe, config.cache, config.allow_broken,
                                 machine.say)
@@ -238,12 +249,20 @@ class Run:
             self.batches, batch_size=None, sampler=range(start, self.total_steps), num_workers=workers,
             pin_memory=self.machine.cuda, generator=torch.Generator())
 
+    def clear(self):
+        """A new run in an old one's folder replaces it: half of each would be a model nobody trained."""
+        old = [path for path in map(self.out.joinpath, RUN_FILES) if path.exists()]
+        if old:
+            print(f"replacing the run in {self.out}")
+        for path in old:
+            path.unlink()
+
     def save(self, model, scores):
         """The best model so far: what it is, how it reads text, its weights. sample.py needs nothing else."""
         write_json(self.out / "config.json", {
             "task": self.config.task, "model": self.config.model, "sizes": to_dict(model.config),
             "recipe": asdict(self.recipe), "first": self.first, "end": self.end, "max_tokens": self.config.max_tokens,
-            "dataset": self.dataset.name, "scores": scores, "options": asdict(self.config)})
+            "clean": self.config.clean, "dataset": self.dataset.name, "scores": scores, "options": asdict(self.config)})
         self.tokenizer.save(self.out / "tokenizer.json")
         save_safetensors(model.state_dict(), self.out / "model.safetensors", {"format": "pt"})
 
@@ -284,8 +303,10 @@ def read_state(out):
     """The content of a run's state.pt, or a UserError."""
     path = out / "state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        TrainConfig(**state["options"])
+        return state
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None
 
 
@@ -300,7 +321,8 @@ def make_optimizer(model, config):
             chosen = [p for p in params if (p.dim() >= 2 and id(p) not in tables) == decays]
             pull = config.weight_decay if decays else 0.0
             groups += [{"params": chosen, "weight_decay": pull, "factor": factor[part]}] if chosen else []
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=next(model.parameters()).is_cuda)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")               # one loop over all weights, not ten
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
 def open_parts(model, config, epoch):
@@ -311,6 +333,14 @@ def open_parts(model, config, epoch):
             changed |= p.requires_grad != (epoch >= since)
             p.requires_grad_(epoch >= since)
     return changed
+
+
+def learning(model):
+    """Training mode; but a BatchNorm that is frozen keeps its statistics too, which are part of what it knows."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d) and not module.weight.requires_grad:
+            module.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,15 +354,20 @@ def evaluate(model, run, split, limit=None):
     """
     model.eval()
     true = shuffled = n = 0.0
+    before = None
     batches = eval_batches(run.store, run.texts, split, max(2, run.config.batch_size), limit)
     for k, batch in enumerate(batches):
-        if k % run.machine.world == run.machine.rank:           # each process takes its share
-            img, idx, targets = batch.to(run.machine.device, run.recipe)
-            with run.machine.autocast():
-                true += model(img, idx, targets)[1].item() * batch.n_targets
-                shuffled += model(img.roll(1, dims=0), idx, targets)[1].item() * batch.n_targets
-            n += batch.n_targets
-    model.train()
+        if k % run.machine.world != run.machine.rank:           # each process takes its share
+            continue
+        img, idx, targets = batch.to(run.machine.device, run.recipe)
+        alone = len(img) == 1 and before is not None            # the last batch may be one image, without a neighbour
+        other = before[-1:] if alone else img.roll(1, dims=0)
+        with run.machine.autocast():
+            true += model(img, idx, targets)[1].item() * batch.n_targets
+            shuffled += model(other, idx, targets)[1].item() * batch.n_targets
+        n += batch.n_targets
+        before = img
+    learning(model)
     true, shuffled, n = run.machine.total(true, shuffled, n)
     return true / n, shuffled / n
 
@@ -346,7 +381,7 @@ def caption(model, run, members, **how):
         with run.machine.autocast():
             rows = generate(model, img, [[run.first]] * len(img), run.config.max_tokens, eos_id=run.end, **how)
         said += [run.tokenizer.decode(row).strip() for row in rows]
-    model.train()
+    learning(model)
     return said
 
 
@@ -363,6 +398,8 @@ def score(dataset, members, said):
 def look(run, model, step, best):
     """Evaluate, say what came out, keep the model if it is the best so far. Returns (val loss, shuffled loss)."""
     val, shuffled = evaluate(model, run, "val", run.config.eval_images)
+    if not math.isfinite(val):
+        raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
     if run.machine.main:
         members = run.store.usable("val")[:24]
         said = caption(model, run, members)
@@ -393,9 +430,9 @@ def finish(run, model):
     sheet = caption_sheet(pictures, said[:16])
     atomic_write(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
     atomic_write(run.out / "example.png", lambda file: pictures[0].save(file, "PNG"))
-    place = "" if str(run.out) == "out" else f" --out-dir {run.out}"
+    place = "" if str(run.out) == "out" else f" --out-dir {shlex.quote(str(run.out))}"
     print(f"{run.out}/samples.png shows sixteen of them, {run.out}/curves.png how it learned. Now try\n"
-          f"    python sample.py --image {run.out}/example.png{place}")
+          f"    python sample.py --image {shlex.quote(str(run.out / 'example.png'))}{place}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,15 +445,21 @@ def train(run):
     step, best, log = 0, math.inf, []
     if config.resume:
         step, best, log = run.load_state(model, optimizer)
+    elif machine.main:
+        run.clear()
     n_params = sum(p.numel() for p in model.parameters())
     machine.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {run.total_steps} of {config.batch_size} images x "
                 f"{config.captions_per_image} captions, {config.epochs:g} epochs, on {machine.world} x "
                 f"{machine.device}, {str(machine.dtype)[6:]}")
     stop = []                                                   # Ctrl-C: finish the step, save, leave; twice: at once
-    signal.signal(signal.SIGINT, lambda *_: stop.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
-    fast, losses, norm = None, [], torch.zeros(())
+
+    def interrupt(*_):
+        stop.append(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)                    # what `kill` and job schedulers send before the end
+    fast, losses = None, []
     begin, begin_step, mark = time.perf_counter(), step, time.perf_counter()
-    model.train()
 
     for micro_batches in run.loader(step):
         # The rate of this step, and the parts of the model that may learn by now.
@@ -424,6 +467,7 @@ def train(run):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         if open_parts(model, config, step / run.steps_per_epoch) or fast is None:
+            learning(model)
             fast = machine.prepare(model, micro_batches[0].to(machine.device, run.recipe))
 
         # Micro-batches: each adds its share of the gradient. DDP takes the mean over processes, we want the sum.
@@ -448,15 +492,15 @@ def train(run):
         end = step == run.total_steps
         evaluating = end or step % config.eval_interval == 0
         leaving = step == config.stop_after or (stop and machine.world == 1)
-        if end or evaluating or leaving or step % config.log_interval == 0:
+        if evaluating or leaving or step % config.log_interval == 0:
             n = step - (log[-1]["step"] if log else 0)
-            values = torch.stack(losses).view(n, -1).sum(dim=1).tolist() if losses else []     # one per step
+            values = torch.stack(losses).view(n, -1).sum(dim=1).tolist()                   # one per step
+            *values, stops = machine.total(*values, len(stop))
             if not all(map(math.isfinite, values)):
                 bad = step - n + 1 + [math.isfinite(v) for v in values].index(False)
                 raise UserError(f"the loss of step {bad} is not finite; lower --lr and start again (the weights of the "
                                 "last good evaluation are kept)")
-            total, stops = machine.total(sum(values), len(stop))
-            leaving = leaving or stops > 0
+            total, leaving = sum(values), leaving or stops > 0
             now = time.perf_counter()
             ms = 1000 * (now - mark) / n
             log.append({"step": step, "train_loss": total / n, "lr": lr, "grad_norm": norm.item(), "ms": ms,
@@ -475,7 +519,8 @@ def train(run):
         if (evaluating or leaving) and machine.main:
             run.save_state(model, optimizer, step, best, log)
         if leaving and not end:
-            machine.say(f"stopped after step {step}; go on with: python train.py --resume --out-dir {run.out}")
+            machine.say(f"stopped after step {step}; go on with: python train.py --resume --out-dir "
+                        f"{shlex.quote(str(run.out))}")
             return None
     return model
 
@@ -489,6 +534,12 @@ def check_options(c):
              for name in above_zero]
     rules += [(0 <= getattr(c, name) < 1, f"--{name} must be at least 0 and below 1, not {getattr(c, name)}")
               for name in ("dropout", "crop", "jitter", "warmup")]
+    rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} must not be below 0, but is {getattr(c, name)}")
+              for name in ("workers", "seed", "weight_decay", "grad_clip", "stop_after", "lr_decoder", "lr_vision")]
+    rules += [(0 < c.beta2 < 1, f"--beta2 must be between 0 and 1, not {c.beta2}"),
+              (math.isfinite(c.epochs) and c.seed < 2 ** 32, "--epochs and --seed must be ordinary numbers"),
+              (c.wiring == "final" or c.model == "cross", "--wiring lockstep is for --model cross"),
+              (c.stem == "patch" or c.patch_size > 1, "--stem conv needs --patch-size 2 or more")]
     rules += [(c.vocab_size >= 300, f"--vocab-size {c.vocab_size} is too small: bytes and special tokens need 300")]
     for holds, sentence in rules:
         if not holds:
@@ -510,22 +561,24 @@ def resumed_options(config, out):
         return config, False
     saved = TrainConfig(**read_state(out)["options"])
     free = ("resume", "out_dir", "stop_after", "device", "workers", "cache", "data_dir", "log_interval")
-    defaults = TrainConfig()
     for f in fields(TrainConfig):
         now, then = getattr(config, f.name), getattr(saved, f.name)
-        if f.name in free:
-            setattr(saved, f.name, then if now == getattr(defaults, f.name) and f.name not in free[:3] else now)
-        elif now != then and now != getattr(defaults, f.name):
+        if f.name in free[:3] or f.name in free and f.name in config.given:
+            setattr(saved, f.name, now)
+        elif f.name in config.given and now != then:
             raise UserError(f"--resume continues the run in {out}, made with --{f.name.replace('_', '-')} {then}, not "
                             f"{now}; drop the flag, or start a new run in another --out-dir")
     return saved, True
 
 
 def main():
+    """Options, machine, data, loop, result."""
     config = parse_config(TrainConfig, presets=PRESETS, description="Train a model to talk about pictures.")
     if config.resume:
         config, config.resume = resumed_options(config, Path(config.out_dir))
     check_options(config)
+    if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
+        raise UserError(f"--out-dir {config.out_dir} is a file; name a folder")
     machine = Machine(config)
     run = Run(config, machine)
     try:

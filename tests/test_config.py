@@ -61,7 +61,7 @@ def test_a_preset_of_a_field_that_does_not_exist_is_our_own_bug():
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (UserError("no such dog"), 2, "error: no such dog\n"), (OSError(28, "No space left on device", "/x/y"), 2, "cannot write /x/y"),
+    (UserError("no such dog"), 2, "error: no such dog\n"), (OSError(28, "No space left on device", "/x/y"), 2, "cannot use /x/y"),
     (KeyboardInterrupt(), 130, "")])
 def test_run_script_ends_with_a_sentence_and_a_code(error, code, words, capsys):
     def main():

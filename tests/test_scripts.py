@@ -19,6 +19,9 @@ import train
 from conftest import ROOT
 from test_data import album
 from tinyvlm.config import run_script
+from tinyvlm.gpt import GPT, GPTConfig
+from tinyvlm.pretrained import export_gpt2, export_run, load_vit
+from tinyvlm.tokenizer import BPETokenizer
 from tinyvlm.weights import load_safetensors
 
 TINY = ["--n-scenes", "48", "--image-size", "32", "--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--vocab-size", "320",
@@ -123,7 +126,11 @@ def test_sample_from_an_address_and_attention(trained, tmp_path, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--image", "x.png", "--out-dir", "nothing-here"], "python train.py"), (["--image", "no-such.png"], "no-such.png"),
     ([], "--image"), (["--imgae", "x"], "--image"), (["--image", "EXAMPLE", "--prompt", "a " * 99], "shorten"),
-    (["--image", "EXAMPLE", "--num-beams", "2", "--temperature", "1"], "--temperature"), (["--image", "EMPTY"], "holds no images")])
+    (["--image", "EXAMPLE", "--num-beams", "2", "--temperature", "1"], "--temperature"), (["--image", "EMPTY"], "holds no images"),
+    (["--image", "x", "--top-k", "0"], "--top-k"), (["--image", "x", "--temperature", "nan"], "--temperature"),
+    (["--image", "x", "--top-p", "7", "--temperature", "1"], "--top-p"), (["--image", "x", "--num-beams", "0"], "--num-beams"),
+    (["--image", "x", "--max-tokens", "-3"], "--max-tokens"), (["--image", "x", "--device", "nonsense"], "--device"),
+    (["--image", "x", "--batch-size", "-2"], "--batch-size"), (["--image", "x", "--top-k", "3"], "--temperature")])
 def test_sample_mistakes_are_one_sentence(trained, tmp_path, capsys, argv, words):
     argv = [{"EXAMPLE": trained / "example.png", "EMPTY": tmp_path}.get(a, a) for a in argv]
     run(sample, *(argv if "--out-dir" in argv else [*argv, "--out-dir", trained]), code=2)
@@ -139,6 +146,10 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({**config, "task": "clip"}))
     run(sample, *argv, code=2)
     assert "--task clip" in capsys.readouterr().err
+    for foreign in ({}, {**config, "sizes": {**config["sizes"], "model": "rnn"}}):
+        (tmp_path / "config.json").write_text(json.dumps(foreign))
+        run(sample, *argv, code=2)
+        assert "config.json" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{")
     run(sample, *argv, code=2)
     assert "config.json" in capsys.readouterr().err
@@ -152,13 +163,30 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--preset", "huge"], "laptop"), (["--lerning-rate", "1"], "error"), (["--n-objects", "9"], "--n-objects"),
     (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"), (["--batch-size", "7", "--accum", "2"], "--batch-size 7"),
-    (["--device", "cuda"], "cuda"), (["--device", "tpu9"], "tpu9"), (["--image-size", "30"], "--image-size 30")])
+    (["--device", "cuda"], "cuda"), (["--device", "tpu9"], "tpu9"), (["--image-size", "30"], "--image-size 30"),
+    (["--workers", "-1"], "--workers"), (["--epochs", "inf"], "--epochs"), (["--beta2", "2"], "--beta2"),
+    (["--wiring", "lockstep", "--model", "prefix"], "lockstep")])
 def test_train_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, argv, words):
     if argv == ["--device", "cuda"] and torch.cuda.is_available():
         argv, words = ["--device", "cuda:99"], "cuda:99"
     run(train, *TINY, *argv, "--out-dir", tmp_path / "r", code=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error and error.startswith("error: ") and not (tmp_path / "r").exists()
+
+
+def test_a_new_run_replaces_an_old_one_whole(trained, tmp_path, capsys):
+    """Stopped before its first evaluation, a new run once left its state beside the old run's model and tokenizer."""
+    out = tmp_path / "my run"
+    out.mkdir()
+    for path in trained.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    run(train, *TINY, "--out-dir", out, "--stop-after", "2")
+    printed = capsys.readouterr().out
+    assert "replacing the run" in printed and f"--out-dir '{out}'" in printed and not (out / "model.safetensors").exists()
+    (tmp_path / "file").write_text("")
+    run(train, *TINY, "--out-dir", tmp_path / "file", code=2)
+    run(train, *TINY, "--out-dir", tmp_path / "file" / "below", code=2)
+    assert capsys.readouterr().err.count("error: ") == 2
 
 
 def test_a_non_finite_loss_names_its_step(tmp_path, capsys):
@@ -202,14 +230,52 @@ def test_staged_unfreezing_opens_the_parts_in_their_epochs(tmp_path):
     assert moved(states[2], states[3]) == {"bridge", "decoder", "vision"}
 
 
+@pytest.mark.parametrize("model", ["cross", "prefix"])
+def test_public_weights_are_where_training_starts(tmp_path, capsys, model):
+    """--vision and --text from folders in public layouts: the first checkpoint must hold exactly their weights."""
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.train(["a small red circle left of a large blue square"] * 3, 300)
+    gpt = GPT(GPTConfig(block_size=80, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32))
+    export_gpt2(gpt, tmp_path / "gpt2", tokenizer, tokenizer.token_to_id("<|endoftext|>"))
+    vit = ROOT / "tests" / "reference" / "vit"
+    argv = [*TINY, "--model", model, "--vision", vit, "--text", tmp_path / "gpt2", "--out-dir", tmp_path / "r", "--dropout", "0"]
+    run(train, *argv, "--open-decoder", "99", "--open-vision", "99", "--epochs", "0.5")
+    state = load_safetensors(tmp_path / "r" / "model.safetensors")
+    for name, tensor in gpt.state_dict().items():
+        assert torch.equal(state[f"text.{name}"], tensor), name
+    for name, tensor in load_vit(vit).state_dict().items():
+        assert name.startswith("head.") or torch.equal(state[f"vision.{name}"], tensor), name
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["recipe"]["mode"] == "squash" and config["sizes"]["vision"]["class_token"]
+    run(sample, "--image", tmp_path / "r" / "example.png", "--out-dir", tmp_path / "r")
+    assert "example.png: " in capsys.readouterr().out
+    run(train, *argv, "--text", vit, code=2)
+    assert "vit" in capsys.readouterr().err
+
+
+def test_sample_a_public_captioner_and_an_exported_run(tmp_path, capsys):
+    """--pretrained reads a folder in transformers' layout; what we trained and exported says the same there."""
+    run(train, *TINY, "--stem", "patch", "--class-token", "--out-dir", tmp_path / "r", "--epochs", "0.5")
+    export_run(tmp_path / "r", tmp_path / "theirs")
+    picture = tmp_path / "r" / "example.png"
+    capsys.readouterr()
+    run(sample, "--image", picture, "--out-dir", tmp_path / "r", "--max-tokens", "8", "--json")
+    run(sample, "--image", picture, "--pretrained", tmp_path / "theirs", "--max-tokens", "8", "--json")
+    one, two = capsys.readouterr().out.splitlines()
+    assert one == two
+    run(sample, "--image", picture, "--pretrained", ROOT / "tests" / "reference" / "vit", code=2)
+    assert "not to caption" in capsys.readouterr().err
+
+
 def test_resume_equals_the_unbroken_run(trained, tmp_path, capsys):
     """Stopped between evaluations, resumed: dropout, augmentation, order and optimizer go on as if nothing had been."""
     run(train, *TINY, "--out-dir", tmp_path / "r", "--stop-after", "7")
     assert "go on with" in capsys.readouterr().out
     run(train, "--resume", "--out-dir", tmp_path / "r")
     same_run(trained, tmp_path / "r")
-    run(train, "--resume", "--out-dir", tmp_path / "r", "--n-embd", "48", code=2)
-    assert "--n-embd 32, not 48" in capsys.readouterr().err
+    for flag, then, now in (("--n-embd", 32, 48), ("--epochs", 2.0, 6.0)):        # 6 is the default: given is given
+        run(train, "--resume", "--out-dir", tmp_path / "r", flag, now, code=2)
+        assert f"{flag} {then}, not {now}" in capsys.readouterr().err
     (tmp_path / "r" / "state.pt").write_bytes((tmp_path / "r" / "state.pt").read_bytes()[:2000])
     run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
     assert "state.pt is damaged" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import os
 import sys
 import types
 import typing
@@ -63,8 +64,11 @@ def parse_config(cls, argv=None, presets=None, description=None):
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         _add_flag(parser, field, hints[field.name])
-    given = vars(parser.parse_args(argv))
-    return cls(**{**presets.get(given.pop("preset", None), {}), **given})
+    flags = vars(parser.parse_args(argv))
+    chosen = {**presets.get(flags.pop("preset", None), {}), **flags}
+    config = cls(**chosen)
+    config.given = frozenset(chosen)                            # the fields that were set, by flag or preset
+    return config
 
 
 def _add_flag(parser, field, hint):
@@ -81,20 +85,25 @@ def _add_flag(parser, field, hint):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
         choices = field.metadata["choices"]
-        parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else field.name.upper(), help=text, **extra)
+        shown = None if choices else field.name.upper()
+        parser.add_argument(flag, type=kind, choices=choices, metavar=shown, help=text, **extra)
 
 
 def run_script(main):
-    """Run a script's main(): a UserError or a full disk ends in one sentence on stderr and exit code 2, no traceback."""
+    """Run a script's main(): a UserError, or a disk or path that refuses, ends in one sentence and exit code 2."""
     try:
         main()
     except UserError as error:
         sys.exit(_say(error))
+    except BrokenPipeError:                                     # `sample.py .. | head -1`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno is None:
             raise
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
         where = error.filename or "the output folder"
-        sys.exit(_say(f"cannot write {where}: {error.strerror}; free some space or choose another folder"))
+        sys.exit(_say(f"cannot use {where}: {error.strerror}; {remedy}, or choose another"))
     except KeyboardInterrupt:
         sys.exit(130)
 

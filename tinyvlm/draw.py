@@ -1,4 +1,4 @@
-"""Pictures of what happens, with Pillow alone: caption sheets, training curves, attention over the image, a progress line.
+"""Pictures of what happens, with Pillow alone: caption sheets, curves, attention over the image; and a progress line.
 
 Looking at the data and at the mistakes is half of the work; these four are what the scripts write for you to look at.
 """
@@ -33,7 +33,8 @@ def caption_sheet(images, texts, columns=4, side=192):
     font, gap, line = ImageFont.load_default(12), 10, 15
     columns = min(columns, len(images))
     wrapped = [wrap(text, font, side) for text in texts]
-    heights = [side + gap + line * max(len(w) for w in wrapped[r:r + columns]) + gap for r in range(0, len(images), columns)]
+    rows = [wrapped[k:k + columns] for k in range(0, len(images), columns)]
+    heights = [side + gap + line * max(map(len, row)) + gap for row in rows]
     sheet = Image.new("RGB", (columns * (side + gap) + gap, sum(heights) + gap), PAPER)
     pen = ImageDraw.Draw(sheet)
     for k, (image, lines) in enumerate(zip(images, wrapped)):
@@ -49,7 +50,7 @@ def caption_sheet(images, texts, columns=4, side=192):
 
 
 def curves(series, title, size=(720, 400)):
-    """Line plot. series: {"name": [(x, y), ..]}, y on a linear scale from the least to the greatest. Returns a PIL image."""
+    """Line plot. series: {"name": [(x, y), ..]}, y linear from the least to the greatest. Returns a PIL image."""
     font = ImageFont.load_default(12)
     image = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(image)
@@ -77,7 +78,10 @@ def curves(series, title, size=(720, 400)):
 
 
 def attention_over(image, weights, grid):
-    """Where a word looked: the image, dark where its attention weight is low. weights (N,), the last grid*grid are patches."""
+    """Where a word looked: the image, dark where its attention weight is low.
+
+    weights (N,): the last grid * grid are the patches, row by row; a class token before them has no place to show.
+    """
     patches = weights[-grid * grid:].reshape(grid, grid).float().cpu()
     light = (patches / patches.max().clamp(min=1e-9) * 255).byte().numpy()
     mask = Image.fromarray(light).resize(image.size, Image.Resampling.BICUBIC)
@@ -94,9 +98,8 @@ def progress(done, total, label):
     live = sys.stderr.isatty()
     if done == total:
         _started.pop(label)
-    elif not (live and done % 16 == 0) and not (not live and done % max(1, total // 10) == 0 and total >= 1000):
-        return
-    if done == total and not live and total < 1000:
+    due = done == total or done % (16 if live else max(1, total // 10)) == 0
+    if not due or (not live and total < 1000):
         return
     left = (now - start) / done * (total - done)
     print(f"\r{label}: {done}/{total}, {left:.0f} s left " if live else f"{label}: {done}/{total}, {left:.0f} s left",

@@ -24,7 +24,7 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
     num_beams > 1 searches for the sentence with the best sum of log-probabilities / length ** length_penalty instead.
     Returns B lists of new ids, without the prompt and without eos_id.
     """
-    assert num_beams >= 1 and max_new_tokens >= 1, f"num_beams {num_beams} and max_new_tokens {max_new_tokens} must be > 0"
+    assert num_beams > 0 and max_new_tokens > 0, f"num_beams {num_beams}, max_new_tokens {max_new_tokens}: both above 0"
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device = next(model.parameters()).device
     idx, lengths = pad_prompts(idx, device)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 from .transformer import Block, KVCache, init_weights
 
-IGNORE = -100    # a target nobody is asked to predict: padding, image positions, the user's half of a dialogue
+IGNORE = -100    # a target nobody is asked to predict: padding
 
 
 @dataclass
 class GPTConfig:
+    """Sizes of a GPT; the defaults are GPT-2 small."""
     block_size: int = 1024      # longest sequence: rows of the position table
     vocab_size: int = 50257     # V
     n_layer: int = 12
@@ -41,6 +42,8 @@ def last_of(x, lengths=None):
 
 
 class GPT(nn.Module):
+    """Token and position embeddings, n_layer causal blocks, a norm, and the embedding again as the way out."""
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -71,7 +74,8 @@ class GPT(nn.Module):
         T = x.size(1)
         pos = torch.arange(T, device=x.device) if cache is None else cache.positions(T, x.device)
         if cache is not None:
-            cache.feats = feats = cache.feats if feats is None else feats         # given once, remembered
+            feats = cache.feats if feats is None else feats                       # later steps: the prompt's picture
+            cache.feats = feats
         end = T + (cache.length if cache else 0)
         assert end <= self.config.block_size, f"{end} tokens, but the model's context holds {self.config.block_size}"
         x = self.drop(x + self.wpe(pos))                                          # (B, T, C)
@@ -103,5 +107,6 @@ class GPT(nn.Module):
         old = self.wte.weight.data
         new = vocab_size - old.size(0)
         assert new >= 0, f"the model knows {old.size(0)} tokens and cannot shrink to {vocab_size}"
-        self.wte = nn.Embedding.from_pretrained(torch.cat([old, old.mean(0, keepdim=True).expand(new, -1)]), freeze=False)
+        rows = torch.cat([old, old.mean(0, keepdim=True).expand(new, -1)])        # (V + new, C)
+        self.wte = nn.Embedding.from_pretrained(rows, freeze=False)
         self.config.vocab_size = vocab_size

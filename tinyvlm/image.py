@@ -1,4 +1,4 @@
-"""From a picture file to the tensor a model expects, and back. Everything a model must know about its input is a Recipe.
+"""From a picture file to the tensor a model expects, and back. All that a model demands of its input is a Recipe.
 
 Every public checkpoint was trained on images prepared in one particular way; feeding it others gives plausible but
 worse answers and no error. So the preparation is data (`Recipe`), stored with each run and each loaded checkpoint, and
@@ -10,7 +10,7 @@ there is one function that carries it out. Resizing is Pillow's, antialiased: wh
 import io
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,11 +40,8 @@ class Recipe:
     mean: tuple = HALF[0]
     std: tuple = HALF[1]
 
-    def to_dict(self):
-        return asdict(self)
 
-
-# What each public checkpoint was trained with.
+# What public checkpoints were trained with; and, last, a recipe for images from the web.
 RECIPES = {
     "vit": Recipe(mode="squash", interpolation="bilinear"),                               # google/vit-*, nlpconnect
     "vit-augreg": Recipe(resize=248),                                                     # timm vit_*: 224 / 0.9
@@ -165,7 +162,8 @@ def augment(img, how, draw):
     """Augment a whole batch on its device: img (B, 3, H, W) floats in 0..1 -> same shape.
 
     draw (8, B): numbers in 0..1 that decide everything, made by the caller, so that a resumed run or one split over
-    several processes repeats them. A crop is one affine map per image, all sampled in a single call.
+    several processes repeats them. Rows: 0 area, 1 aspect, 2 and 3 place, 4 mirror (1.0: never), 5 to 7 brightness,
+    contrast, saturation. A crop is one affine map per image, all sampled in a single call.
     """
     B = len(img)
     if how.flip:

@@ -53,10 +53,13 @@ def load_run(folder):
         raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
     config = read_json(folder / "config.json")
     try:
-        sizes, recipe = from_dict(config["sizes"]), Recipe(**config["recipe"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is not the config of a tinyvlm run ({error}); train again") from None
-    model = build(sizes)
+        missing = {"task", "model", "first", "end", "max_tokens"} - config.keys()
+        if missing:
+            raise KeyError(*missing)
+        model, recipe = build(from_dict(config["sizes"])), Recipe(**config["recipe"])
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"{folder / 'config.json'} is not the config of a run this version made ({error}); train again"
+                        ) from None
     tensors = load_safetensors(folder / "model.safetensors")
     copy_weights(model, tensors, {name: name for name in tensors}, source=str(folder / "model.safetensors"))
     return Loaded(model.eval(), load_tokenizer(folder / "tokenizer.json"), recipe, config)

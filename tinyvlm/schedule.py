@@ -13,7 +13,7 @@ def one_cycle(step, total_steps, max_lr, pct_start=0.3, div_factor=25.0, final_d
     """Learning rate at `step` (0 .. total_steps - 1), an optimizer step, not a batch.
 
     The rate rises from max_lr / div_factor to max_lr over the first pct_start of the steps, then falls to
-    max_lr / div_factor / final_div_factor. anneal_strategy: "cos" or "linear". Raises ValueError for a step past the end.
+    max_lr / div_factor / final_div_factor. anneal_strategy: "cos" or "linear". Raises ValueError for a step outside.
     """
     if not 0 <= step < total_steps:
         raise ValueError(f"step {step} is outside a schedule of {total_steps} steps")

@@ -8,6 +8,7 @@ words. It is no substitute for photographs; scores on it say nothing about them.
 import math
 import re
 from dataclasses import dataclass
+from itertools import combinations
 
 from PIL import Image, ImageDraw
 
@@ -48,7 +49,7 @@ def place(thing):
 
 
 def describe(scene):
-    """The one right caption. Large things come first, then those further left, so that all four relations occur.
+    """The one right caption of a scene in its order (make_scene: large things first, then the leftmost).
 
     one thing:  "a small red circle in the top left"
     two:        "a large blue square right of a small red circle"
@@ -67,7 +68,8 @@ def meaning(caption):
     """
     thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
     joined = "|".join(OPPOSITE)
-    match = re.fullmatch(rf"{thing}(?: in the ({'|'.join(PLACES)})|((?:(?: and)? (?:{joined}) {thing})+))", caption.strip())
+    alone, among = rf" in the ({'|'.join(PLACES)})", rf"((?:(?: and)? (?:{joined}) {thing})+)"
+    match = re.fullmatch(rf"{thing}(?:{alone}|{among})", caption.strip())
     if not match:
         return None
     first = match.groups()[:3]
@@ -89,7 +91,7 @@ def make_scene(rng, n_objects):
             things.append(Thing(size, rng.choice(list(COLORS)), rng.choice(SHAPES),
                                 rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
         things.sort(key=lambda t: (t.size != "large", t.x))
-        if all(_apart(a, b) for k, a in enumerate(things) for b in things[:k]) and (len(things) > 1 or _centred(things[0])):
+        if _centred(things[0]) if len(things) == 1 else all(_apart(a, b) for a, b in combinations(things, 2)):
             return things
 
 
@@ -124,8 +126,10 @@ def _outline(shape):
         return [(r * math.sin(a), -r * math.cos(a)) for a, r in points]
     if shape == "cross":
         a = 0.33
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
-    return {"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)], "triangle": [(0, -1), (.95, .8), (-.95, .8)],
+        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
+                (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+    return {"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
+            "triangle": [(0, -1), (.95, .8), (-.95, .8)],
             "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)]}[shape]
 
 
@@ -144,7 +148,8 @@ def ask(scene, rng):
         add("size", f"how big is the {t.shape}?", f"the {t.shape} is {t.size}.", t.size)
     if sum(u.color == t.color for u in things) == 1:
         add("shape", f"what shape is the {t.color} thing?", f"the {t.color} thing is a {t.shape}.", t.shape)
-    add("count", "how many things are there?", f"there {'is' if len(things) == 1 else 'are'} {len(things)}.", str(len(things)))
+    are = "is" if len(things) == 1 else "are"
+    add("count", "how many things are there?", f"there {are} {len(things)}.", str(len(things)))
     if len(things) > 1:
         a, b = rng.sample(things, 2)
         if (a.color, a.shape) != (b.color, b.shape):
@@ -152,8 +157,8 @@ def ask(scene, rng):
                 f"it is {relation(a, b)} the {b.color} {b.shape}.", relation(a, b))
     yes = rng.random() < 0.5
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in things)])
-    add("yes/no", f"is there a {color} thing?", f"{'yes' if yes else 'no'}, there is {'a' if yes else 'no'} {color} thing.",
-        "yes" if yes else "no")
+    answer = f"yes, there is a {color} thing." if yes else f"no, there is no {color} thing."
+    add("yes/no", f"is there a {color} thing?", answer, answer.partition(",")[0])
     return out
 
 

@@ -2,7 +2,7 @@
 
 From "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762), in the pre-norm form of GPT-2: normalise,
 transform, add. The ViT, the GPT, CLIP's text tower and the bridges between picture and text are all stacks of `Block`;
-they differ only in three switches:
+they differ mainly in the kind of attention they use:
 
     self-attention    q, k, v all come from x                      ViT: every patch sees every patch
     causal            token t sees tokens 0..t only                GPT: nobody reads ahead
@@ -60,7 +60,7 @@ class KVCache:
         self.lengths = None                                     # (B,) true lengths, only when rows differ
         self.self_kv = [None] * n_layer
         self.cross_kv = [None] * n_layer
-        self.feats = None                                       # the image features cross_kv is made of
+        self.feats = None                                       # its features: they tell a block there is a picture
 
     def positions(self, T, device):
         """Position numbers of the next T tokens: (T,), or (B, 1) when rows differ."""
@@ -69,7 +69,7 @@ class KVCache:
         return self.lengths[:, None]                                              # (B, 1)
 
     def append(self, layer, k, v):
-        """Store k, v (B, n_head, T, head_dim); return all keys, all values and the mask of what may be seen (or None)."""
+        """Store k, v (B, n_head, T, head_dim); return all keys and values and the mask of what may be seen, or None."""
         B, n_head, T, head_dim = k.shape
         end = self.length + T
         assert end <= self.max_len, f"the cache holds {self.max_len} tokens, {end} were given"
@@ -96,7 +96,7 @@ class KVCache:
             self.lengths = self.lengths + T
 
     def finish_prompt(self, lengths):
-        """After a prompt padded on the right: row b really ends at lengths[b] (None: all rows are full). Returns self."""
+        """After a prompt padded on the right: row b really ends at lengths[b] (None: all are full). Returns self."""
         self.lengths = lengths
         return self
 
@@ -118,7 +118,8 @@ class Attention(nn.Module):
 
     causal: token t attends to tokens 0..t. dropout: on the attention weights, while training.
     One weight matrix (3C, C) makes q, k and v: rows 0..C-1 the query, then key, then value. Self-attention uses it in
-    one product; cross-attention takes the query rows for x and the rest for the image features.
+    one product; cross-attention takes the query rows for x and the rest for the image features. K, below, counts the
+    captions (or beams) of one image.
     """
 
     def __init__(self, n_embd, n_head, causal=False, dropout=0.0):
@@ -164,7 +165,7 @@ class Attention(nn.Module):
             mask = causal_mask(q.size(-2), k.size(-2), q.device) if causal else mask
             y, self.weights = attend(q, k, v, mask)
             return y
-        # the same numbers from one fused call that never writes the (T, S) scores to memory
+        # the same (and dropout, while training) in one fused call that never writes the (T, S) scores to memory
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                               dropout_p=self.dropout if self.training else 0.0)
 

@@ -4,6 +4,7 @@ From "An image is worth 16x16 words" (Dosovitskiy et al. 2020, arXiv:2010.11929)
 vision tower (a norm before the blocks, no patch bias) and, for training from scratch on little data, a convolutional
 stem in place of the patch projection ("Early convolutions help transformers see better", Xiao et al. 2021).
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from .transformer import Block, init_weights
 
 @dataclass
 class ViTConfig:
+    """Sizes and switches of a ViT; the defaults are ViT-B/16."""
     image_size: int = 224       # H = W, pixels
     patch_size: int = 16        # P, pixels
     n_layer: int = 12
@@ -33,16 +35,17 @@ class ViTConfig:
 
     @property
     def n_patches(self):
+        """Image tokens without the class token: 196 for 16-pixel patches of 224 pixels."""
         return (self.image_size // self.patch_size) ** 2
 
 
 def conv_stem(patch_size, n_embd):
-    """Halve the picture log2(P) times with 3x3 convolutions, doubling the channels (from 32 on) each time, up to C.
+    """Halve the picture log2(P) times with 3x3 convolutions. Channels, from the end: C, C/2, C/4, .. but 32 at least.
 
     P=16, C=256:  (B, 3, 128, 128) -> (B, 32, 64, 64) -> (B, 64, 32, 32) -> (B, 128, 16, 16) -> (B, 256, 8, 8)
     """
     steps = patch_size.bit_length() - 1
-    assert 2 ** steps == patch_size, f"a convolutional stem halves the picture: patch_size {patch_size} is no power of 2"
+    assert 2 ** steps == patch_size, f"a conv stem halves the picture: patch_size {patch_size} is no power of 2"
     widths = [3] + [min(n_embd, max(32, n_embd >> (steps - 1 - i))) for i in range(steps)]
     layers = []
     for c_in, c_out in zip(widths, widths[1:]):
@@ -56,8 +59,8 @@ def wave_positions(n_side, n_embd, class_token=False):
     The table is learned, but from small random numbers a little data does not teach it what is left of what; from waves
     the arrangement is there at the start ("Better plain ViT baselines", Beyer et al. 2022, keeps them fixed).
     """
-    quarter = -(-n_embd // 4)
-    rates = 1e4 ** -(torch.arange(quarter) / quarter)                             # (C/4,) from 1 down to 1/10000
+    quarter = math.ceil(n_embd / 4)                                               # sin and cos, of x and of y
+    rates = 1e4 ** -(torch.arange(quarter) / quarter)                             # (C/4,) from 1 towards 1/10000
     angle = torch.arange(n_side)[:, None] * rates                                 # (n_side, C/4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)                           # (n_side, C/2)
     x, y = wave[None].expand(n_side, -1, -1), wave[:, None].expand(-1, n_side, -1)       # row y, column x
@@ -66,10 +69,12 @@ def wave_positions(n_side, n_embd, class_token=False):
 
 
 class ViT(nn.Module):
+    """Patches (and a class token), position table, n_layer blocks, a norm; a label head if n_class."""
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        assert c.image_size % c.patch_size == 0, f"image_size {c.image_size} is no multiple of patch_size {c.patch_size}"
+        assert c.image_size % c.patch_size == 0, f"{c.image_size} pixels do not divide into patches of {c.patch_size}"
         self.patch = (conv_stem(c.patch_size, c.n_embd) if c.stem == "conv" else
                       nn.Conv2d(3, c.n_embd, c.patch_size, stride=c.patch_size, bias=c.patch_bias))
         self.cls = nn.Parameter(torch.zeros(1, 1, c.n_embd)) if c.class_token else None
@@ -81,7 +86,8 @@ class ViT(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
         self.head = nn.Linear(c.n_embd, c.n_class) if c.n_class else None
         init_weights(self, c.n_layer)
-        if c.stem == "conv":                       # GPT-2's small init would fade through four layers of ReLU
+        # the last 1x1 convolution has no norm after it: started at 0.02 it would be faint beside the position waves
+        if c.stem == "conv":
             for m in self.patch.modules():
                 if isinstance(m, nn.Conv2d):
                     nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -95,9 +101,9 @@ class ViT(nn.Module):
         B, _, H, W = img.shape
         size = self.config.image_size
         assert (H, W) == (size, size), f"the model takes {size}x{size} pixels, got {H}x{W}"
-        x = self.patch(img).flatten(2).transpose(1, 2)                            # (B, C, H/P, W/P) -> (B, N, C)
+        x = self.patch(img).flatten(2).transpose(1, 2)                            # (B, C, H/P, W/P) -> (B, patches, C)
         if self.cls is not None:
-            x = torch.cat([self.cls.expand(B, -1, -1), x], dim=1)                 # (B, 1 + N, C)
+            x = torch.cat([self.cls.expand(B, -1, -1), x], dim=1)                 # (B, N, C): 1 + patches
         x = self.drop(self.ln_pre(x + self.pos))
         outputs = []
         for block in self.blocks:

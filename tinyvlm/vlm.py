@@ -1,6 +1,6 @@
-"""The bridges: three ways to let a language model see, under one contract.
+"""The bridges: two ways to let a language model see, under one contract.
 
-    cross    every decoder block gets an extra attention that reads the image features      VisionGPT2, "Show, attend"
+    cross    every decoder block gets an extra attention that reads the image features      VisionGPT2, Flamingo
     prefix   image features become tokens at the place of <image>, and a GPT reads on       LLaVA, PaliGemma, nanoVLM
 
 Each is `forward(img_or_feats, idx, targets) -> (logits (B, T, V), loss)` for training and `prefill` / `step` for
@@ -19,6 +19,7 @@ from .vit import ViT, ViTConfig
 
 @dataclass
 class VLMConfig:
+    """Which bridge, and the sizes of both towers."""
     model: str = "cross"                    # cross | prefix
     vision: ViTConfig | None = field(default_factory=ViTConfig)     # None: image features come ready-made
     text: GPTConfig = field(default_factory=GPTConfig)
@@ -76,8 +77,8 @@ class CrossCaptioner(Captioner):
         n_embd = config.text.n_embd
         self.bridge = nn.ModuleDict()
         if config.wiring == "lockstep":
-            assert config.vision and config.vision.n_layer == config.text.n_layer, \
-                f"lockstep pairs the layers of both towers: {config.vision and config.vision.n_layer} != {config.text.n_layer}"
+            depths = config.vision and config.vision.n_layer, config.text.n_layer
+            assert depths[0] == depths[1], f"lockstep pairs the layers of both towers, but they have {depths}"
             self.bridge["norms"] = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(config.text.n_layer - 1))
         if config.width != n_embd:
             self.bridge["proj"] = nn.Linear(config.width, n_embd)
@@ -134,6 +135,7 @@ class PrefixVLM(Captioner):
         The shapes depend only on T, M and N, so nothing waits for the device and torch.compile sees one graph.
 
         N = 3:  idx  [<image> a  dog]   ->   x  [i0 i1 i2 a  dog],   last  [2 3 4]
+        on the way: is_image [1 0 0], size [3 1 1], begin [0], slots [0 1 2]; row L of x is a bin, cut off at the end
         """
         (B, T), (_, M, N, C) = idx.shape, image_tokens.shape
         is_image = idx == self.config.image_token                                 # (B, T)
@@ -156,7 +158,7 @@ class PrefixVLM(Captioner):
         return x[:, :L], last                                                     # (B, L, C), (B, T)
 
     def _read(self, img, idx, cache=None, max_new_tokens=0):
-        """Text positions only: hidden states (B, T, C) and `last` (B, T). img may be (B, M, 3, H, W): M images a row."""
+        """Text positions only: hidden states (B, T, C) and `last` (B, T). img (B, M, 3, H, W): M images a row."""
         B = idx.size(0)
         tokens = self.look(img.flatten(0, 1) if img.dim() == 5 else img)          # (images, N, C)
         _, N, C = tokens.shape
@@ -169,7 +171,7 @@ class PrefixVLM(Captioner):
         if cache is not None:
             cache.max_len = x.size(1) + max_new_tokens
         x = self.text.hidden(x, cache=cache)                                      # (B, L, C)
-        # the vocabulary is asked only where text is read: 196 of 210 positions of a caption would be thrown away
+        # the vocabulary is asked only where text is read: scores at image positions would be thrown away
         return x.gather(1, last[:, :, None].expand(-1, -1, C)), last              # (B, T, C)
 
     def forward(self, img, idx, targets=None):
@@ -187,7 +189,8 @@ class PrefixVLM(Captioner):
         cache = KVCache(self.config.text.n_layer, 0)
         x, last = self._read(img, idx, cache, max_new_tokens)                     # (B, T, C), (B, T)
         end = last[:, -1] if lengths is None else last.gather(1, lengths[:, None] - 1)[:, 0]     # (B,)
-        uneven = bool((end != end[0]).any()) or int(end[0]) + 1 < cache.length    # other lengths, or unused image room
+        # rows end at different places, or all leave room that was kept for more images than they show
+        uneven = bool((end != end[0]).any()) or int(end[0]) + 1 < cache.length
         return self.text.head(last_of(x, lengths)), cache.finish_prompt(end + 1 if uneven else None)
 
 

@@ -1,0 +1,250 @@
+"""How fast, always as a ratio: two ways of doing the same thing, in turn, in one process. Absolute times only explain.
+
+    python bench.py tokenizer --captions captions.txt     training and encoding, beside the Rust `tokenizers` library
+    python bench.py decode                                ViT-B/16 + GPT-2 captioning beside transformers, and uncached
+    python bench.py train                                 one training step of the same pair
+    python bench.py weights                               opening a 548 MB safetensors file beside the public library
+    python bench.py lstm                                  a training step beside torch.nn.LSTM
+
+The peers (transformers, tokenizers, safetensors) are no part of this project: install them to compare, or read our side
+alone. All weights are random; speed does not depend on them. Pairs alternate, and the median of the ratios is quoted,
+so that a machine whose speed drifts slows both sides alike.
+"""
+import importlib.util
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import read_captions
+from tinyvlm.config import UserError, option, parse_config, run_script
+from tinyvlm.generate import generate
+from tinyvlm.lstm import LSTM
+from tinyvlm.pretrained import export_vit_gpt2
+from tinyvlm.tokenizer import BPETokenizer
+from tinyvlm.vit import ViTConfig
+from tinyvlm.vlm import VLMConfig, build
+from tinyvlm.weights import load_safetensors, save_safetensors
+
+
+@dataclass
+class BenchConfig:
+    """Options of a benchmark."""
+    pairs: int = option(5, "how many times each side runs, after one warm-up")
+    threads: int = option(2, "processor threads of torch")
+    captions: str | None = option(None, "tokenizer: a caption file, such as Flickr8k's captions.txt")
+    dtype: str = option("float32", "decode, train: number format on cuda", ("float32", "bfloat16"))
+    device: str = option("cpu", "decode, train: cpu or cuda")
+    compile: bool = option(False, "decode, train: torch.compile both sides' forward pass")
+
+
+def seconds(work, device="cpu"):
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(label, ours, theirs, config, peer):
+    """Run both in turn; print the median of theirs / ours (above 1: we are faster) and the medians themselves."""
+    times = []
+    for k in range(config.pairs + 1):
+        a = seconds(ours, config.device)
+        b = seconds(theirs, config.device) if theirs else float("nan")
+        times += [(a, b)] if k else []                          # the first pair warms up
+    a, b = (statistics.median(t) for t in zip(*times))
+    ratio = statistics.median(y / x for x, y in times)
+    spread = sorted(y / x for x, y in times)
+    beside = f"{peer} {1000 * b:.0f} ms, ratio {ratio:.2f} ({spread[0]:.2f} to {spread[-1]:.2f})" if theirs else ""
+    print(f"{label}: ours {1000 * a:.0f} ms  {beside}", flush=True)
+    return a
+
+
+def have(package):
+    """Is the peer installed? If not, say so once."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"({package} is not installed: our side only)")
+    return found
+
+
+def tokenizer(config):
+    """Training 8,192 entries, and one encode() call per caption, on one core."""
+    if not config.captions:
+        raise UserError("bench.py tokenizer needs --captions FILE, for example Flickr8k's captions.txt")
+    texts = [c for group in read_captions(Path(config.captions))[0].values() for c in group]
+    megabytes = sum(len(t.encode()) for t in texts) / 1e6
+    ours, peer = BPETokenizer.train(texts, 8192), None
+    if have("tokenizers"):
+        import tokenizers
+        with tempfile.TemporaryDirectory() as folder:
+            ours.save(Path(folder) / "tokenizer.json")
+            peer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+
+    def fresh():
+        ours._cached_ids.cache_clear()                          # every run pays for filling its cache of words
+        return [ours.encode(t) for t in texts]
+
+    def peer_train():
+        t = tokenizers.Tokenizer(tokenizers.models.BPE())
+        t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        t.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+            vocab_size=8192, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    compare("train 8,192 entries", lambda: BPETokenizer.train(texts, 8192), peer and peer_train, config, "tokenizers")
+    a = compare("encode, a call per caption", fresh, peer and (lambda: [peer.encode(t).ids for t in texts]), config,
+                "tokenizers")
+    print(f"    {len(texts)} captions, {megabytes:.2f} MB: {megabytes / a:.1f} MB/s")
+
+
+def captioner(config):
+    """ViT-B/16 + GPT-2 small with random weights, ours and (if installed) the same weights in transformers."""
+    torch.manual_seed(0)
+    model = build(VLMConfig(vision=ViTConfig(eps=1e-12))).eval()
+    torch.nn.init.normal_(model.text.wte.weight, std=0.2)       # distinct words, so that greedy does not repeat one
+    peer = None
+    if have("transformers"):
+        import transformers
+        with tempfile.TemporaryDirectory() as folder:
+            export_vit_gpt2(model, folder)
+            peer = transformers.VisionEncoderDecoderModel.from_pretrained(folder).eval().to(config.device)
+    return model.to(config.device), peer
+
+
+def decode(config):
+    """Greedy 24 tokens for one image; beam 3 over 8 images; and what the key/value cache is worth."""
+    model, peer = captioner(config)
+    img = torch.randn(8, 3, 224, 224, device=config.device)
+    start, end = 50256, -1                                      # an end that never comes: always the full length
+
+    def ours(n, beams):
+        return lambda: generate(model, img[:n], [[start]] * n, 24, num_beams=beams, eos_id=end)
+
+    def theirs(n, beams):
+        return lambda: peer.generate(img[:n], max_new_tokens=24, min_new_tokens=24, num_beams=beams, do_sample=False,
+                                     decoder_start_token_id=start, pad_token_id=start)
+    for label, n, beams in (("greedy, 1 image, 24 tokens", 1, 1), ("3 beams, 8 images, 24 tokens", 8, 3)):
+        compare(label, ours(n, beams), peer and theirs(n, beams), config, "transformers")
+
+    @torch.inference_mode()
+    def uncached():
+        idx = torch.full((1, 1), start, device=config.device)
+        for _ in range(24):
+            idx = torch.cat([idx, model(img[:1], idx)[0][:, -1:].argmax(-1)], dim=1)
+    compare("greedy, 1 image, cached / uncached", ours(1, 1), uncached, config, "uncached")
+    with torch.inference_mode():
+        vision = statistics.median(seconds(lambda: model.vision(img[:1]), config.device) for _ in range(4))
+        whole = statistics.median(seconds(ours(1, 1), config.device) for _ in range(4))
+    explain(model, vision, (whole - vision) / 24)
+
+
+def explain(model, vision_s, token_s):
+    """Where the time goes: FLOPs of looking and bytes of speaking, against what the machine can do."""
+    a = torch.randn(2048, 2048)
+    peak = 2 * 2048 ** 3 / min(seconds(lambda: a @ a) for _ in range(5))
+    big = torch.zeros(64 << 20)                                 # 256 MB, more than any cache
+    bandwidth = 256e6 * 1.048576 / min(seconds(lambda: big.sum()) for _ in range(5))
+    flops = 197 * 2 * sum(p.numel() for n, p in model.vision.named_parameters() if p.dim() == 2)
+    size = sum(p.numel() * p.element_size() for n, p in model.text.named_parameters() if "wpe" not in n)
+    print(f"    looking: {vision_s * 1000:.0f} ms for {flops / 1e9:.1f} GFLOP, {flops / vision_s / peak:.0%} of the "
+          f"{peak / 1e9:.0f} GFLOP/s that a large product reaches here")
+    print(f"    speaking: {token_s * 1000:.1f} ms a token, each reading all {size / 1e6:.0f} MB of the decoder: "
+          f"{size / token_s / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s that a plain sum reads here")
+
+
+def train(config):
+    """A training step, batch 4, 32 tokens: forward, backward, no optimizer on either side."""
+    model, peer = captioner(config)
+    img = torch.randn(4, 3, 224, 224, device=config.device)
+    row = torch.randint(0, 50256, (4, 33), device=config.device)
+    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    fast, quick = (torch.compile(m) if config.compile else m for m in (model, peer))
+
+    def ours():
+        with autocast:
+            loss = fast(img, row[:, :-1], row[:, 1:])[1]
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def theirs():
+        with autocast:
+            loss = quick(pixel_values=img, decoder_input_ids=row[:, :-1], labels=row[:, 1:]).loss
+        loss.backward()
+        peer.zero_grad(set_to_none=True)
+    compare("training step, batch 4, 32 tokens", ours, peer and theirs, config, "transformers")
+
+
+PROBE = """
+import resource, sys, time
+sys.path.insert(0, {root!r})
+if {ours}:
+    from tinyvlm.weights import load_safetensors as load
+else:
+    from safetensors.torch import load_file as load
+import torch
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+tensors = load({path!r})
+opened = time.perf_counter() - start
+total = sum(float(t.sum()) for t in tensors.values())
+print(opened, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def weights(config):
+    """Open a gpt2-size file and read every number of it, each time in a new process: seconds and memory."""
+    public = have("safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.safetensors")
+        save_safetensors({f"t{k}": torch.zeros(1_000_000 + k) for k in range(137)}, path)
+        rows = {True: [], False: []}
+        for _ in range(config.pairs):
+            for ours in (True, False)[:1 + public]:
+                code = PROBE.format(root=str(Path(__file__).parent), path=path, ours=ours)
+                out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+                rows[ours].append([float(x) for x in out.split()])
+        assert len(load_safetensors(path)) == 137
+    for ours, name in ((True, "ours"), (False, "safetensors"))[:1 + public]:
+        opened, read, memory = (statistics.median(column) for column in zip(*rows[ours]))
+        print(f"548 MB, {name}: opened in {1000 * opened:.1f} ms, all read after {1000 * read:.0f} ms, "
+              f"peak memory + {memory / 1000:.0f} MB")
+    if public:
+        for k, what in enumerate(("open", "open and read all")):
+            ratio = statistics.median(b[k] / a[k] for a, b in zip(rows[True], rows[False]))
+            print(f"{what}: safetensors / ours {ratio:.2f}")
+
+
+def lstm(config):
+    """A training step of one layer at batch 64, 20 steps: ours by hand beside torch.nn.LSTM and our plain loop."""
+    for size in (256, 512):
+        ours, theirs = LSTM(size, size), torch.nn.LSTM(size, size, batch_first=True)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(64, 20, size, requires_grad=True)
+        for name, other in (("torch.nn.LSTM", theirs), ("plain loop", ours.plain)):
+            compare(f"LSTM {size}", lambda: ours(x)[0].sum().backward(), lambda: other(x)[0].sum().backward(), config,
+                    name)
+
+
+BENCHES = {f.__name__: f for f in (tokenizer, decode, train, weights, lstm)}
+
+
+def main():
+    """bench.py NAME [options]"""
+    name = sys.argv[1] if len(sys.argv) > 1 else "-h"
+    if name not in BENCHES and name not in ("-h", "--help"):
+        raise UserError(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHES)}")
+    config = parse_config(BenchConfig, sys.argv[2:] if name in BENCHES else ["-h"], description=__doc__.split("\n")[0])
+    torch.set_num_threads(config.threads)
+    print(f"{name}: {config.pairs} pairs, torch {torch.__version__}, {config.threads} threads, {config.device}")
+    BENCHES[name](config)
+    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
+
+
+if __name__ == "__main__":
+    run_script(main)
