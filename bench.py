@@ -182,18 +182,23 @@ def train(config):
 
 
 PROBE = """
-import resource, sys, time
+import re, sys, time
+def peak():
+    try:
+        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    except OSError:                 # not Linux
+        return 0
 sys.path.insert(0, {root!r})
 if {ours}:
     from tinyvlm.weights import load_safetensors as load
 else:
     from safetensors.torch import load_file as load
 import torch
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before, start = peak(), time.perf_counter()
 tensors = load({path!r})
 opened = time.perf_counter() - start
 total = sum(float(t.sum()) for t in tensors.values())
-print(opened, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(opened, time.perf_counter() - start, peak() - before)
 """
 
 
@@ -202,7 +207,7 @@ def weights(config):
     public = have("safetensors")
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.safetensors")
-        save_safetensors({f"t{k}": torch.zeros(1_000_000 + k) for k in range(137)}, path)
+        save_safetensors({f"t{k}": torch.randn(1_000_000 + k) for k in range(137)}, path)
         rows = {True: [], False: []}
         for _ in range(config.pairs):
             for ours in (True, False)[:1 + public]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import data
 import sample
 import train
@@ -342,3 +343,10 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_old_run(trained, tmp_path, caps
     run(train, "--resume", "--out-dir", out, code=2)
     assert "No space left on device" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_the_benchmark_compares_and_refuses(capsys):
+    run(bench, "lstm", "--pairs", "1", "--threads", "1")
+    assert capsys.readouterr().out.count("ratio") == 4
+    run(bench, "warp", code=2)
+    assert "decode" in capsys.readouterr().err
