@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tinyvlm.transformer import ACTIVATIONS, Attention, Block, KVCache, attend, causal_mask
+from tinyvlm.transformer import ACTIVATIONS, Attention, Block, KVCache, attend, causal_mask, linear
 
 B, T, N, C, H = 2, 5, 7, 24, 3
 
@@ -42,6 +42,19 @@ def test_plain_attention_equals_the_fused_call():
     torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, T))
     assert weights[:, :, ~mask].max() == 0
+
+
+@pytest.mark.parametrize("rows", [512, 513, 1021])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_single_row_takes_another_way_to_the_same_product(rows, threads, monkeypatch):
+    """One vector on a CPU is spread over the cores by hand; also when rows do not divide among them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight, bias = torch.randn(rows, C), torch.randn(rows)
+    with torch.inference_mode():
+        for shape in [(1, 1, C), (1, C), (C,), (2, 1, C), (1, 3, C)]:
+            x = torch.randn(shape)
+            for b in (bias, None):
+                torch.testing.assert_close(linear(x, weight, b), F.linear(x, weight, b), atol=1e-5, rtol=1e-5)
 
 
 def test_causal_mask_worked_example():

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .transformer import Block, KVCache, init_weights
+from .transformer import Block, KVCache, init_weights, linear
 
 IGNORE = -100    # a target nobody is asked to predict: padding
 
@@ -87,7 +87,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V). The matrix is the embedding itself: reading and writing share a vocabulary."""
-        return F.linear(x, self.wte.weight)                                       # (B, T, V)
+        return linear(x, self.wte.weight)                                         # (B, T, V)
 
     def prefill(self, feats, idx, lengths=None, max_new_tokens=0):
         """Read the prompts idx (B, T), row b ending at lengths[b] (None: all at T). feats as in forward, or None.

@@ -23,6 +23,34 @@ ACTIVATIONS = {
 }
 
 
+def linear(x, weight, bias=None):
+    """F.linear: x (..., C_in), weight (C_out, C_in) -> (..., C_out).
+
+    Speaking one word to one person is a matrix times a single vector: every weight is read for one multiplication, and
+    memory sets the pace. On a CPU the library leaves that product to one core; cut into a stack of matrices, it goes to
+    all of them, each reading its share (bench.py decode). Training and batches take the ordinary way.
+    """
+    rows, C = weight.shape
+    if torch.is_grad_enabled() or x.numel() != C or x.device.type != "cpu" or rows < 512:
+        return F.linear(x, weight, bias)
+    k = torch.get_num_threads()
+    n = rows // k * k
+    stack = weight[:n].view(k, n // k, C)                                         # (k, n/k, C)
+    # .t() and not a reshape to (C, 1): the strides tell the library that x is a column, for which it has the fast path
+    y = torch.bmm(stack, x.reshape(1, C).t().expand(k, C, 1)).flatten()           # (k, n/k, 1) -> (n,)
+    if n < rows:
+        y = torch.cat([y, F.linear(x.reshape(C), weight[n:])])                    # (rows,)
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], rows)
+
+
+class Linear(nn.Linear):
+    """nn.Linear through `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention, written out: the lesson, the oracle of the fused call, and the source of drawings.
 
@@ -126,8 +154,8 @@ class Attention(nn.Module):
         super().__init__()
         assert n_embd % n_head == 0, f"n_embd {n_embd} does not divide into {n_head} heads"
         self.n_head, self.causal, self.dropout = n_head, causal, dropout
-        self.qkv = nn.Linear(n_embd, 3 * n_embd)
-        self.proj = nn.Linear(n_embd, n_embd)
+        self.qkv = Linear(n_embd, 3 * n_embd)
+        self.proj = Linear(n_embd, n_embd)
         self.keep_weights, self.weights = False, None           # set keep_weights to read the last weights, for drawing
 
     def forward(self, x, feats=None, cache=None, layer=0):
@@ -138,7 +166,7 @@ class Attention(nn.Module):
             k, v, mask = (k, v, None) if cache is None else cache.append(layer, k, v)
             y = self._mix(q, k, v, mask, self.causal and cache is None)           # (B, n_head, T, head_dim)
         else:
-            q = F.linear(x, self.qkv.weight[:C], self.qkv.bias[:C])               # (B, T, C)
+            q = linear(x, self.qkv.weight[:C], self.qkv.bias[:C])                 # (B, T, C)
             k, v = self._image_kv(feats, cache, layer)                            # (B/K, n_head, N, head_dim)
             # Nothing is causal between words and patches, so the K captions (or beams) of an image can stand in one
             # row and read its keys once:  (B, T, C) -> (B/K, K*T, C)
@@ -175,8 +203,8 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd, n_hidden, activation="gelu_tanh"):
         super().__init__()
-        self.fc = nn.Linear(n_embd, n_hidden)
-        self.proj = nn.Linear(n_hidden, n_embd)
+        self.fc = Linear(n_embd, n_hidden)
+        self.proj = Linear(n_hidden, n_embd)
         self.act = ACTIVATIONS[activation]
 
     def forward(self, x):
