@@ -1,1 +1,1 @@
-"""tinyvlm: five ways to make a machine talk about pictures, hand-written in plain PyTorch. Start at README.md."""
+"""tinyvlm: ways to make a machine talk about pictures, hand-written in plain PyTorch. Start at README.md."""

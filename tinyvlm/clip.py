@@ -71,6 +71,8 @@ def info_nce(image_emb, text_emb, logit_scale):
 
 
 class CLIP(nn.Module):
+    """Two towers and two projections into one space of D numbers, with a learned temperature between them."""
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config

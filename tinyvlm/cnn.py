@@ -130,6 +130,7 @@ class ImageEncoder(nn.Module):
 
 @dataclass
 class ResNetConfig:
+    """Sizes of a ResNet; the defaults are ResNet-50."""
     width: int = 64                             # channels after the stem; doubles from stage to stage
     blocks: tuple = (3, 4, 6, 3)                # bottlenecks per stage; (3, 4, 23, 3) would be ResNet-101
     n_class: int = 1000                         # 0: no head
@@ -168,6 +169,7 @@ class ResNet50(ImageEncoder):
 
 @dataclass
 class VGGConfig:
+    """Sizes of a VGG; the defaults are VGG-16."""
     widths: tuple = (64, 128, 256, 512, 512)    # channels of the five stages, each halving H and W at its end
     convs: tuple = (2, 2, 3, 3, 3)              # 3x3 convolutions per stage: 13, and 3 linear layers make 16
     n_hidden: int = 4096                        # of the two hidden linear layers

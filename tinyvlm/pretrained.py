@@ -261,14 +261,17 @@ class Checkpoint:
 # ---- the name tables: ours, then theirs. A trailing dot stands for the pair .weight and .bias, {i} for each layer.
 
 def transposed_joined(*matrices):
+    """Several (in, out) matrices -> one (sum of outs, in)."""
     return torch.cat([matrix.t() for matrix in matrices])
 
 
 def unsqueezed(table):
+    """(C,) or (N, C) -> (1, 1, C) or (1, N, C)."""
     return table[None, None] if table.dim() == 1 else table[None]      # ours keep an axis for the batch in front
 
 
 def zeros(*weights):
+    """The bias of layers that have none, one number for each of their outputs."""
     return torch.zeros(sum(map(len, weights)))                  # published without a bias: ours is there, but zero
 
 
@@ -365,6 +368,7 @@ def _write_out(lines, n_layer):
 # ---- one plan per family: the sizes, and the table in the names of the file at hand
 
 class Plan(NamedTuple):
+    """How one checkpoint becomes a model: which class, which sizes, whose names, and how its images are prepared."""
     model: type
     config: object
     names: dict

@@ -53,6 +53,7 @@ def atomic_write(path, write):
 
 
 def write_json(path, obj):
+    """A JSON file, whole or not at all."""
     text = json.dumps(obj, indent=2) + "\n"
     atomic_write(path, lambda file: file.write(text.encode("ascii")))   # json escapes the rest, odd file names included
 
