@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from data import read_captions
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.generate import generate
+from tinyvlm.layouts import read_captions
 from tinyvlm.lstm import LSTM
 from tinyvlm.pretrained import export_vit_gpt2
 from tinyvlm.tokenizer import BPETokenizer

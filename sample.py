@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from data import CLEAN, IMAGE_TYPES
+from data import CLEAN
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.download import download
 from tinyvlm.draw import attention_over, caption_sheet
 from tinyvlm.generate import generate
 from tinyvlm.image import load_image, preprocess, to_pil
+from tinyvlm.layouts import IMAGE_TYPES
 from tinyvlm.pretrained import load_pretrained, load_run
 from tinyvlm.weights import atomic_write
 

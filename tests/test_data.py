@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 import data
-from data import IGNORE, Batches, Dataset, ImageStore, Shapes, Texts, eval_batches, load_dataset, pad_rows, photos, step_order
+from tinyvlm import layouts
+from data import Batches, ImageStore, Shapes, Texts, eval_batches, load_dataset, pad_rows, step_order
+from tinyvlm.gpt import IGNORE
+from tinyvlm.layouts import Dataset, photos
 from tinyvlm.config import UserError
 from tinyvlm.image import Recipe
 from tinyvlm.shapes import COLORS, OPPOSITE, SHAPES, Thing, ask, describe, draw_scene, make_scene, meaning
@@ -225,7 +228,7 @@ def test_flickr8k_tries_the_mirrors_in_order(tmp_path, monkeypatch):
             for file in source.rglob("*.*"):
                 z.write(file, file.relative_to(source))
         return path
-    monkeypatch.setattr(data, "download", fake)
+    monkeypatch.setattr(layouts, "download", fake)
     monkeypatch.chdir(tmp_path)
     config = SimpleNamespace(dataset="flickr8k", data_dir=None, seed=0, allow_broken=False)
     assert len(load_dataset(config).names) == 20 and len(asked) == 2 and "kaggle" in asked[1]

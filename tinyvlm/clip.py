@@ -119,6 +119,6 @@ class CLIP(nn.Module):
         are causal: whatever stands after it changes nothing, and no mask is needed.
         """
         marks = idx if self.config.end_token is None else (idx == self.config.end_token).int()   # (B, T)
-        x = self.text.hidden(self.text.embed(idx))                                # (B, T, C)
+        x = self.text.hidden(self.text.wte(idx))                                  # (B, T, C)
         x = x[torch.arange(len(idx), device=idx.device), marks.argmax(dim=1)]     # (B, C)
         return F.normalize(self.text_head(x), dim=-1)                             # (B, D)

@@ -66,8 +66,14 @@ class GPT(nn.Module):
         return logits, None if targets is None else next_token_loss(logits, targets)
 
     def embed(self, idx):
-        """Token ids (B, T) -> vectors (B, T, C), without positions."""
-        return self.wte(idx)
+        """Token ids (B, T) -> vectors (B, T, C), without positions.
+
+        The table's gradient is (V, C), and the way out (`head`) fills all of it. The few rows read here need no second
+        table of zeros: as a sparse gradient they are added to the first in place (10% of a small batch's step, on a
+        CPU). A model that embeds but never predicts, like CLIP's text tower, calls `wte` instead.
+        """
+        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
+        return F.embedding(idx, self.wte.weight, sparse=sparse)                   # (B, T, C)
 
     def hidden(self, x, feats=None, cache=None):
         """Embedded tokens x (B, T, C) -> the last block's normalised output (B, T, C). Adds the positions."""

@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .linear import linear
+
 
 def lstm_cell(x, h, c, w_x, w_h, b):
     """One step. x (B, I), h and c (B, H), w_x (4H, I), w_h (4H, H), b (4H) -> the next h and c, both (B, H).
@@ -38,18 +40,19 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_x, w_h, b, h0, c0):
         T, B, H = x.shape[0], *h0.shape
-        gates = F.linear(x, w_x, b)                                         # (T, B, 4H): what the input asks for
+        doubled = torch.ones(4, H, 1, dtype=w_x.dtype, device=w_x.device)   # tanh(a) = 2 sigmoid(2a) - 1: with the rows
+        doubled[2] = 2                                                      # of g doubled, one sigmoid does all four
+        w_x2, w_h2, b2 = (w.view(4, H, -1).mul(doubled).view(w.shape) for w in (w_x, w_h, b))
+        gates = linear(x, w_x2, b2)                                         # (T, B, 4H): what the input asks for
         hs, cs = (start.new_empty(T + 1, B, H) for start in (h0, c0))       # slot t is the state before step t
         tanh_c = torch.empty_like(hs[1:])                                   # (T, B, H)
         hs[0], cs[0] = h0, c0
         steps = zip(gates, *gates.chunk(4, dim=2), hs, cs, hs[1:], cs[1:], tanh_c)    # per step, views to write into
         for a, i, f, g, o, h, c, h_next, c_next, tanh in steps:
-            a.addmm_(h, w_h.t())                                            # (B, 4H): and what the past asks for
-            g.mul_(2)
-            a.sigmoid_()                                                    # all four at once, since
-            g.mul_(2).sub_(1)                                               # tanh(a) = 2 sigmoid(2a) - 1
+            a.add_(linear(h, w_h2)).sigmoid_()                              # (B, 4H): and what the past asks for
+            g.mul_(2).sub_(1)
             torch.mul(f, c, out=c_next).addcmul_(i, g)
-            torch.mul(c_next, 2, out=tanh).sigmoid_().mul_(2).sub_(1)
+            torch.tanh(c_next, out=tanh)
             torch.mul(o, tanh, out=h_next)
         ctx.save_for_backward(x, w_x, w_h, gates, hs, cs, tanh_c)
         return hs[1:], cs[T]                    # hs is saved too: after an edit in place, backward raises torch's error
@@ -63,32 +66,31 @@ class Recurrence(torch.autograd.Function):
             dc = what step t + 1 returned + dh * o (1 - tanh(c)^2)     (c = f c_before + i g)
             before squashing:  d_i = dc * g i (1 - i)      d_f = dc * c_before f (1 - f)      as s' = s (1 - s)
                                d_g = dc * i (1 - g^2)      d_o = dh * tanh(c) o (1 - o)       and tanh' = 1 - tanh^2
+
+        What dh and dc are multiplied with is known before the walk, for all steps at once: `slope`, (T, B, 4H).
         `addcmul(a, b, c, value=-1)` is a - b * c in one sweep over memory.
         """
         x, w_x, w_h, gates, hs, cs, tanh_c = ctx.saved_tensors
         T, B, H = tanh_c.shape
-        d_gates = torch.empty_like(gates)                                   # (T, B, 4H), before squashing
-        through_c = d_gates[..., :3 * H].unflatten(2, (3, H))               # (T, B, 3, H): these act on h through c
-        steps = list(zip(gates, *gates.chunk(4, dim=2), d_gates, *d_gates.chunk(4, dim=2), through_c,
-                         hs[1:], cs, tanh_c, d_out))
-        dc, later = d_c.clone(), None                                       # (B, H); d_gates of step t + 1
-        for a, i, f, g, o, d_a, d_i, d_f, d_g, d_o, d_ifg, h, c_before, tanh, dh in reversed(steps):
-            if later is not None:
-                dh = torch.addmm(dh, later, w_h)                            # (B, H)
-            dc.addcmul_(dh, torch.addcmul(o, h, tanh, value=-1))            # o (1 - tanh^2) = o - h tanh
-            torch.addcmul(a, a, a, value=-1, out=d_a)                       # s - s * s for all; d_g is replaced below
-            d_i.mul_(g)
-            d_f.mul_(c_before)
-            torch.addcmul(i, i * g, g, value=-1, out=d_g)
-            d_o.mul_(tanh).mul_(dh)
-            d_ifg.mul_(dc.unsqueeze(1))
-            dc.mul_(f)                                                      # what step t returns to the step before
-            later = d_a
-        rows, wanted = d_gates.flatten(0, 1), ctx.needs_input_grad          # (T*B, 4H): all steps at once from here
-        d_x = d_gates @ w_x if wanted[0] else None                          # (T, B, I)
+        i, f, g, o = gates.chunk(4, dim=2)                                  # each (T, B, H)
+        slope = torch.addcmul(gates, gates, gates, value=-1)                # (T, B, 4H): s - s * s; g's is replaced
+        for s, factor in zip(slope.chunk(4, dim=2), (g, cs[:T], None, tanh_c)):
+            s.mul_(factor) if factor is not None else torch.addcmul(i, i * g, g, value=-1, out=s)
+        through = torch.addcmul(o, hs[1:], tanh_c, value=-1)                # (T, B, H): o (1 - tanh^2) = o - h tanh
+        w_back = w_h.t().contiguous()                                       # (H, 4H), turned once for all steps
+        d_gates, dc, later = slope.view(T, B, 4, H), d_c.clone(), None      # the slopes become the gradients in place
+        for t in reversed(range(T)):
+            dh = d_out[t] if later is None else linear(later, w_back).add_(d_out[t])        # (B, H)
+            dc.addcmul_(dh, through[t])
+            d_gates[t, :, :3].mul_(dc[:, None])                             # i, f and g act on h through c
+            d_gates[t, :, 3].mul_(dh)
+            dc.mul_(f[t])
+            later = slope[t]                                                # (B, 4H)
+        rows, wanted = slope.flatten(0, 1), ctx.needs_input_grad            # (T*B, 4H): all steps at once from here
+        d_x = linear(slope, w_x.t()) if wanted[0] else None                 # (T, B, I)
         d_w_x = rows.t() @ x.flatten(0, 1) if wanted[1] else None           # (4H, I)
         d_w_h = rows.t() @ hs[:T].flatten(0, 1) if wanted[2] else None      # (4H, H)
-        return d_x, d_w_x, d_w_h, rows.sum(0), d_gates[0] @ w_h if wanted[4] else None, dc
+        return d_x, d_w_x, d_w_h, rows.sum(0), slope[0] @ w_h if wanted[4] else None, dc
 
 
 class LSTM(nn.Module):

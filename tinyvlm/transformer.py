@@ -16,39 +16,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .linear import Linear, linear
+
 ACTIVATIONS = {
     "gelu": F.gelu,                                             # exact, by erf: ViT, LAION's CLIP
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),       # GPT-2 (Hugging Face calls it gelu_new)
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),       # OpenAI's CLIP
 }
-
-
-def linear(x, weight, bias=None):
-    """F.linear: x (..., C_in), weight (C_out, C_in) -> (..., C_out).
-
-    Speaking one word to one person is a matrix times a single vector: every weight is read for one multiplication, and
-    memory sets the pace. On a CPU the library leaves that product to one core; cut into a stack of matrices, it goes to
-    all of them, each reading its share (bench.py decode). Training and batches take the ordinary way.
-    """
-    rows, C = weight.shape
-    if torch.is_grad_enabled() or x.numel() != C or x.device.type != "cpu" or rows < 512:
-        return F.linear(x, weight, bias)
-    k = torch.get_num_threads()
-    n = rows // k * k
-    stack = weight[:n].view(k, n // k, C)                                         # (k, n/k, C)
-    # .t() and not a reshape to (C, 1): the strides tell the library that x is a column, for which it has the fast path
-    y = torch.bmm(stack, x.reshape(1, C).t().expand(k, C, 1)).flatten()           # (k, n/k, 1) -> (n,)
-    if n < rows:
-        y = torch.cat([y, F.linear(x.reshape(C), weight[n:])])                    # (rows,)
-    y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], rows)
-
-
-class Linear(nn.Linear):
-    """nn.Linear through `linear`."""
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 def attend(q, k, v, mask=None):
@@ -144,16 +118,17 @@ class KVCache:
 class Attention(nn.Module):
     """Multi-head attention: n_head small attentions side by side, each on head_dim = n_embd / n_head channels.
 
-    causal: token t attends to tokens 0..t. dropout: on the attention weights, while training.
+    causal: token t attends to tokens 0..t. Dropout acts on what a block adds (see Block), not on the weights in here:
+    the fused call is several times slower with it on a CPU.
     One weight matrix (3C, C) makes q, k and v: rows 0..C-1 the query, then key, then value. Self-attention uses it in
     one product; cross-attention takes the query rows for x and the rest for the image features. K, below, counts the
     captions (or beams) of one image.
     """
 
-    def __init__(self, n_embd, n_head, causal=False, dropout=0.0):
+    def __init__(self, n_embd, n_head, causal=False):
         super().__init__()
         assert n_embd % n_head == 0, f"n_embd {n_embd} does not divide into {n_head} heads"
-        self.n_head, self.causal, self.dropout = n_head, causal, dropout
+        self.n_head, self.causal = n_head, causal
         self.qkv = Linear(n_embd, 3 * n_embd)
         self.proj = Linear(n_embd, n_embd)
         self.keep_weights, self.weights = False, None           # set keep_weights to read the last weights, for drawing
@@ -166,8 +141,10 @@ class Attention(nn.Module):
             k, v, mask = (k, v, None) if cache is None else cache.append(layer, k, v)
             y = self._mix(q, k, v, mask, self.causal and cache is None)           # (B, n_head, T, head_dim)
         else:
-            q = linear(x, self.qkv.weight[:C], self.qkv.bias[:C])                 # (B, T, C)
-            k, v = self._image_kv(feats, cache, layer)                            # (B/K, n_head, N, head_dim)
+            w_q, w_kv = self.qkv.weight.split([C, 2 * C])                         # (C, C), (2C, C)
+            b_q, b_kv = self.qkv.bias.split([C, 2 * C])
+            q = linear(x, w_q, b_q)                                               # (B, T, C)
+            k, v = self._image_kv(feats, w_kv, b_kv, cache, layer)                # (B/K, n_head, N, head_dim)
             # Nothing is causal between words and patches, so the K captions (or beams) of an image can stand in one
             # row and read its keys once:  (B, T, C) -> (B/K, K*T, C)
             q = self._heads(q.reshape(k.size(0), -1, C))                          # (B/K, n_head, K*T, head_dim)
@@ -178,12 +155,11 @@ class Attention(nn.Module):
         B, T, C = t.shape
         return t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)        # (B, n_head, T, head_dim)
 
-    def _image_kv(self, feats, cache, layer):
+    def _image_kv(self, feats, weight, bias, cache, layer):
         if cache is not None and cache.cross_kv[layer] is not None:
             return cache.cross_kv[layer]
-        C = feats.size(-1)
-        kv = F.linear(feats, self.qkv.weight[C:], self.qkv.bias[C:])              # (B, N, 2C)
-        kv = tuple(self._heads(t) for t in kv.split(C, dim=-1))                   # 2 x (B, n_head, N, head_dim)
+        kv = linear(feats, weight, bias)                                          # (B, N, 2C)
+        kv = tuple(self._heads(t) for t in kv.chunk(2, dim=-1))                   # 2 x (B, n_head, N, head_dim)
         if cache is not None:
             cache.cross_kv[layer] = tuple(t.contiguous() for t in kv)
         return kv
@@ -193,9 +169,8 @@ class Attention(nn.Module):
             mask = causal_mask(q.size(-2), k.size(-2), q.device) if causal else mask
             y, self.weights = attend(q, k, v, mask)
             return y
-        # the same (and dropout, while training) in one fused call that never writes the (T, S) scores to memory
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                              dropout_p=self.dropout if self.training else 0.0)
+        # the same in one fused call that never writes the (T, S) scores to memory
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 class MLP(nn.Module):
@@ -222,10 +197,10 @@ class Block(nn.Module):
                  n_hidden=None):
         super().__init__()
         self.ln_1 = nn.LayerNorm(n_embd, eps=eps)
-        self.attn = Attention(n_embd, n_head, causal, dropout)
+        self.attn = Attention(n_embd, n_head, causal)
         if cross:
             self.ln_cross = nn.LayerNorm(n_embd, eps=eps)
-            self.cross = Attention(n_embd, n_head, dropout=dropout)
+            self.cross = Attention(n_embd, n_head)
         self.ln_2 = nn.LayerNorm(n_embd, eps=eps)
         self.mlp = MLP(n_embd, n_hidden or 4 * n_embd, activation)
         self.drop = nn.Dropout(dropout)
