@@ -2,6 +2,8 @@
 
     python data.py --dataset shapes                     what a data set holds, and a contact sheet of it
     python data.py --dataset flickr8k                   the same, downloading it first if needed
+    python data.py --dataset flickr8k --features vgg16  .. and what a frozen VGG-16 makes of every image, in one file
+    python data.py --dataset capsfusion --limit 1000    images and captions from the web
     python data.py --dataset folder --data-dir photos   your own: images beside a captions.txt, .csv or .jsonl
 
 A `Dataset` is images by number, captions by image number, and three splits. `shapes` draws its scenes from a seed and
@@ -9,41 +11,70 @@ needs no download; the others read the public layouts as they come. `ImageStore`
 says which images each training step sees, and `Batches` makes the tensors. All of it is a pure function of (seed,
 step): a run resumed at step 700 sees what the unbroken run saw.
 """
+import csv
+import io
 import os
 import random
 import re
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from tinyvlm.clip import CLIP
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.draw import caption_sheet, progress
+from tinyvlm.features import ENCODERS, write_features, write_text_embeddings
 from tinyvlm.gpt import IGNORE
-from tinyvlm.image import augment, normalise, to_uint8
-from tinyvlm.layouts import CAPTION_FILES, Dataset, fetch_flickr8k, find_files, photos
-from tinyvlm.shapes import ask, describe, draw_scene, make_scene
-from tinyvlm.weights import atomic_write
+from tinyvlm.image import Recipe, augment, normalise, preprocess, to_uint8
+from tinyvlm.layouts import Dataset, open_photos, photos
+from tinyvlm.pretrained import is_run, load_pretrained, load_run
+from tinyvlm.search import classify, label_embeddings
+from tinyvlm.shapes import ask, describe, draw_scene, labels, make_scene
+from tinyvlm.vqa import from_scene, vqav2
+from tinyvlm.web import Fetch, FetchError, ImageStream, dataset_rows, download_images, table_rows
+from tinyvlm.weights import atomic_write, read_json
 
 
 @dataclass
 class DataConfig:
     """Options of the data, shared by data.py and train.py."""
-    dataset: str = option("shapes", "which data set", choices=("shapes", "flickr8k", "folder"))
+    dataset: str = option("shapes", "which data set", choices=("shapes", "flickr8k", "flickr30k", "coco", "capsfusion", "vqav2", "folder"))
     data_dir: str | None = option(None, "folder that holds it; default data/NAME, downloaded if it is not there")
     n_objects: int = option(2, "shapes: scenes hold one to this many objects (1, 2 or 3)")
     n_scenes: int = option(20000, "shapes: training scenes; a tenth as many, at most 1000, are held out twice")
     seed: int = option(0, "decides the scenes of `shapes` and any split that is not official")
+    stream: bool = option(False, "coco: fetch only the captions, and each image when it is needed")
+    stream_cache: float = option(10.0, "with --stream: gigabytes of images to keep in data/coco/stream")
+    allow_private: bool = option(False, "also fetch images from addresses inside this network or machine")
     allow_broken: bool = option(False, "go on although 1% or more of the images are broken or missing")
 
 
 @dataclass
 class SheetConfig(DataConfig):
-    """.. and of the contact sheet."""
+    """.. and of what data.py makes: a contact sheet, a feature file."""
     sheet: str = option("out/sheet.png", "where to write the contact sheet")
+    features: str | None = option(None, "run this frozen network over all images, once: vgg16, resnet50, vit, clip, or a "
+                                        "Hub id or folder; for train.py --features")
+    grid: bool = option(False, "with --features: a vector per place instead of one per image")
+    text_embeddings: str | None = option(None, "run this frozen CLIP text tower over all captions, once: clip, or a Hub id "
+                                               "or folder; for train.py --task clip --text-embeddings")
+    label: str | None = option(None, "give each image its best label of every category in this json file, by CLIP; for "
+                                     "train.py --task classify --labels")
+    labeler: str = option("clip", "with --label: the CLIP to ask: a Hub id, a folder, or a run of --task clip")
+    margin: float = option(0.1, "with --label: leave out labels whose probability is not this much above the next")
+    limit: int = option(1000, "capsfusion: how many images to fetch")
+    rows: str | None = option(None, "capsfusion: a csv or jsonl with image_url and capsfusion; default: the Hub's first rows")
+    size: int = option(128, "capsfusion: pixels a side; long thin images are padded, others cropped")
+    retry_failed: bool = option(False, "capsfusion: ask again for images that could not be fetched")
+    output: str | None = option(None, "with --features: the file; default features-NAME.safetensors in the data folder")
+    batch_size: int = option(32, "with --features: images at once")
+    device: str = option("cpu", "with --features: cpu, cuda or mps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,8 +112,15 @@ class Shapes(Dataset):
         """Of two things the one further left is often named first, so only lone things can be mirrored."""
         return len(self.scenes[i]) == 1 and super().may_flip(i)
 
-    def questions(self, i):
-        return ask(self.scenes[i], random.Random(f"{self.seed}/ask/{i}"))
+    @cached_property
+    def questions(self):
+        """Per image a list of vqa.Question."""
+        return [from_scene(i, ask(scene, random.Random(f"{self.seed}/ask/{i}"))) for i, scene in enumerate(self.scenes)]
+
+    @property
+    def labels(self):
+        """{image: {category: label}}: of the first thing, for --task classify."""
+        return {i: labels(scene) for i, scene in enumerate(self.scenes)}
 
 
 def load_dataset(config):
@@ -92,9 +130,13 @@ def load_dataset(config):
             raise UserError(f"--n-objects {config.n_objects} is not 1, 2 or 3")
         return Shapes(config.n_objects, config.n_scenes, config.seed)
     folder = Path(config.data_dir or f"data/{config.dataset}")
-    if config.dataset == "flickr8k" and not config.data_dir and not find_files(folder, CAPTION_FILES):
-        fetch_flickr8k(folder)
-    return photos(config.dataset, folder, config.seed, config.allow_broken)
+    if config.dataset == "vqav2":
+        return vqav2(folder, config.seed, config.allow_broken)
+    if config.dataset == "capsfusion":
+        if not (folder / "captions.csv").exists():
+            raise UserError(f"{folder} holds no images yet; fetch some with: python data.py --dataset capsfusion --limit 1000")
+        return photos("capsfusion", folder, config.seed, config.allow_broken)
+    return open_photos(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,6 +164,7 @@ class ImageStore:
     cache: "memory", "none", or "auto" (memory while the pixels take at most half of what is free).
     `broken` holds the images left out; usable(split) is the split without them.
     """
+    ready = False               # get() gives pixels, not features
 
     def __init__(self, dataset, splits, recipe, cache="auto", allow_broken=False, say=print):
         self.dataset, self.recipe = dataset, recipe
@@ -155,6 +198,54 @@ class ImageStore:
         return torch.stack([to_uint8(self.dataset.open(i), self.recipe) for i in members])
 
 
+class StreamStore:
+    """Images fetched while training, some batches ahead, and kept in a disk cache of limited size.
+
+    Has what ImageStore has, and two things more: `announce(members)` says what will be needed, in order, and `present`
+    says which of some images can be had at all. What cannot be fetched is counted and said; too much of it ends the run.
+    """
+    ready, in_memory, broken = False, False, {}
+
+    def __init__(self, dataset, recipe, cache_gb=10.0, allow_private=False, say=print):
+        self.dataset, self.recipe, self.say = dataset, recipe, say
+        self.options = (dataset.folder / "stream", int(cache_gb * 1e9), Fetch(allow_private=allow_private))
+        self.stream, self.said, self.pixels = None, 1, {}
+        say(f"{sum(map(len, dataset.splits.values()))} images are fetched as they are needed; up to {cache_gb:g} GB stay in "
+            f"{self.options[0]}")
+
+    def open(self):
+        """The threads start in the process that uses them, which is a loader's."""
+        if self.stream is None:
+            self.stream = ImageStream(self.dataset.urls, *self.options)
+        return self.stream
+
+    def usable(self, split):
+        return list(self.dataset.splits[split])
+
+    def announce(self, members):
+        self.open().prefetch(members)
+
+    def present(self, members):
+        """Those of `members` that could be fetched; their pixels wait for get()."""
+        self.announce(members)
+        for i in members:
+            try:
+                self.pixels[i] = to_uint8(self.open().get(i), self.recipe)
+            except FetchError:                                  # counted by the stream, by reason
+                lost = sum(self.stream.failed.values())
+                if lost >= self.said:
+                    self.say(f"{lost} images could not be fetched so far: {dict(self.stream.failed.most_common(4))}")
+                    self.said = 2 * lost
+        return [i for i in members if i in self.pixels]
+
+    def get(self, members):
+        """uint8 (B, 3, S, S) of images that `present` named."""
+        self.pixels.update((i, to_uint8(self.open().get(i), self.recipe)) for i in members if i not in self.pixels)
+        out = torch.stack([self.pixels[i] for i in members])
+        self.pixels = {}
+        return out
+
+
 def check_images(dataset, members):
     """{image: fault} of the images that do not decode. The pixels are thrown away."""
     broken = {}
@@ -184,21 +275,27 @@ CLEAN = {"none": str, "lower": str.lower,
 
 
 class Texts:
-    """The captions of a data set as token ids, tokenised once: [first] + ids + [end], cut at `max_len` ids.
+    """The captions of a data set as rows (idx, targets), tokenised once: targets[t] is the token after idx[t].
 
-    first: the start token (cross) or <image> (prefix). A caption that was cut has no end token: the model must not
-    learn to stop in mid-sentence. `cut` counts them.
+    first: the start token (cross, lstm) or <image> (prefix).
+        "a dog"  ->  idx [first, a, dog], targets [a, dog, end]
+    A caption longer than max_len loses its end, and the model must not learn to stop in mid-sentence, so there is no end
+    token to predict; `cut` counts them. Nor should it learn to say "unknown word": `unknown` counts those.
     """
 
     def __init__(self, captions, tokenizer, first, end, max_len, clean=str):
-        self.cut, self.ids = 0, []
+        self.cut = self.unknown = 0
+        self.rows = []
         for texts in captions:
             rows = []
             for text in texts:
                 ids = tokenizer.encode(clean(text), special=False)                # a caption cannot say <image>
                 self.cut += len(ids) > max_len
-                rows.append([first] + ids[:max_len] + ([end] if len(ids) <= max_len else []))
-            self.ids.append(rows)
+                row = [first] + ids[:max_len] + ([end] if len(ids) <= max_len else [])
+                targets = [IGNORE if i == tokenizer.unk_id else i for i in row[1:]]
+                self.unknown += targets.count(IGNORE)
+                rows.append((row[:-1], targets))
+            self.rows.append(rows)
 
 
 def step_order(n, batch_size, step, seed):
@@ -216,26 +313,30 @@ def step_order(n, batch_size, step, seed):
     return picks
 
 
+NO_ROW = ([], [])           # stands where an image has fewer captions than its neighbours in a batch
+
+
+def n_targets(rows):
+    """How many tokens of these rows are to be predicted."""
+    return sum(len(targets) - targets.count(IGNORE) for _, targets in rows)
+
+
 def pad_rows(rows, pad_to=None):
-    """Token rows -> idx (B, T), targets (B, T): targets are the row moved by one, IGNORE where the row has ended.
+    """Rows (idx, targets) -> idx (R, T) padded by 0, targets (R, T) padded by IGNORE.
 
     Padding is told by length, never by id: the end token may serve as padding, and still one real end is learned.
-        row [s, a, dog, e] and T = 5   ->   idx [s, a, dog, 0, 0]   targets [a, dog, e, -100, -100]
+        row ([s, a, dog], [a, dog, e]) and T = 5   ->   idx [s, a, dog, 0, 0]   targets [a, dog, e, -100, -100]
     """
-    T = pad_to or max(len(row) for row in rows) - 1
-    idx = torch.zeros(len(rows), T, dtype=torch.long)
-    targets = torch.full((len(rows), T), IGNORE)
-    for b, row in enumerate(rows):
-        t = len(row) - 1
-        if t > 0:
-            idx[b, :t], targets[b, :t] = torch.tensor(row[:-1]), torch.tensor(row[1:])
-    return idx, targets
+    T = pad_to or max(len(idx) for idx, _ in rows)
+    idx = torch.tensor([i + [0] * (T - len(i)) for i, _ in rows])
+    targets = torch.tensor([t + [IGNORE] * (T - len(t)) for _, t in rows])
+    return idx, targets                                                           # (R, T), (R, T)
 
 
 @dataclass
 class Batch:
     """What the model trains on at once: B images, K captions of each."""
-    img: torch.Tensor           # (B, 3, S, S) uint8, or floats once on the device
+    img: torch.Tensor           # (B, 3, S, S) uint8, or features (B, D) or (B, N, D)
     idx: torch.Tensor           # (B * K, T): K captions of each image, side by side
     targets: torch.Tensor       # (B * K, T)
     n_targets: int              # how many of them are to be predicted, here
@@ -250,6 +351,8 @@ class Batch:
     def to(self, device, recipe, how=None):
         """On the device, normalised, augmented if `how` (an Augment) says so: img, idx, targets."""
         img, idx, targets = (t.to(device, non_blocking=True) for t in (self.img, self.idx, self.targets))
+        if img.dtype != torch.uint8:                                              # ready-made features
+            return img, idx, targets
         img = img.float() / 255
         return normalise(augment(img, how, self.draw) if how else img, recipe), idx, targets
 
@@ -263,7 +366,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, store, texts, split, batch_size, K=1, accum=1, seed=0, rank=0, world=1, pad_to=None):
         self.store, self.texts, self.members = store, texts, store.usable(split)
         self.batch_size, self.accum, self.seed = batch_size, accum, seed
-        self.K = min(K, max(map(len, texts.ids)))               # more rows than any image has captions would be empty
+        self.K = min(K, max(map(len, texts.rows)))              # more rows than any image has captions would be empty
         self.rank, self.world, self.pad_to = rank, world, pad_to
         if batch_size % (accum * world):
             raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} "
@@ -273,25 +376,49 @@ class Batches(torch.utils.data.Dataset):
 
     def captions_of(self, i, epoch):
         """K captions of image i: over the epochs all of them take their turn; empty rows where it has fewer than K."""
-        rows = self.texts.ids[i]
+        rows = self.texts.rows[i]
         start = 0 if self.K >= len(rows) else epoch * self.K + i
-        return [rows[(start + k) % len(rows)] if k < len(rows) else [0] for k in range(self.K)]
+        return [rows[(start + k) % len(rows)] if k < len(rows) else NO_ROW for k in range(self.K)]
+
+    def fetched(self, picks, step):
+        """The step's images that can be had; one that cannot gives its place to another of the same batch."""
+        ahead = [self.members[k] for s in range(step + 1, step + 9)
+                 for k, _ in step_order(len(self.members), self.batch_size, s, self.seed)]
+        self.store.announce([i for i, _ in picks] + ahead)
+        there = set(self.store.present([i for i, _ in picks]))
+        good = [pick for pick in picks if pick[0] in there]
+        if not good:
+            raise UserError(f"none of the {len(picks)} images of step {step} could be fetched; check the connection")
+        return [pick if pick[0] in there else good[k % len(good)] for k, pick in enumerate(picks)]
 
     def __getitem__(self, step):
         order = step_order(len(self.members), self.batch_size, step, self.seed)
         picks = [(self.members[k], epoch) for k, epoch in order]
+        if isinstance(self.store, StreamStore):
+            try:
+                picks = self.fetched(picks, step)
+            except UserError as error:                          # raised in a loader's process it would bring a traceback
+                return error
         rows = [self.captions_of(i, epoch) for i, epoch in picks]
-        total = sum(len(row) - 1 for group in rows for row in group)
+        total = sum(map(n_targets, rows))
         draw = torch.rand(8, self.batch_size, generator=torch.Generator().manual_seed(hash((self.seed, step))))
         draw[4, [not self.store.dataset.may_flip(i) for i, _ in picks]] = 1.0     # see augment(): 1 means as it is
-        per = self.batch_size // (self.accum * self.world)
+        parts = self.accum * self.world
+        if self.store.ready:
+            # A feature vector costs nothing to repeat, so each caption brings its own. Then captions of one length can
+            # stand together in a micro-batch: the padding, which is computed like any word, goes from a half to little.
+            pairs = sorted(((i, row) for (i, _), group in zip(picks, rows) for row in group if row is not NO_ROW),
+                           key=lambda pair: len(pair[1][0]))
+            cuts = [len(pairs) * k // parts for k in range(parts + 1)]
+            groups = [([i for i, _ in pairs[a:b]], [row for _, row in pairs[a:b]], None) for a, b in zip(cuts, cuts[1:])]
+        else:
+            per = self.batch_size // parts
+            groups = [([i for i, _ in picks[k:k + per]], [row for group in rows[k:k + per] for row in group],
+                       draw[:, k:k + per]) for k in range(0, self.batch_size, per)]
         out = []
-        for m in range(self.accum):
-            part = slice((m * self.world + self.rank) * per, (m * self.world + self.rank + 1) * per)
-            flat = [row for group in rows[part] for row in group]
-            n = sum(len(row) - 1 for row in flat)
-            idx, targets = pad_rows(flat, self.pad_to)
-            out.append(Batch(self.store.get([i for i, _ in picks[part]]), idx, targets, n, n / total, draw[:, part]))
+        for members, flat, numbers in groups[self.rank::self.world]:
+            n = n_targets(flat)
+            out.append(Batch(self.store.get(members), *pad_rows(flat, self.pad_to), n, n / total, numbers))
         return out
 
 
@@ -300,10 +427,13 @@ def eval_batches(store, texts, split, batch_size, limit=None, pad_to=None):
     members = store.usable(split)[:limit]
     for start in range(0, len(members), batch_size):
         part = members[start:start + batch_size]
-        K = max(len(texts.ids[i]) for i in part)
-        rows = [row for i in part for row in texts.ids[i] + [[0]] * (K - len(texts.ids[i]))]
+        part = store.present(part) if isinstance(store, StreamStore) else part
+        if not part:
+            continue
+        K = max(len(texts.rows[i]) for i in part)
+        rows = [row for i in part for row in texts.rows[i] + [NO_ROW] * (K - len(texts.rows[i]))]
         idx, targets = pad_rows(rows, pad_to)
-        yield Batch(store.get(part), idx, targets, sum(len(row) - 1 for row in rows))
+        yield Batch(store.get(part), idx, targets, n_targets(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,20 +448,96 @@ def report(dataset):
     return "\n".join(lines + [f"  {note}" for note in dataset.notes])
 
 
+def fetch_capsfusion(config):
+    """Images and their captions from the web into the data folder; goes on where an earlier call was cut off."""
+    folder = Path(config.data_dir or "data/capsfusion")
+    if config.rows:
+        rows = table_rows(config.rows)
+    else:
+        found = dataset_rows("BAAI/CapsFusion-120M", "default", "train", cache=folder / "rows")
+        rows = ((row["image_url"], row["capsfusion"], {}) for row in found if row.get("image_url") and row.get("capsfusion"))
+    counts = download_images(rows, folder, config.size, Fetch(allow_private=config.allow_private), config.limit,
+                             retry_failed=config.retry_failed)
+    print(", ".join(f"{n} {what}" for what, n in counts.items()))
+
+
+def read_categories(path):
+    """A label file, {"category": ["phrase", ..], ..} -> the same, checked."""
+    categories = read_json(path)
+    if not isinstance(categories, dict) or not categories or not all(
+            isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n.strip() for n in names)
+            for names in categories.values()):
+        raise UserError(f'{path} should be like {{"color": ["red", "blue"], "place": ["a kitchen", "a beach"]}}, with two '
+                        "phrases or more in each category")
+    return categories
+
+
+@torch.inference_mode()
+def pseudo_labels(config, dataset, broken=()):
+    """Each image's best label per category, with its probability, into a csv. Returns the csv's path.
+
+    A label that is hardly likelier than the next best (--margin) teaches more noise than it is worth: it is left empty.
+    """
+    categories, source = read_categories(config.label), ENCODERS.get(config.labeler, config.labeler)
+    loaded = load_run(source) if is_run(source) else load_pretrained(source)
+    if not isinstance(loaded.model, CLIP) or loaded.model.vision is None or loaded.tokenizer is None:
+        raise UserError(f"--labeler {config.labeler} is no CLIP that sees pixels and reads words")
+    model, clean = loaded.model.to(config.device), CLEAN[loaded.config.get("clean", "none")]
+    label_emb = {kind: label_embeddings(model, loaded.tokenizer, names, clean=clean) for kind, names in categories.items()}
+    text, left_out = io.StringIO(), Counter()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "category", "label", "probability", "margin"])
+    members = [i for i in range(len(dataset.names)) if i not in broken]
+    for start in range(0, len(members), config.batch_size):
+        part = members[start:start + config.batch_size]
+        img = torch.stack([preprocess(dataset.open(i), loaded.recipe) for i in part]).to(config.device)   # (B, 3, S, S)
+        emb = model.encode_image(img)                                             # (B, D)
+        for kind, names in categories.items():
+            best, order = classify(emb, label_emb[kind], model.logit_scale).topk(2)                       # (B, 2)
+            for i, (p, q), (k, _) in zip(part, best.tolist(), order.tolist()):
+                sure = p - q >= config.margin
+                left_out[kind] += not sure
+                writer.writerow([dataset.names[i], kind, names[k] if sure else "", f"{p:.4f}", f"{p - q:.4f}"])
+        progress(start + len(part), len(members), "labelling")
+    path = Path(config.output or Path(config.data_dir or f"data/{config.dataset}") / "labels.csv")
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+    for kind, n in left_out.items():
+        print(f"  {kind}: {len(members) - n} images labelled, {n} too unsure (margin {config.margin})")
+    return path
+
+
 def main():
     """Load, report, check every image, draw the sheet."""
     config = parse_config(SheetConfig, description="Prepare, verify and show a data set.")
+    if config.dataset == "capsfusion":
+        fetch_capsfusion(config)
     dataset = load_dataset(config)
     print(report(dataset))
-    broken = {} if config.dataset == "shapes" else check_images(dataset, range(len(dataset.names)))
+    drawn = config.dataset == "shapes" or config.stream        # nothing on disk that could be broken
+    broken = {} if drawn else check_images(dataset, range(len(dataset.names)))
     for fault in broken.values():
         print(f"  broken: {fault}")
-    print(f"  {len(broken)} broken images" if config.dataset != "shapes" else "  drawn from the seed: nothing to break")
+    print("  images are made or fetched when needed: none to check" if drawn else f"  {len(broken)} broken images")
+    if config.stream:
+        stream = StreamStore(dataset, Recipe(), config.stream_cache, config.allow_private)
+        dataset.opener = stream.open().get
     n = len(dataset.names)
     some = [i for i in random.Random(config.seed).sample(range(n), min(12, n)) if i not in broken]
     sheet = caption_sheet([dataset.open(i) for i in some], ["\n".join(dataset.captions[i][:2]) for i in some])
     atomic_write(config.sheet, lambda file: sheet.save(file, format="PNG"))
     print(f"wrote {config.sheet}")
+    folder = Path(config.data_dir or f"data/{config.dataset}")
+    for kind, source, write in (("features", config.features, write_features),
+                                ("text-embeddings", config.text_embeddings, write_text_embeddings)):
+        if source:
+            grid = {"grid": config.grid} if kind == "features" else {}
+            name = f"{kind}-{Path(source).name}{'-grid' * config.grid}.safetensors"
+            path = config.output or folder / name
+            write(source, dataset, path, batch_size=config.batch_size, device=config.device, **grid)
+            print(f"now train on it: python train.py --dataset {config.dataset} --{kind} {path}")
+    if config.label:
+        path = pseudo_labels(config, dataset, broken)
+        print(f"now learn them: python train.py --task classify --dataset {config.dataset} --labels {path}")
     if len(broken) > 0.01 * len(dataset.names) and not config.allow_broken:
         raise UserError(f"{len(broken)} of {n} images are broken; mend the data set, or use --allow-broken")
 

@@ -15,31 +15,28 @@ import os
 import pickle
 import shlex
 import signal
+import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import CLEAN, Batches, DataConfig, ImageStore, Texts, eval_batches, load_dataset, report
-from tinyvlm import metrics
-from tinyvlm.cnn import BatchNorm2d
+from data import CLEAN, Batches, DataConfig, ImageStore, StreamStore, load_dataset, report
+from tasks import TASKS, add_to_table, learning, show
 from tinyvlm.config import UserError, option, parse_config, run_script
-from tinyvlm.draw import caption_sheet, curves
-from tinyvlm.generate import generate
-from tinyvlm.gpt import GPTConfig
-from tinyvlm.image import Augment, Recipe, normalise
-from tinyvlm.pretrained import load_gpt2, load_vit
+from tinyvlm.draw import curves
+from tinyvlm.features import FeatureStore
+from tinyvlm.gpt import IGNORE
+from tinyvlm.image import Augment
+from tinyvlm.pretrained import load_run
 from tinyvlm.schedule import one_cycle
-from tinyvlm.shapes import meaning
-from tinyvlm.tokenizer import BPETokenizer
-from tinyvlm.vit import ViTConfig
-from tinyvlm.vlm import MODELS, VLMConfig, build, to_dict
-from tinyvlm.weights import atomic_write, load_safetensors, read_json, save_safetensors, write_json
+from tinyvlm.vlm import MODELS, to_dict
+from tinyvlm.vqa import show_tokens
+from tinyvlm.weights import atomic_write, save_safetensors, write_json
 
-END = "<|endoftext|>"               # ends every caption, and starts those of the cross model, as GPT-2 was trained
 RUN_FILES = ("state.pt", "model.safetensors", "config.json", "tokenizer.json", "log.csv", "curves.png", "samples.png",
              "example.png")         # state.pt first: without it nothing is resumed
 
@@ -47,15 +44,18 @@ RUN_FILES = ("state.pt", "model.safetensors", "config.json", "tokenizer.json", "
 @dataclass
 class TrainConfig(DataConfig):
     """All options of a run; those of the data set (--dataset, --data-dir, ..) are in DataConfig, in data.py."""
-    task: str = option("caption", "what to learn", ("caption",))
-    model: str = option("cross", "how the decoder sees: cross-attention, or image tokens in place of <image>", MODELS)
+    task: str = option("caption", "what to learn", tuple(TASKS))
+    model: str = option("cross", "how the decoder sees: cross-attention; image tokens in place of <image>; or an LSTM "
+                                 "whose first state is the image", tuple(MODELS))
     wiring: str = option("final", "cross: all blocks see the last vision layer, or block i sees layer i",
                          ("final", "lockstep"))
     out_dir: str = option("out", "the run's folder")
     resume: bool = option(False, "continue the run in --out-dir, exactly")
+    eval_only: bool = option(False, "train nothing: score the run in --out-dir and add it to --table")
     # the model
     vision: str | None = option(None, "start from this public ViT: a Hub id or a folder; default: from scratch")
     text: str | None = option(None, "start from this public GPT-2, with its tokenizer; default: from scratch")
+    features: str | None = option(None, "learn from ready-made image features in this file (data.py --features)")
     image_size: int = option(64, "pixels a side; more shows more and costs its square (a public ViT brings its own)")
     patch_size: int = option(16, "pixels a side of one image token")
     stem: str = option("conv", "patches: as in the paper, or by small convolutions that learn faster from little data",
@@ -65,7 +65,20 @@ class TrainConfig(DataConfig):
     n_head: int = option(4, "attention heads")
     n_embd: int = option(128, "channels")
     dropout: float = option(0.0, "raise it (0.1) when the training loss falls and the validation loss does not")
-    vocab_size: int = option(1024, "entries of the tokenizer that is trained on the captions")
+    n_hidden: int | None = option(None, "lstm: width of its state; default --n-embd. clip: width inside an mlp head")
+    head: str = option("linear", "clip: from the image's features to the common space", ("linear", "mlp"))
+    n_joint: int = option(256, "clip: numbers in the common space (a public text tower brings its own)")
+    text_embeddings: str | None = option(None, "clip: learn from ready-made text embeddings (data.py --text-embeddings)")
+    init: str | None = option(None, "caption, vqa: go on from the model of this run, with another stage or task")
+    shuffle: int = option(1, "prefix: join this many by this many neighbouring patches into one image token")
+    turns: int = option(1, "vqa: questions in one dialogue")
+    labels: str | None = option(None, "classify: the file of labels (data.py --label); shapes have their own")
+    tied: bool = option(True, "lstm: the word embedding is the way out as well")
+    soft_attention: bool = option(False, "lstm: every state also asks the image features (--n-head heads)")
+    tokenizer: str = option("bpe", "bpe or words: made from the captions; or a Hub id or folder, such as "
+                                   "google-bert/bert-base-uncased")
+    vocab_size: int = option(1024, "bpe: entries of the tokenizer")
+    min_count: int = option(5, "words: how often a word must occur to be in the vocabulary")
     max_tokens: int = option(40, "longest caption, in tokens; longer ones are cut, counted and reported")
     clean: str = option("none", "captions: as they are, lower-cased, or lower-cased words only", tuple(CLEAN))
     # the training
@@ -96,19 +109,28 @@ class TrainConfig(DataConfig):
     eval_interval: int = option(1000, "steps between evaluations (and saves)")
     eval_images: int = option(500, "validation images each evaluation looks at")
     test_images: int = option(1000, "test images captioned at the end")
+    split: str = option("test", "with --eval-only: the split to score", ("train", "val", "test"))
+    num_beams: int = option(1, "with --eval-only: beams of the search; 1 is greedy")
+    length_penalty: float = option(1.0, "with --eval-only: above 1 favours long captions, below 1 short ones")
+    table: str = option("out/table.csv", "with --eval-only: the comparison table, one row a run, split and search")
     log_interval: int = option(25, "steps between log lines")
+    show_batch: bool = option(False, "print the first batch token by token (image, masked, trained), and stop")
     stop_after: int = option(0, "end after this step, as if interrupted (0: never); --resume goes on")
 
 
 PRESETS = {
     # real photographs from scratch on two cores: within 40 minutes
-    "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, vocab_size=2048, clean="words",
-                   max_tokens=20, epochs=12, captions_per_image=5, lr=1e-3, crop=0.3, jitter=0.2,
+    "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, dropout=0.2, vocab_size=2048, clean="words",
+                   max_tokens=20, epochs=13, captions_per_image=5, lr=1e-3, crop=0.4, jitter=0.3,
                    eval_interval=376),
     # the same at the size a GPU likes
     "gpu": dict(dataset="flickr8k", image_size=224, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
                 max_tokens=32, dropout=0.1, epochs=40, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.4,
                 jitter=0.3, eval_interval=235),
+    # an LSTM on ready-made features (--features FILE), as captioners were built before attention
+    "lstm": dict(dataset="flickr8k", model="lstm", clean="words", tokenizer="words", n_layer=1, n_embd=256, n_hidden=512,
+                 soft_attention=True, n_head=1, dropout=0.5, max_tokens=24, epochs=10, batch_size=64,
+                 captions_per_image=5, accum=4, lr=2e-3, eval_interval=188, eval_images=1000),
     # public weights: first the new cross-attention, then the decoder, then all, at gentle rates
     "public": dict(dataset="flickr8k", vision="google/vit-base-patch16-224-in21k", text="openai-community/gpt2",
                    max_tokens=40, dropout=0.1, epochs=8, batch_size=32, lr=1e-4, lr_decoder=0.3, lr_vision=0.1,
@@ -191,59 +213,34 @@ class Machine:
 class Run:
     """Everything that belongs to one run and does not change while it trains."""
 
-    def __init__(self, config, machine):
+    def __init__(self, config, machine, saved=None):
+        """saved: a Loaded run that is only to be judged."""
         self.config, self.machine, self.out = config, machine, Path(config.out_dir)
         self.dataset = load_dataset(config)
         machine.say(report(self.dataset))
-        # public weights bring their own picture size and tokenizer; from scratch these are ours to choose
-        self.vit = load_vit(config.vision) if config.vision else None
-        new = ("<image>",) if config.model == "prefix" else ()
-        self.gpt = load_gpt2(config.text, special_tokens=new) if config.text else None
-        if self.gpt and (self.gpt.tokenizer is None or self.gpt.tokenizer.token_to_id(END) is None):
-            raise UserError(f"--text {config.text} holds no GPT-2 tokenizer (tokenizer.json or vocab.json, merges.txt)")
-        self.recipe = self.vit.recipe if self.vit else Recipe(size=config.image_size)
-        self.store = ImageStore(self.dataset, ("train", "val", "test"), self.recipe, config.cache, config.allow_broken,
-                                machine.say)
-        clean = CLEAN[config.clean]
-        words = (clean(c) for i in self.dataset.splits["train"] for c in self.dataset.captions[i])
-        self.tokenizer = self.gpt.tokenizer if self.gpt else BPETokenizer.train(words, config.vocab_size)
-        self.end = self.tokenizer.token_to_id(END)
-        self.first = self.tokenizer.token_to_id("<image>") if config.model == "prefix" else self.end
-        self.texts = Texts(self.dataset.captions, self.tokenizer, self.first, self.end, config.max_tokens, clean)
-        if self.texts.cut:
-            machine.say(f"{self.texts.cut} captions are longer than --max-tokens {config.max_tokens} and were cut")
+        self.feats = FeatureStore(config.features, self.dataset, machine.say) if config.features else None
+        self.task = TASKS[config.task](self, saved)
+        self.store = self.feats or self.make_store(("train", "val", "test") if saved is None else (config.split,))
         self.augment = Augment(config.crop, config.jitter, config.flip)
-        self.pad_to = config.max_tokens + 1 if machine.compile else None          # one shape, one compilation
-        self.batches = Batches(self.store, self.texts, "train", config.batch_size, config.captions_per_image,
-                               config.accum, config.seed, machine.rank, machine.world, self.pad_to)
+        if saved:
+            return
+        pad_to = config.max_tokens + 1 if machine.compile else None               # one shape, one compilation
+        self.batches = Batches(self.store, self.task.texts, "train", config.batch_size, config.captions_per_image,
+                               config.accum, config.seed, machine.rank, machine.world, pad_to)
         self.steps_per_epoch = len(self.batches.members) / config.batch_size
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
 
-    def make_model(self):
-        """Each tower from the public weights, or from scratch with the sizes of the options."""
-        c = self.config
-        torch.manual_seed(c.seed)
-        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
-        vision = replace(self.vit.config, n_class=0, dropout=c.dropout) if self.vit else ViTConfig(
-            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, **sizes)
-        room = c.max_tokens + 2 + (vision.n_patches if c.model == "prefix" else 0)
-        text = replace(self.gpt.config, dropout=c.dropout) if self.gpt else GPTConfig(
-            block_size=room, vocab_size=self.tokenizer.vocab_size, **sizes)
-        if text.block_size < room:
-            raise UserError(f"--text {c.text} reads at most {text.block_size} tokens; image and caption need {room}")
-        model = build(VLMConfig(model=c.model, vision=vision, text=text, wiring=c.wiring,
-                                image_token=self.first if c.model == "prefix" else None))
-        if self.vit:
-            model.vision.load_state_dict({k: v for k, v in self.vit.state_dict().items() if not k.startswith("head.")})
-        if self.gpt:                                            # all but the new cross-attention, which starts at zero
-            missing, extra = model.text.load_state_dict(self.gpt.state_dict(), strict=False)
-            new = [name for name in missing if "cross" not in name]
-            assert not extra and not new, f"GPT weights do not fit the decoder: missing {new}, extra {extra}"
-        return model
+    def make_store(self, splits):
+        """Pixels: in memory, decoded when needed, or fetched when needed."""
+        c, say = self.config, self.machine.say
+        if c.stream:
+            return StreamStore(self.dataset, self.task.recipe, c.stream_cache, c.allow_private, say)
+        return ImageStore(self.dataset, splits, self.task.recipe, c.cache, c.allow_broken, say)
 
     def loader(self, start):
         """The steps from `start` on; made ahead by worker processes where there is decoding or a GPU to feed."""
         workers = self.config.workers if self.machine.cuda or not self.store.in_memory else 0
+        workers = 1 if self.config.stream else workers          # it has threads of its own, and one cache
         # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
         return torch.utils.data.DataLoader(
             self.batches, batch_size=None, sampler=range(start, self.total_steps), num_workers=workers,
@@ -261,9 +258,11 @@ class Run:
         """The best model so far: what it is, how it reads text, its weights. sample.py needs nothing else."""
         write_json(self.out / "config.json", {
             "task": self.config.task, "model": self.config.model, "sizes": to_dict(model.config),
-            "recipe": asdict(self.recipe), "first": self.first, "end": self.end, "max_tokens": self.config.max_tokens,
-            "clean": self.config.clean, "dataset": self.dataset.name, "scores": scores, "options": asdict(self.config)})
-        self.tokenizer.save(self.out / "tokenizer.json")
+            "recipe": asdict(self.feats.recipe or self.task.recipe if self.feats else self.task.recipe),
+            **self.task.about(), "features": self.feats.about() if self.feats else None,
+            "dataset": self.dataset.name, "scores": scores, "options": asdict(self.config)})
+        if self.task.tokenizer:
+            self.task.tokenizer.save(self.out / "tokenizer.json")
         save_safetensors(model.state_dict(), self.out / "model.safetensors", {"format": "pt"})
 
     def save_state(self, model, optimizer, step, best, log):
@@ -335,112 +334,12 @@ def open_parts(model, config, epoch):
     return changed
 
 
-def learning(model):
-    """Training mode; but a BatchNorm that is frozen keeps its statistics too, which are part of what it knows."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, BatchNorm2d) and not module.weight.requires_grad:
-            module.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Looking at what was learned.
-
-@torch.no_grad()
-def evaluate(model, run, split, limit=None):
-    """Mean loss in nats per token over a split, and the same with every image exchanged for its neighbour's.
-
-    If the second is no larger than the first, the model is not looking.
-    """
-    model.eval()
-    true = shuffled = n = 0.0
-    before = None
-    batches = eval_batches(run.store, run.texts, split, max(2, run.config.batch_size), limit)
-    for k, batch in enumerate(batches):
-        if k % run.machine.world != run.machine.rank:           # each process takes its share
-            continue
-        img, idx, targets = batch.to(run.machine.device, run.recipe)
-        alone = len(img) == 1 and before is not None            # the last batch may be one image, without a neighbour
-        other = before[-1:] if alone else img.roll(1, dims=0)
-        with run.machine.autocast():
-            true += model(img, idx, targets)[1].item() * batch.n_targets
-            shuffled += model(other, idx, targets)[1].item() * batch.n_targets
-        n += batch.n_targets
-        before = img
-    learning(model)
-    true, shuffled, n = run.machine.total(true, shuffled, n)
-    return true / n, shuffled / n
-
-
-def caption(model, run, members, **how):
-    """What the model says about the images `members`: greedily, unless `how` (generate's arguments) says otherwise."""
-    model.eval()
-    said = []
-    for start in range(0, len(members), 64):
-        img = normalise(run.store.get(members[start:start + 64]).to(run.machine.device), run.recipe)
-        with run.machine.autocast():
-            rows = generate(model, img, [[run.first]] * len(img), run.config.max_tokens, eos_id=run.end, **how)
-        said += [run.tokenizer.decode(row).strip() for row in rows]
-    learning(model)
-    return said
-
-
-def score(dataset, members, said):
-    """{"name": value}: exact meaning on shapes, the papers' scores on photographs; the share of distinct captions."""
-    truths = [dataset.captions[i] for i in members]
-    distinct = {"distinct": len(set(said)) / len(said), "distinct in truth": len({t[0] for t in truths}) / len(truths)}
-    if dataset.name == "shapes":
-        right = [meaning(text) == meaning(truth[0]) for text, truth in zip(said, truths)]
-        return {"exact": sum(right) / len(right), **distinct}
-    return {**metrics.score_captions(said, truths), **distinct}
-
-
-def look(run, model, step, best):
-    """Evaluate, say what came out, keep the model if it is the best so far. Returns (val loss, shuffled loss)."""
-    val, shuffled = evaluate(model, run, "val", run.config.eval_images)
-    if not math.isfinite(val):
-        raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
-    if run.machine.main:
-        members = run.store.usable("val")[:24]
-        said = caption(model, run, members)
-        run.machine.say(f"step {step}: validation loss {val:.3f}, perplexity {math.exp(min(val, 50)):.2f}, with images "
-                        f"exchanged {shuffled:.3f}; {len(set(said))} of {len(said)} sample captions are distinct")
-        for i, text in list(zip(members, said))[:3]:
-            run.machine.say(f"    {text!r}   truth: {run.dataset.captions[i][0]!r}")
-        if val < best:
-            run.save(model, {"val_loss": val, "perplexity": math.exp(min(val, 50)), "shuffled_loss": shuffled,
-                             "step": step})
-    return val, shuffled
-
-
-def finish(run, model):
-    """Caption the test split with the best weights; print, score and draw the result, and say what to run next."""
-    model.load_state_dict(load_safetensors(run.out / "model.safetensors"))
-    members = run.store.usable("test")[:run.config.test_images]
-    said = caption(model, run, members)
-    scores = score(run.dataset, members, said)
-    print(f"\n{len(members)} held-out images, captioned greedily by the best model:")
-    for i, text in list(zip(members, said))[:8]:
-        print(f"    says   {text}\n    truth  {run.dataset.captions[i][0]}\n")
-    print("test split: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-    config = read_json(run.out / "config.json")
-    config["scores"].update({f"test {name}": value for name, value in scores.items()})
-    write_json(run.out / "config.json", config)
-    pictures = [run.dataset.open(i) for i in members[:16]]
-    sheet = caption_sheet(pictures, said[:16])
-    atomic_write(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
-    atomic_write(run.out / "example.png", lambda file: pictures[0].save(file, "PNG"))
-    place = "" if str(run.out) == "out" else f" --out-dir {shlex.quote(str(run.out))}"
-    print(f"{run.out}/samples.png shows sixteen of them, {run.out}/curves.png how it learned. Now try\n"
-          f"    python sample.py --image {shlex.quote(str(run.out / 'example.png'))}{place}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train(run):
     """The loop. Returns the trained model, or None when it was stopped before the end."""
     config, machine = run.config, run.machine
-    model = run.make_model().to(machine.device)
+    model = run.task.make_model().to(machine.device)
     optimizer = make_optimizer(model, config)
     step, best, log = 0, math.inf, []
     if config.resume:
@@ -462,23 +361,19 @@ def train(run):
     begin, begin_step, mark = time.perf_counter(), step, time.perf_counter()
 
     for micro_batches in run.loader(step):
+        if isinstance(micro_batches, UserError):
+            raise micro_batches
         # The rate of this step, and the parts of the model that may learn by now.
         lr = one_cycle(step, run.total_steps, config.lr, pct_start=config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         if open_parts(model, config, step / run.steps_per_epoch) or fast is None:
             learning(model)
-            fast = machine.prepare(model, micro_batches[0].to(machine.device, run.recipe))
+            fast = machine.prepare(model, micro_batches[0].to(machine.device, run.task.recipe))
 
-        # Micro-batches: each adds its share of the gradient. DDP takes the mean over processes, we want the sum.
-        for k, batch in enumerate(micro_batches):
-            img, idx, targets = batch.to(machine.device, run.recipe, run.augment)
-            more = k + 1 < len(micro_batches)
-            with fast.no_sync() if machine.world > 1 and more else nullcontext():
-                with machine.autocast():
-                    loss = fast(img, idx, targets)[1] * batch.share
-                machine.scaler.scale(loss * machine.world).backward()
-            losses.append(loss.detach())                        # .item() here would make the host wait for the GPU
+        # The gradients of the step, micro-batch by micro-batch. The loss stays a tensor: .item() here would make the
+        # host wait for the GPU.
+        losses.append(run.task.backward(fast, micro_batches))
 
         # Clip and step.
         machine.scaler.unscale_(optimizer)
@@ -494,7 +389,7 @@ def train(run):
         leaving = step == config.stop_after or (stop and machine.world == 1)
         if evaluating or leaving or step % config.log_interval == 0:
             n = step - (log[-1]["step"] if log else 0)
-            values = torch.stack(losses).view(n, -1).sum(dim=1).tolist()                   # one per step
+            values = torch.stack(losses).tolist()                                          # one per step
             *values, stops = machine.total(*values, len(stop))
             if not all(map(math.isfinite, values)):
                 bad = step - n + 1 + [math.isfinite(v) for v in values].index(False)
@@ -512,8 +407,8 @@ def train(run):
 
         # Evaluate, save, leave.
         if evaluating:
-            val, shuffled = look(run, model, step, best)
-            best = min(best, val)
+            val, shuffled, judged = run.task.look(model, step, best)
+            best = min(best, judged)
             log[-1].update(val_loss=val, shuffled_loss=shuffled)
             mark = time.perf_counter()
         if (evaluating or leaving) and machine.main:
@@ -539,6 +434,13 @@ def check_options(c):
     rules += [(0 < c.beta2 < 1, f"--beta2 must be between 0 and 1, not {c.beta2}"),
               (math.isfinite(c.epochs) and c.seed < 2 ** 32, "--epochs and --seed must be ordinary numbers"),
               (c.wiring == "final" or c.model == "cross", "--wiring lockstep is for --model cross"),
+              (c.wiring == "final" or not c.features, "--wiring lockstep needs a vision tower, not --features"),
+              (not (c.features and c.vision), "--features are what a vision tower has made: drop --vision or --features"),
+              (not (c.model == "lstm" and c.text), "--text brings a GPT-2; --model lstm has none"),
+              (c.n_hidden is None or c.n_hidden > 0, f"--n-hidden must be above 0, not {c.n_hidden}"),
+              (not c.soft_attention or (c.n_hidden or c.n_embd) % c.n_head == 0,
+               f"the state of {c.n_hidden or c.n_embd} does not divide among --n-head {c.n_head} heads"),
+              (c.min_count > 0 and c.num_beams > 0, "--min-count and --num-beams must be above 0"),
               (c.stem == "patch" or c.patch_size > 1, "--stem conv needs --patch-size 2 or more")]
     rules += [(c.vocab_size >= 300, f"--vocab-size {c.vocab_size} is too small: bytes and special tokens need 300")]
     for holds, sentence in rules:
@@ -560,7 +462,7 @@ def resumed_options(config, out):
         print(f"{out} holds no saved state yet: starting from the beginning")
         return config, False
     saved = TrainConfig(**read_state(out)["options"])
-    free = ("resume", "out_dir", "stop_after", "device", "workers", "cache", "data_dir", "log_interval")
+    free = ("resume", "out_dir", "stop_after", "device", "workers", "cache", "data_dir", "features", "log_interval")
     for f in fields(TrainConfig):
         now, then = getattr(config, f.name), getattr(saved, f.name)
         if f.name in free[:3] or f.name in free and f.name in config.given:
@@ -571,9 +473,47 @@ def resumed_options(config, out):
     return saved, True
 
 
+def evaluate_run(config):
+    """--eval-only: score a finished run on a whole split; scores.json, captions.jsonl, and a row of the table."""
+    saved = load_run(config.out_dir)
+    options = saved.config["options"]
+    here = {"eval_only", "out_dir", "split", "num_beams", "length_penalty", "table", "device", "dtype"}
+    unfit = set(config.given) - here - {"data_dir", "features", "cache", "allow_broken", "batch_size"}
+    if unfit:
+        raise UserError(f"--eval-only judges the run as it was trained: drop --{min(unfit).replace('_', '-')}")
+    given = {name: getattr(config, name) for name in here | set(config.given)}
+    try:
+        config = TrainConfig(**{**options, **given})
+    except TypeError as error:
+        raise UserError(f"{config.out_dir}/config.json is not of this version ({error}); train again") from None
+    machine = Machine(config)
+    run = Run(config, machine, saved)
+    model = saved.model.to(machine.device)
+    scores = run.task.judge(model, config.split, config.num_beams, config.length_penalty)
+    shuffled = scores.pop("shuffled")
+    machine.say(f"{config.split} split: {show(scores)}\nwith images exchanged: {show(shuffled)}")
+    row = {"run": config.out_dir, "model": config.model, "features": saved.config.get("features", {}) and
+           saved.config["features"]["encoder"][:24], "dataset": config.dataset, "split": config.split,
+           "beams": config.num_beams, "M params": sum(p.numel() for p in model.parameters()) / 1e6, **scores,
+           **{f"{name} exchanged": shuffled[name] for name in ("BLEU-4", "CIDEr-D", "exact") if name in shuffled}}
+    machine.say(f"\n{config.table}:\n" + "\n".join(add_to_table(config.table, row)))
+
+
+def show_batch(run):
+    """--show-batch: what the first step trains on. The bug every VLM author makes, visible at a glance."""
+    vision = run.task.make_model().config.vision if run.config.model == "prefix" else None
+    n_image = vision.n_patches // run.config.shuffle ** 2 if vision else 1
+    for batch in run.batches[0]:
+        for idx, targets in list(zip(batch.idx.tolist(), batch.targets.tolist()))[:8]:
+            T = max([t + 1 for t, target in enumerate(targets) if target != IGNORE], default=0)
+            print(show_tokens(run.task.tokenizer, idx[:T], targets[:T], n_image, color=sys.stdout.isatty()) + "\n")
+
+
 def main():
     """Options, machine, data, loop, result."""
     config = parse_config(TrainConfig, presets=PRESETS, description="Train a model to talk about pictures.")
+    if config.eval_only:
+        return evaluate_run(config)
     if config.resume:
         config, config.resume = resumed_options(config, Path(config.out_dir))
     check_options(config)
@@ -581,10 +521,12 @@ def main():
         raise UserError(f"--out-dir {config.out_dir} is a file; name a folder")
     machine = Machine(config)
     run = Run(config, machine)
+    if config.show_batch:
+        return show_batch(run)
     try:
         model = train(run)
         if model is not None and machine.main:
-            finish(run, model)
+            run.task.finish(model)
     finally:
         if machine.world > 1:
             dist.destroy_process_group()

@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 from tinyvlm import layouts
-from data import Batches, ImageStore, Shapes, Texts, eval_batches, load_dataset, pad_rows, step_order
+from data import NO_ROW, Batches, ImageStore, Shapes, Texts, eval_batches, load_dataset, pad_rows, step_order
 from tinyvlm.gpt import IGNORE
 from tinyvlm.layouts import Dataset, photos
 from tinyvlm.config import UserError
@@ -161,7 +160,7 @@ def test_the_same_file_name_in_two_folders(tmp_path):
 def test_captions_cannot_speak_special_tokens():
     tokenizer = data_tokenizer()
     texts = Texts([["a <image> b <|endoftext|> c"]], tokenizer, 1, 2, 99)
-    assert not {tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<|endoftext|>")} & set(texts.ids[0][0])
+    assert not {tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<|endoftext|>")} & set(texts.rows[0][0][0][1:] + texts.rows[0][0][1][:-1])
 
 
 @pytest.mark.parametrize("name, content", [
@@ -249,6 +248,8 @@ def test_mirrored_scenes_keep_their_caption(shapes):
 
 class Letters:
     """A tokenizer for tests: a letter, a token."""
+    unk_id = None
+
     def encode(self, text, special):
         return [ord(c) - 96 for c in text if c != " "]
 
@@ -276,21 +277,21 @@ def test_every_epoch_sees_every_sample_once_in_a_new_order():
 
 def test_padding_is_told_by_length_and_the_end_is_learned():
     """end == pad == 0 here: the one real end must be a target, the padding must not, the first word must be."""
-    idx, targets = pad_rows([[0, 5, 6, 0], [0, 7, 0], [0]])
+    idx, targets = pad_rows([([0, 5, 6], [5, 6, 0]), ([0, 7], [7, 0]), NO_ROW])
     assert idx.tolist() == [[0, 5, 6], [0, 7, 0], [0, 0, 0]]
     assert targets.tolist() == [[5, 6, 0], [7, 0, IGNORE], [IGNORE] * 3]
 
 
 def test_a_cut_caption_does_not_teach_to_stop():
     texts = Texts([["abc", "abcd"]], Letters(), first=50, end=60, max_len=3)
-    assert texts.ids == [[[50, 1, 2, 3, 60], [50, 1, 2, 3]]] and texts.cut == 1
+    assert texts.rows == [[([50, 1, 2, 3], [1, 2, 3, 60]), ([50, 1, 2], [1, 2, 3])]] and texts.cut == 1
 
 
 def test_all_captions_take_their_turn():
     batches = toy(K=1)
-    assert {tuple(batches.captions_of(2, epoch)[0]) for epoch in range(3)} == {(50, 1, 2, 60), (50, 1, 2, 3, 60), (50, 1, 60)}
+    assert {tuple(batches.captions_of(2, epoch)[0][1]) for epoch in range(3)} == {(1, 2, 60), (1, 2, 3, 60), (1, 60)}
     rows = toy(K=99).captions_of(1, 0)                                            # two captions, the most is three
-    assert rows == [[50, 1, 2, 60], [50, 1, 2, 3, 60], [0]]
+    assert [targets for _, targets in rows] == [[1, 2, 60], [1, 2, 3, 60], []]
 
 
 def test_processes_and_micro_batches_share_one_step():
@@ -322,4 +323,4 @@ def test_batches_that_do_not_divide_are_refused():
 def test_evaluation_sees_every_caption_once():
     batches = toy()
     found = [row for b in eval_batches(batches.store, batches.texts, "val", 4) for row in b.targets.tolist()]
-    assert sum(60 in row for row in found) == sum(len(rows) for rows in batches.texts.ids)
+    assert sum(60 in row for row in found) == sum(len(rows) for rows in batches.texts.rows)

@@ -108,37 +108,60 @@ def test_lcs_equals_trying_every_subsequence():
         assert _lcs(a, b) == best, f"{a} {b}"
 
 
-def slow_recall(img, txt, owner, k):
+def slow_ranks(img, txt, owner):
     """Plain definition: sort nothing, count for each query how many strangers are at least as good as its own best."""
-    hits = [[], []]
+    image_ranks, text_ranks = [], []
     for i in range(len(img)):
         own = max(img[i] @ txt[m] for m in range(len(txt)) if owner[m] == i)
-        hits[0].append(sum(img[i] @ txt[m] >= own for m in range(len(txt)) if owner[m] != i) < k)
+        image_ranks.append(1 + sum(img[i] @ txt[m] >= own for m in range(len(txt)) if owner[m] != i))
     for m in range(len(txt)):
-        hits[1].append(sum(img[i] @ txt[m] >= img[owner[m]] @ txt[m] for i in range(len(img)) if i != owner[m]) < k)
-    return [sum(h) / len(h) for h in hits]
+        own = img[owner[m]] @ txt[m]
+        text_ranks.append(1 + sum(img[i] @ txt[m] >= own for i in range(len(img)) if i != owner[m]))
+    return {"image_to_text": np.array(image_ranks), "text_to_image": np.array(text_ranks)}
 
 
-def test_recall_equals_plain_counting():
-    """Whole numbers as embeddings, so that many scores tie exactly."""
+@pytest.mark.parametrize("block", [2 ** 22, 90])
+def test_recall_equals_plain_counting(block, monkeypatch):
+    """Whole numbers as embeddings, so that many scores tie exactly; the table in one block, and in blocks of two."""
+    monkeypatch.setattr("tinyvlm.metrics.BLOCK", block)
     rng = np.random.default_rng(0)
-    img, txt = rng.integers(-2, 3, (12, 3)), rng.integers(-2, 3, (40, 3))
-    owner = np.concatenate([np.arange(12), rng.integers(0, 12, 28)])
-    got = recall_at_k(torch.tensor(img).float(), torch.tensor(txt).float(), torch.tensor(owner), ks=(1, 3, 10))
-    for k in (1, 3, 10):
-        found = [got["image_to_text"][f"R@{k}"], got["text_to_image"][f"R@{k}"]]
-        assert found == pytest.approx(slow_recall(img, txt, owner, k))
+    img, txt = rng.integers(-2, 3, (13, 3)), rng.integers(-2, 3, (40, 3))
+    owner = rng.permutation(np.concatenate([np.arange(13), rng.integers(0, 13, 27)]))
+    got = recall_at_k(torch.tensor(img).float(), torch.tensor(txt).half(), torch.tensor(owner), ks=(1, 3, 10))
+    for way, ranks in slow_ranks(img, txt, owner).items():
+        want = {**{f"R@{k}": (ranks <= k).mean() for k in (1, 3, 10)}, "median_rank": np.median(ranks)}
+        assert got[way] == pytest.approx(want), way
 
 
-def test_perfect_constant_and_broken_models():
-    """A model that answers the same to everything, or NaN, must not look perfect because nothing beats it."""
+def test_the_best_of_several_captions_counts():
+    """Image 0 is nearest to its second caption; its first, at rank 3, must not harm it, and is no stranger to it."""
+    img = np.array([[1.0, 0], [0, 1]])
+    txt = np.array([[0.1, 0], [0.9, 0], [0.5, 1], [0.2, 0.6]])
+    got = recall_at_k(img, txt, [0, 0, 1, 1])
+    assert got["image_to_text"]["R@1"] == 1 and got["image_to_text"]["median_rank"] == 1
+    assert got["text_to_image"]["R@1"] == 1
+    got = recall_at_k(img, txt, [0, 1, 1, 0])               # now two strangers stand before image 0's best
+    assert got["image_to_text"]["median_rank"] == pytest.approx((3 + 1) / 2)
+
+
+def test_perfect_and_constant_models():
+    """A model that answers the same to everything must not look perfect because nothing beats it."""
     eye, owner = np.eye(20), np.arange(20)
     assert recall_at_k(eye, eye, owner)["text_to_image"] == {"R@1": 1, "R@5": 1, "R@10": 1, "median_rank": 1}
-    row = np.random.default_rng(0).normal(size=(1, 37)).astype(np.float32)
-    for broken in (row.repeat(20, 0), np.full((20, 37), np.nan)):
-        for way in recall_at_k(broken, broken, owner).values():
-            assert way["R@10"] == 0 and way["median_rank"] >= 20
-    assert recall_at_k(np.full((1, 2), np.nan), np.ones((1, 2)), [0])["image_to_text"]["R@1"] == 0
+    row = np.random.default_rng(0).normal(size=(1, 37)).astype(np.float32).repeat(20, 0)
+    for way in recall_at_k(row, row, owner).values():
+        assert way["R@10"] == 0 and way["median_rank"] == 20
+
+
+def test_recall_refuses_what_cannot_be_ranked():
+    """One NaN compares as false with everything: it could come first or last, and neither is true."""
+    for fault in (np.nan, np.inf):
+        broken = np.eye(4)
+        broken[2, 1] = fault
+        with pytest.raises(MetricError, match="1 image embeddings are not finite, first number 2"):
+            recall_at_k(broken, np.eye(4), range(4))
+        with pytest.raises(MetricError, match="1 text embeddings"):
+            recall_at_k(np.eye(4), torch.tensor(broken), range(4))
 
 
 @pytest.mark.parametrize("owner, words", [([0, 0, 0], "without a text"), ([0, 1, 2], "no other"), ([0, 1], "shapes")])

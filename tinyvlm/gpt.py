@@ -116,3 +116,11 @@ class GPT(nn.Module):
         rows = torch.cat([old, old.mean(0, keepdim=True).expand(new, -1)])        # (V + new, C)
         self.wte = nn.Embedding.from_pretrained(rows, freeze=False)
         self.config.vocab_size = vocab_size
+
+    def grow_context(self, block_size):
+        """Append positions for longer texts; they start small and random, like all positions that no text has reached."""
+        old = self.wpe.weight.data
+        assert block_size >= len(old), f"the model reads {len(old)} tokens and cannot shrink to {block_size}"
+        new = torch.randn(block_size - len(old), old.size(1), device=old.device) * 0.02
+        self.wpe = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)             # (block_size, C)
+        self.config.block_size = block_size

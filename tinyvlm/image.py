@@ -40,6 +40,9 @@ class Recipe:
     mean: tuple = HALF[0]
     std: tuple = HALF[1]
 
+    def __post_init__(self):
+        self.mean, self.std = tuple(self.mean), tuple(self.std)                   # json knows lists only
+
 
 # What public checkpoints were trained with; and, last, a recipe for images from the web.
 RECIPES = {

@@ -232,21 +232,31 @@ def score_captions(candidates, references):
 
 # ----- 3. Retrieval -----
 
-def _ranks(queries, gallery, query_ids, gallery_ids):
-    """Rank (1 is best) of each query's best own item among the others' items. (Q, D), (G, D), (Q,), (G,) -> (Q,)
+BLOCK = 2 ** 22         # scores made at a time: 32 MB, whatever N x M
 
-    A tie with a stranger counts against us, and so does a NaN: a model that says the same of everything comes last.
+
+def _ranks(image_emb, text_emb, owner):
+    """(N, D), (M, D), (M,) -> ranks (N,) of each image's best own text, (M,) of each text's image; 1 is best.
+
+    Only what belongs to others is counted, and a tie with it counts against us: a model that says the same of
+    everything comes last. The table of scores is made once, some images at a time, and read both ways.
     """
-    ranks, gallery = [], gallery.T.astype(np.float64)                               # (D, G)
-    step = max(1, 2 ** 22 // len(gallery_ids))  # 32 MB of scores at a time, whatever Q x G
-    for start in range(0, len(queries), step):
-        # float64, then rounded: equal vectors must tie although the matrix product may sum them in another order
-        scores = (queries[start:start + step].astype(np.float64) @ gallery).astype(np.float32)      # (b, G)
-        own = query_ids[start:start + step, None] == gallery_ids                    # (b, G)
-        best = np.where(own & ~np.isnan(scores), scores, -np.inf).max(1, keepdims=True)             # (b, 1)
-        strangers = (~own & ~(scores < best)).sum(1)  # "not less": true for ties and for NaN
-        ranks.append(np.where(best[:, 0] > -np.inf, strangers + 1.0, np.inf))
-    return np.concatenate(ranks)
+    N, M = len(image_emb), len(text_emb)
+    image_emb, text_emb = image_emb.astype(np.float64), text_emb.astype(np.float64)
+    # float64, then rounded: equal vectors must tie although their products may be summed up in another order
+    mine = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32)     # (M,) each text with its image
+    image_ranks, text_ranks = np.ones(N), np.ones(M)
+    step = max(1, BLOCK // M)
+    for start in range(0, N, step):
+        stop = min(N, start + step)
+        scores = (image_emb[start:stop] @ text_emb.T).astype(np.float32)            # (b, M)
+        texts = np.flatnonzero((owner >= start) & (owner < stop))
+        scores[owner[texts] - start, texts] = -np.inf       # what is left is the others'
+        best = np.full(stop - start, -np.inf, dtype=np.float32)
+        np.maximum.at(best, owner[texts] - start, mine[texts])                      # (b,) each image's best own text
+        image_ranks[start:stop] += (scores >= best[:, None]).sum(axis=1)
+        text_ranks += (scores >= mine).sum(axis=0)
+    return image_ranks, text_ranks
 
 
 def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
@@ -255,10 +265,11 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
     image_emb (N, D), text_emb (M, D): arrays or tensors; owner (M,): index of each text's image.
     Returns {"image_to_text": {"R@1": .., ..., "R@10": .., "median_rank": ..}, "text_to_image": {...}}, R@K in 0..1.
     image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is.
-    Memory does not grow with N x M. Raises MetricError when shapes disagree or an image owns no text.
+    Memory does not grow with N x M. Raises MetricError when shapes disagree, an image owns no text, or a number is NaN.
     """
     image_emb, text_emb, owner = (np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x)
                                   for x in (image_emb, text_emb, owner))
+    owner = owner.astype(np.int64)
     flat = image_emb.ndim != 2 or text_emb.ndim != 2
     if flat or image_emb.shape[1] != text_emb.shape[1] or owner.shape != text_emb.shape[:1]:
         raise MetricError(f"recall needs images (N, D), texts (M, D) and owners (M,), but the shapes are "
@@ -267,11 +278,14 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
     if not owner.size or len(lonely) or owner.min() < 0 or owner.max() >= len(image_emb):
         raise MetricError(f"owner must name every one of the {len(image_emb)} images (0 to {len(image_emb) - 1}) "
                           f"and no other; images without a text: {lonely[:5].tolist()}")
-    images = np.arange(len(image_emb))
-    result = {"image_to_text": _ranks(image_emb, text_emb, images, owner),
-              "text_to_image": _ranks(text_emb, image_emb, owner, images)}
+    for name, emb in (("image", image_emb), ("text", text_emb)):
+        bad = np.flatnonzero(~np.isfinite(emb).all(axis=1))
+        if len(bad):
+            raise MetricError(f"{len(bad)} {name} embeddings are not finite, first number {bad[0]}; NaN cannot be "
+                              "ranked: look for the step that made it")
+    ways = zip(("image_to_text", "text_to_image"), _ranks(image_emb, text_emb, owner))
     return {way: {**{f"R@{k}": float((ranks <= k).mean()) for k in ks}, "median_rank": float(np.median(ranks))}
-            for way, ranks in result.items()}
+            for way, ranks in ways}
 
 
 # ----- 4. Visual question answering -----

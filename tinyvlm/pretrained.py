@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from .classifier import Classifier, ClassifierConfig
 from .clip import CLIP, CLIPConfig
 from .cnn import VGG16, ResNet50, ResNetConfig, VGGConfig
 from .config import UserError, run_script
@@ -46,6 +47,26 @@ class Loaded:
     config: dict
 
 
+def is_run(source):
+    """Whether `source` is a folder that train.py left (and not a public checkpoint's)."""
+    path = Path(source) / "config.json"
+    return path.is_file() and "options" in read_json(path)
+
+
+def _build_run(config):
+    """config.json of a run -> the freshly made model it describes."""
+    sizes = config["sizes"]
+    if config["task"] in ("caption", "vqa"):
+        missing = {"model", "first", "end", "max_tokens"} - config.keys()
+        if missing:
+            raise KeyError(*missing)
+        return build(from_dict(sizes))
+    tower = sizes["vision"] and (ResNetConfig if "blocks" in sizes["vision"] else ViTConfig)(**sizes["vision"])
+    if config["task"] == "classify":
+        return Classifier(ClassifierConfig(**{**sizes, "vision": tower}))
+    return CLIP(CLIPConfig(**{**sizes, "vision": tower, "text": sizes["text"] and GPTConfig(**sizes["text"])}))
+
+
 def load_run(folder):
     """A run that train.py left in `folder` -> Loaded, in eval mode. Raises UserError naming what is missing."""
     folder = Path(folder)
@@ -53,16 +74,16 @@ def load_run(folder):
         raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
     config = read_json(folder / "config.json")
     try:
-        missing = {"task", "model", "first", "end", "max_tokens"} - config.keys()
-        if missing:
-            raise KeyError(*missing)
-        model, recipe = build(from_dict(config["sizes"])), Recipe(**config["recipe"])
+        model, recipe = _build_run(config), Recipe(**config["recipe"])
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{folder / 'config.json'} is not the config of a run this version made ({error}); train again"
                         ) from None
     tensors = load_safetensors(folder / "model.safetensors")
     copy_weights(model, tensors, {name: name for name in tensors}, source=str(folder / "model.safetensors"))
-    return Loaded(model.eval(), load_tokenizer(folder / "tokenizer.json"), recipe, config)
+    tokenizer = load_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
+    if tokenizer is None and config["task"] in ("caption", "vqa"):
+        raise UserError(f"{folder} has lost its tokenizer.json; train again")
+    return Loaded(model.eval(), tokenizer, recipe, config)
 
 
 # ---- finding and opening the files

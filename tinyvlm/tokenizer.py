@@ -1,4 +1,4 @@
-"""Text <-> token ids: byte-level BPE (trained here, or GPT-2's and CLIP's vocabularies) and BERT's WordPiece.
+"""Text <-> token ids: byte-level BPE (trained here, or GPT-2's and CLIP's vocabularies), BERT's WordPiece, whole words.
 
 BPE starts from the 256 bytes and replaces the most frequent neighbouring pair by a new token, again and again (Sennrich
 et al. 2016; on bytes: GPT-2, Radford et al. 2019). Encoding replays those merges in the order they were learned.
@@ -304,7 +304,7 @@ def _wordpiece_spec(vocab):
                       "max_input_chars_per_word": 100, "vocab": vocab}}
 
 
-# ---- what both kinds of tokenizer share
+# ---- what all kinds of tokenizer share
 
 class _Tokenizer:
     """Ids and names, and the special tokens, which are cut out of a text before anything else looks at it.
@@ -335,7 +335,7 @@ class _Tokenizer:
         """`load_tokenizer`, sure of the kind. Raises UserError naming the fault."""
         tokenizer = load_tokenizer(path)
         if not isinstance(tokenizer, cls):
-            raise UserError(f"{path} is no tokenizer for {cls.__name__}; use load_tokenizer, which opens either kind")
+            raise UserError(f"{path} is no tokenizer for {cls.__name__}; use load_tokenizer, which opens any kind")
         return tokenizer
 
     def _whole_spec(self):
@@ -357,6 +357,11 @@ class _Tokenizer:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+    @property
+    def unk_id(self):
+        """The id of "no such word", which a model should never learn to say, or None: byte-level BPE needs none."""
+        return getattr(self, "_unk", None)
 
     @property
     def vocab_size(self):
@@ -451,7 +456,7 @@ def _cut(text, finder, special=True):
         yield text[done:]
 
 
-# ---- the two tokenizers
+# ---- the three tokenizers
 
 class BPETokenizer(_Tokenizer):
     """Byte-level BPE: any text can be encoded, and (GPT-2's kind) decode(encode(text)) == text.
@@ -585,6 +590,44 @@ class WordPieceTokenizer(_Tokenizer):
         return " ".join(self._names_of(ids, special)).replace(" " + self._prefix, "")
 
 
+class WordTokenizer(_Tokenizer):
+    """Whole words between spaces, each an id; what is not in the vocabulary becomes <unk>. As papers of 2015 did it.
+
+    >>> tok = WordTokenizer.train(["a dog", "a cat", "a dog runs"], min_count=2)
+    >>> tok.decode(tok.encode("a dog barks"))
+    'a dog <unk>'
+    """
+
+    @classmethod
+    def train(cls, texts, min_count=5, special_tokens=SPECIAL_TOKENS):
+        """Keep the words that occur at least min_count times, commonest first; then the special tokens."""
+        counts = collections.Counter(word for text in texts for word in text.split())
+        words = sorted((word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word))
+        if not words:
+            raise UserError(f"no word occurs {min_count} times; lower the minimum count")
+        vocab = {word: i for i, word in enumerate(["<unk>", *words])}
+        tokenizer = cls({"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None,
+                         "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": None,
+                         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}})
+        tokenizer.add_special_tokens(special_tokens)
+        return tokenizer
+
+    def _setup(self, spec):
+        if [part["type"] for part in _parts(spec.get("pre_tokenizer"), "pretokenizers")] != ["WhitespaceSplit"]:
+            _refuse("pre_tokenizer", "other than WhitespaceSplit")
+        self._unk = self._vocab[spec["model"]["unk_token"]]
+
+    def _words(self, text):
+        return text.split()
+
+    def _word_ids(self, word):
+        return [self._vocab.get(word, self._unk)]
+
+    def decode(self, ids, special=True):
+        """Ids -> text: words joined by spaces."""
+        return " ".join(self._names_of(ids, special))
+
+
 @functools.lru_cache(maxsize=CACHE_WORDS)
 def _clean_char(char):
     """What a character becomes before words are cut: control characters go, a CJK ideograph is a word of its own."""
@@ -605,16 +648,17 @@ def _bert_words(word):
 
 
 def load_tokenizer(path):
-    """Open either kind from a tokenizer.json, a vocab.txt, or a folder that holds one or vocab.json + merges.txt.
+    """Open any kind from a tokenizer.json, a vocab.txt, or a folder that holds one or vocab.json + merges.txt.
 
     Raises UserError naming the file and its fault: missing, broken, or with a component we do not know.
     """
     spec = _read_spec(path)
     kind = spec["model"].get("type") or ("BPE" if "merges" in spec["model"] else "WordPiece")   # the oldest do not say
     try:
-        if kind not in ("BPE", "WordPiece"):
+        kinds = {"BPE": BPETokenizer, "WordPiece": WordPieceTokenizer, "WordLevel": WordTokenizer}
+        if kind not in kinds:
             _refuse("model", kind)
-        return (BPETokenizer if kind == "BPE" else WordPieceTokenizer)(spec)
+        return kinds[kind](spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (LookupError, ValueError, TypeError, AttributeError, regex.error) as error:

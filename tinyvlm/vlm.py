@@ -1,11 +1,12 @@
-"""The bridges: two ways to let a language model see, under one contract.
+"""The bridges: three ways to let a language model see, under one contract.
 
     cross    every decoder block gets an extra attention that reads the image features      VisionGPT2, Flamingo
     prefix   image features become tokens at the place of <image>, and a GPT reads on       LLaVA, PaliGemma, nanoVLM
+    lstm     image features set the first state of an LSTM, which speaks from memory        Show and Tell, NIC
 
 Each is `forward(img_or_feats, idx, targets) -> (logits (B, T, V), loss)` for training and `prefill` / `step` for
-generate.py. Sequences here are what the tokenizer made: `[start] a dog runs [end]` for cross, `<image> a dog runs
-[end]` for prefix. Targets come already shifted: targets[t] is the token that follows idx[..t].
+generate.py. Sequences here are what the tokenizer made: `[start] a dog runs [end]` for cross and lstm, `<image> a dog
+runs [end]` for prefix. Targets come already shifted: targets[t] is the token that follows idx[..t].
 """
 from dataclasses import asdict, dataclass, field
 
@@ -13,19 +14,34 @@ import torch
 import torch.nn as nn
 
 from .gpt import GPT, GPTConfig, last_of, next_token_loss
-from .transformer import KVCache
+from .linear import Linear, linear
+from .lstm import LSTM
+from .transformer import Attention, KVCache
 from .vit import ViT, ViTConfig
+
+
+@dataclass
+class LSTMConfig:
+    """Sizes of the LSTM captioner's decoder."""
+    vocab_size: int = 50257     # V
+    n_layer: int = 1
+    n_embd: int = 512           # C, width of a word
+    n_hidden: int = 512         # H, width of the state
+    dropout: float = 0.0        # on the image features, the words, and the state on its way out
+    tied: bool = True           # the embedding is the way out as well (through a linear map where C and H differ)
+    n_head: int = 0             # above 0: soft attention over the image features with this many heads
 
 
 @dataclass
 class VLMConfig:
     """Which bridge, and the sizes of both towers."""
-    model: str = "cross"                    # cross | prefix
+    model: str = "cross"                    # cross | prefix | lstm
     vision: ViTConfig | None = field(default_factory=ViTConfig)     # None: image features come ready-made
-    text: GPTConfig = field(default_factory=GPTConfig)
+    text: GPTConfig | LSTMConfig = field(default_factory=GPTConfig)
     wiring: str = "final"                   # cross: "final" (every block sees the ViT's last output) or "lockstep"
     image_token: int | None = None          # prefix: the id of <image>
     feat_dim: int | None = None             # width of ready-made features
+    shuffle: int = 1                        # prefix: shuffle x shuffle neighbouring patches make one image token
 
     @property
     def width(self):
@@ -34,13 +50,14 @@ class VLMConfig:
 
 
 class Captioner(nn.Module):
-    """What the cross and prefix models share: a vision tower, a GPT, and the state of a decoding run."""
+    """What all three share: a vision tower or ready-made features, a language model, and the parts by name."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        assert config.vision or config.feat_dim, "a captioner needs a vision tower, or the width of ready-made features"
         self.vision = ViT(config.vision) if config.vision else None
-        self.text = GPT(config.text)
+        self.text = None if config.model == "lstm" else GPT(config.text)
 
     def encode(self, img):
         """Ready-made features (B, N, C) or (B, C) pass as they are; pixels (B, 3, H, W) go through the vision tower."""
@@ -103,6 +120,19 @@ class CrossCaptioner(Captioner):
         return self.text.prefill(self.look(img), idx, lengths, max_new_tokens)
 
 
+def pixel_shuffle(feats, k):
+    """Lay k x k neighbouring patches side by side: (B, N, C) -> (B, N / k^2, k^2 C). Nothing is lost, only rearranged.
+
+    A reader of a quarter of the tokens costs a quarter, but has to unmix four places in each ("nanoVLM", after Shi et
+    al. 2016, arXiv:1609.05158).
+    """
+    B, N, C = feats.shape
+    n = int(N ** 0.5)
+    assert n * n == N and n % k == 0, f"{N} image tokens are no square grid that divides into {k} x {k} neighbours"
+    grid = feats.view(B, n // k, k, n // k, k, C).transpose(2, 3)                 # (B, n/k, n/k, k, k, C)
+    return grid.reshape(B, N // k ** 2, k * k * C)
+
+
 class PrefixVLM(Captioner):
     """ViT -> two-layer projector -> image tokens spliced into the text where `<image>` stands -> GPT.
 
@@ -113,19 +143,26 @@ class PrefixVLM(Captioner):
     def __init__(self, config):
         super().__init__(config)
         assert config.image_token is not None, "the prefix model needs the id of its <image> token"
-        n_embd = config.text.n_embd
-        self.bridge = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, n_embd), nn.GELU(),
-                                    nn.Linear(n_embd, n_embd))
+        n_embd, width = config.text.n_embd, config.width * config.shuffle ** 2
+        self.bridge = nn.Sequential(nn.LayerNorm(width), Linear(width, n_embd), nn.GELU(), Linear(n_embd, n_embd))
         for layer in (self.bridge[1], self.bridge[3]):         # start near the size of word embeddings
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def look(self, img):
-        """img (B, 3, H, W) or features -> image tokens (B, N, C)."""
+    @property
+    def n_image_tokens(self):
+        """How many tokens one picture of the vision tower becomes."""
+        return self.config.vision.n_patches // self.config.shuffle ** 2
+
+    def eyes(self, img):
+        """What can be kept of a picture that is asked about several times: img (B, 3, H, W) -> patches (B, N, C)."""
         feats = self.encode(img)                                                  # (B, [1 +] N, C)
-        if img.dim() == 4 and self.config.vision.class_token:
-            feats = feats[:, 1:]
-        return self.bridge(feats)                                                 # (B, N, C)
+        return feats[:, 1:] if img.dim() == 4 and self.config.vision.class_token else feats
+
+    def look(self, img):
+        """img (B, 3, H, W) or features -> image tokens (B, N, C), or (B, N / shuffle^2, C)."""
+        feats = self.eyes(img)
+        return self.bridge(pixel_shuffle(feats, self.config.shuffle) if self.config.shuffle > 1 else feats)
 
     def splice(self, image_tokens, idx):
         """Replace every <image> of idx (B, T) by its N image tokens.
@@ -194,7 +231,83 @@ class PrefixVLM(Captioner):
         return self.text.head(last_of(x, lengths)), cache.finish_prompt(end + 1 if uneven else None)
 
 
-MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM}
+class LSTMState:
+    """What an LSTM captioner carries from word to word: h and c (L, R, H), and the image's keys and values."""
+
+    def __init__(self, h, c, cache=None):
+        self.h, self.c, self.cache = h, c, cache
+
+    def reorder(self, rows):
+        """Row i continues what was row rows[i]. rows (R',)."""
+        self.h, self.c = self.h[:, rows], self.c[:, rows]       # the cache stays: beams never leave their image
+
+
+class LSTMCaptioner(Captioner):
+    """Features -> the LSTM's first state; then a word in, a word out, and nothing but the state in between.
+
+    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the picture in the first state, through tanh, as in
+    "Show, attend and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also asks the
+    features (a grid, or the one vector there is): attention after the recurrence (Luong et al. 2015), so that all steps
+    of the LSTM still run as one pass.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config.text
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C)
+        nn.init.normal_(self.wte.weight, std=c.n_embd ** -0.5)
+        self.drop = nn.Dropout(c.dropout)
+        self.bridge = nn.ModuleDict({"norm": nn.LayerNorm(config.width),
+                                     "state": Linear(config.width, 2 * c.n_layer * c.n_hidden)})
+        if c.n_head:
+            self.bridge["feats"] = Linear(config.width, c.n_hidden)
+            self.bridge["attn"] = Attention(c.n_hidden, c.n_head)
+        self.lstm = LSTM(c.n_embd, c.n_hidden, c.n_layer, dropout=c.dropout)
+        self.out = Linear(c.n_hidden, c.n_embd) if c.tied and c.n_hidden != c.n_embd else None
+        self.head_weight = None if c.tied else nn.Parameter(torch.randn(c.vocab_size, c.n_hidden) * c.n_hidden ** -0.5)
+        self.head_bias = nn.Parameter(torch.zeros(c.vocab_size))
+
+    def look(self, img):
+        """img (B, 3, H, W) or features -> the first h and c (L, B, H), and what attention reads, (B, N, H) or None."""
+        feats = self.drop(self.bridge["norm"](self.encode(img)))                  # (B, N, C_img)
+        state = torch.tanh(self.bridge["state"](feats.mean(dim=1)))               # (B, 2 L H)
+        h, c = state.view(len(feats), 2, self.config.text.n_layer, -1).permute(1, 2, 0, 3).contiguous()     # (L, B, H)
+        return h, c, self.bridge["feats"](feats) if self.config.text.n_head else None
+
+    def head(self, x, grid=None, cache=None):
+        """States x (B * K, T, H) -> logits (B * K, T, V)."""
+        if grid is not None:
+            x = x + self.bridge["attn"](x, grid, cache)                           # (B * K, T, H)
+        x = self.drop(x if self.out is None else self.out(x))
+        return linear(x, self.wte.weight if self.head_weight is None else self.head_weight, self.head_bias)
+
+    def forward(self, img, idx, targets=None):
+        """idx (B * K, T): all T words of all captions in one pass -> logits (B * K, T, V) and the loss."""
+        h, c, grid = self.look(img)
+        h, c = (t.repeat_interleave(len(idx) // t.size(1), dim=1) for t in (h, c))         # (L, B * K, H)
+        x, _ = self.lstm(self.drop(self.wte(idx)), (h, c))                        # (B * K, T, H)
+        logits = self.head(x, grid)                                               # (B * K, T, V)
+        return logits, None if targets is None else next_token_loss(logits, targets)
+
+    def prefill(self, img, idx, lengths=None, max_new_tokens=0):
+        """Look once, read the prompts idx (B, T): logits of the next token (B, V) and the state to go on from."""
+        h, c, grid = self.look(img)
+        state = LSTMState(h, c, KVCache(1, 0))
+        state.cache.feats = grid
+        x, lengths = self.drop(self.wte(idx)), torch.full((len(idx),), idx.size(1)) if lengths is None else lengths
+        for t in range(idx.size(1)):                                              # prompts are short, and may differ
+            _, (h, c) = self.lstm(x[:, t:t + 1], (state.h, state.c))
+            reads = (t < lengths).to(h.device)[:, None]                           # (B, 1) rows that have a word here
+            state.h, state.c = torch.where(reads, h, state.h), torch.where(reads, c, state.c)
+        return self.head(state.h[-1][:, None], grid, state.cache)[:, -1], state
+
+    def step(self, idx, state):
+        """One more token per row: idx (R,) -> logits (R, V)."""
+        x, (state.h, state.c) = self.lstm(self.wte(idx[:, None]), (state.h, state.c))       # (R, 1, H)
+        return self.head(x, state.cache.feats, state.cache)[:, -1]                # (R, V)
+
+
+MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM, "lstm": LSTMCaptioner}
 
 
 def to_dict(config):
@@ -205,7 +318,8 @@ def to_dict(config):
 def from_dict(d):
     """The inverse of to_dict: config.json's "sizes" -> VLMConfig."""
     vision = ViTConfig(**d["vision"]) if d["vision"] else None
-    return VLMConfig(**{**d, "vision": vision, "text": GPTConfig(**d["text"])})
+    text = (LSTMConfig if d["model"] == "lstm" else GPTConfig)(**d["text"])
+    return VLMConfig(**{**d, "vision": vision, "text": text})
 
 
 def build(config):

@@ -1,0 +1,724 @@
+"""What each task learns from, what it builds, and how it is judged. train.py's loop is the same for all of them.
+
+A task belongs to a run and offers
+    recipe, tokenizer, texts        how images and words become numbers; `texts.rows[i]` are the rows of image i
+    make_model()                    from scratch, or from public weights
+    backward(fast, batches)         one step's gradients; returns its loss
+    look(model, step, best)         the evaluation during training: loss, loss with images exchanged, and the number
+                                    (lower is better) by which the best model is kept
+    finish(model)                   the result at the end
+    about()                         what sample.py must know, for config.json
+"""
+import csv
+import io
+import json
+import math
+import shlex
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from data import CLEAN, Texts, eval_batches, pad_rows
+from tinyvlm import metrics
+from tinyvlm.classifier import Classifier, ClassifierConfig
+from tinyvlm.clip import CLIP, CLIPConfig, chance, contrastive_step, in_batch_accuracy, info_nce
+from tinyvlm.cnn import BatchNorm2d, ResNet50
+from tinyvlm.config import UserError
+from tinyvlm.draw import caption_sheet
+from tinyvlm.features import TextEmbeddings, short_names
+from tinyvlm.generate import generate
+from tinyvlm.gpt import IGNORE, GPTConfig
+from tinyvlm.image import Recipe, normalise
+from tinyvlm.pretrained import is_run, load_clip, load_gpt2, load_pretrained, load_run, pretrained_tokenizer
+from tinyvlm.search import similarity_picture, text_rows
+from tinyvlm.shapes import meaning
+from tinyvlm.tokenizer import BPETokenizer, WordTokenizer
+from tinyvlm.vit import ViT, ViTConfig
+from tinyvlm.vlm import LSTMConfig, VLMConfig, build
+from tinyvlm.vqa import (TAGS, encode_dialogue, rows_of, score_vqa, submission, to_sentence, to_short, to_targets)
+from tinyvlm.weights import atomic_write, load_safetensors, read_json, write_json
+
+END = "<|endoftext|>"               # ends every caption, and starts those of the cross model, as GPT-2 was trained
+
+
+def learning(model):
+    """Training mode; but a BatchNorm that is frozen keeps its statistics too, which are part of what it knows."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d) and not module.weight.requires_grad:
+            module.eval()
+
+
+def load_eyes(source):
+    """The vision tower of a run of ours or of a public checkpoint: its sizes, weights, recipe, and CLIP's image head."""
+    loaded = load_run(source) if is_run(source) else load_pretrained(source)
+    tower = getattr(loaded.model, "vision", loaded.model)
+    if not isinstance(tower, (ViT, ResNet50)):
+        raise UserError(f"--vision {source} holds no vision tower that can be trained here (a ViT or a ResNet-50)")
+    weights = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
+    head = getattr(loaded.model, "image_head", None)
+    return SimpleNamespace(sizes=replace(tower.config, n_class=0), weights=weights, recipe=loaded.recipe,
+                           head=head.weight.data if isinstance(head, torch.nn.Linear) else None)
+
+
+def make_tokenizer(c, texts):
+    """The tokenizer that the options ask for, trained on `texts` where that is wanted."""
+    if c.tokenizer == "bpe":
+        return BPETokenizer.train(texts, c.vocab_size)
+    if c.tokenizer == "words":
+        return WordTokenizer.train(texts, c.min_count)
+    tokenizer = pretrained_tokenizer(c.tokenizer)               # BERT's WordPiece, or any other
+    tokenizer.add_special_tokens([END, "<image>"])
+    return tokenizer
+
+
+class Task:
+    """What tasks share. run: the Run (config, machine, dataset, store, out)."""
+
+    def __init__(self, run):
+        self.run, self.config, self.machine = run, run.config, run.machine
+
+    def backward(self, fast, batches):
+        """Add up the gradients of one step's micro-batches; returns its loss (a tensor: reading it would wait).
+
+        Each adds its share. DDP takes the mean over processes where we want the sum, hence the factor.
+        """
+        machine, losses = self.machine, []
+        for k, batch in enumerate(batches):
+            img, idx, targets = batch.to(machine.device, self.recipe, self.run.augment)
+            more = k + 1 < len(batches)
+            with fast.no_sync() if machine.world > 1 and more else nullcontext():
+                with machine.autocast():
+                    loss = fast(img, idx, targets)[1] * batch.share
+                machine.scaler.scale(loss * machine.world).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def images(self, members):
+        """The images `members`, ready for the model: (B, 3, S, S), or features."""
+        img = self.run.store.get(members).to(self.machine.device)
+        return normalise(img, self.recipe) if img.dtype == torch.uint8 else img
+
+    @torch.no_grad()
+    def evaluate(self, model, split, limit=None):
+        """Mean loss over a split (nats per token), and the same with every image exchanged for its neighbour's.
+
+        If the second is no larger than the first, the model is not looking.
+        """
+        model.eval()
+        true = shuffled = n = 0.0
+        before = None
+        for k, batch in enumerate(eval_batches(self.run.store, self.texts, split, max(2, self.config.batch_size), limit)):
+            if k % self.machine.world != self.machine.rank:     # each process takes its share
+                continue
+            img, idx, targets = batch.to(self.machine.device, self.recipe)
+            alone = len(img) == 1 and before is not None        # the last batch may be one image, without a neighbour
+            other = before[-1:] if alone else img.roll(1, dims=0)
+            with self.machine.autocast():
+                true += model(img, idx, targets)[1].item() * batch.n_targets
+                shuffled += model(other, idx, targets)[1].item() * batch.n_targets
+            n += batch.n_targets
+            before = img
+        learning(model)
+        true, shuffled, n = self.machine.total(true, shuffled, n)
+        return true / n, shuffled / n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Captioning(Task):
+    """--task caption: cross, prefix and lstm, from pixels or ready-made features."""
+
+    def __init__(self, run, saved=None):
+        """saved: a Loaded run to judge; else everything is made from the options."""
+        super().__init__(run)
+        c = self.config
+        self.saved, self.eyes, self.gpt, self.init = saved, None, None, None
+        if c.init and not saved:                                # another stage of the same model
+            self.init = load_run(c.init)
+            if self.init.config["model"] != c.model or self.init.config["task"] not in ("caption", "vqa"):
+                raise UserError(f"--init {c.init} holds a {self.init.config['task']} run of --model "
+                                f"{self.init.config['model']}; a {c.model} model goes on from a {c.model} model")
+        elif not saved:
+            # public weights bring their own picture size and tokenizer; from scratch these are ours to choose
+            self.eyes = load_eyes(c.vision) if c.vision else None
+            if self.eyes and not isinstance(self.eyes.sizes, ViTConfig):
+                raise UserError(f"--vision {c.vision} is no ViT; for a captioner on a CNN, use its --features")
+            new = ("<image>",) if c.model == "prefix" else ()
+            self.gpt = load_gpt2(c.text, special_tokens=new) if c.text else None
+        start = saved or self.init or self.eyes
+        self.recipe = start.recipe if start else Recipe(size=c.image_size)
+        clean = CLEAN[c.clean]
+        self.tokenizer = saved.tokenizer if saved else self.make_tokenizer(clean)
+        self.end = self.tokenizer.token_to_id(END)
+        self.first = self.tokenizer.token_to_id("<image>") if c.model == "prefix" else self.end
+        if None in (self.first, self.end):
+            raise UserError(f"the tokenizer of --text {c.text} knows no {END}; name a GPT-2")
+        self.texts = self.make_texts(clean)
+
+    def words(self, clean):
+        """What a new tokenizer is trained on: the captions of the training split."""
+        return (clean(text) for i in self.run.dataset.splits["train"] for text in self.run.dataset.captions[i])
+
+    def make_texts(self, clean):
+        c, say = self.config, self.machine.say
+        texts = Texts(self.run.dataset.captions, self.tokenizer, self.first, self.end, c.max_tokens, clean)
+        if texts.cut:
+            say(f"{texts.cut} captions are longer than --max-tokens {c.max_tokens} and were cut")
+        if texts.unknown:
+            say(f"{texts.unknown} words of the captions are not among the {self.tokenizer.vocab_size} of the vocabulary")
+        return texts
+
+    def make_tokenizer(self, clean):
+        c = self.config
+        if self.init:
+            return self.init.tokenizer
+        if self.gpt:
+            if self.gpt.tokenizer is None:
+                raise UserError(f"--text {c.text} holds no GPT-2 tokenizer (tokenizer.json or vocab.json, merges.txt)")
+            return self.gpt.tokenizer
+        return make_tokenizer(c, self.words(clean))
+
+    def make_model(self):
+        """Each tower from the public weights, or from scratch with the sizes of the options."""
+        if self.saved or self.init:
+            return self.grown(self.init.model) if self.init else self.saved.model
+        c, feats = self.config, self.run.feats
+        torch.manual_seed(c.seed)
+        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
+        vision = None if feats else replace(self.eyes.sizes, dropout=c.dropout) if self.eyes else ViTConfig(
+            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, **sizes)
+        n_image = 0 if c.model != "prefix" else (vision.n_patches if vision else feats.n_tokens) // c.shuffle ** 2
+        room = c.max_tokens + 2 + n_image
+        if c.model == "lstm":
+            text = LSTMConfig(self.tokenizer.vocab_size, c.n_layer, c.n_embd, c.n_hidden or c.n_embd, c.dropout, c.tied,
+                              c.n_head if c.soft_attention else 0)
+        else:
+            text = replace(self.gpt.config, dropout=c.dropout) if self.gpt else GPTConfig(
+                block_size=room, vocab_size=self.tokenizer.vocab_size, **sizes)
+            if text.block_size < room:
+                raise UserError(f"--text {c.text} reads at most {text.block_size} tokens; image and caption need {room}")
+        model = build(VLMConfig(model=c.model, vision=vision, text=text, wiring=c.wiring, shuffle=c.shuffle,
+                                feat_dim=feats.feat_dim if feats else None,
+                                image_token=self.first if c.model == "prefix" else None))
+        if self.eyes:
+            model.vision.load_state_dict(self.eyes.weights)
+        if self.gpt:                                            # all but the new cross-attention, which starts at zero
+            missing, extra = model.text.load_state_dict(self.gpt.state_dict(), strict=False)
+            new = [name for name in missing if "cross" not in name]
+            assert not extra and not new, f"GPT weights do not fit the decoder: missing {new}, extra {extra}"
+        return model
+
+    def grown(self, model):
+        """The model of --init, with rows for tokens it did not have and positions for longer texts."""
+        torch.manual_seed(self.config.seed)
+        if self.config.model != "lstm":
+            text = model.text
+            text.grow_vocab(max(text.config.vocab_size, self.tokenizer.vocab_size))
+            n_image = model.n_image_tokens if self.config.model == "prefix" else 0
+            text.grow_context(max(text.config.block_size, self.config.max_tokens + 2 + n_image))
+        for module in model.modules():                          # this stage's dropout, not the last one's
+            if isinstance(module, torch.nn.Dropout):
+                module.p = self.config.dropout
+        return model
+
+    def about(self):
+        c = self.config
+        return {"first": self.first, "end": self.end, "max_tokens": c.max_tokens, "clean": c.clean}
+
+    def caption(self, model, members, **how):
+        """What the model says about the images `members`: greedily, unless `how` (generate's arguments) says otherwise."""
+        model.eval()
+        said = []
+        for start in range(0, len(members), 64):
+            img = self.images(members[start:start + 64])
+            with self.machine.autocast():
+                rows = generate(model, img, [[self.first]] * len(img), self.config.max_tokens, eos_id=self.end, **how)
+            said += [self.tokenizer.decode(row).strip() for row in rows]
+        learning(model)
+        return said
+
+    def look(self, model, step, best):
+        """Evaluate, say what came out, keep the model if it is the best so far. Returns (loss, exchanged, loss)."""
+        run, say = self.run, self.machine.say
+        val, shuffled = self.evaluate(model, "val", self.config.eval_images)
+        if not math.isfinite(val):
+            raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
+        if self.machine.main:
+            members = run.store.usable("val")[:24]
+            said = self.caption(model, members)
+            perplexity = math.exp(min(val, 50))
+            say(f"step {step}: validation loss {val:.3f}, perplexity {perplexity:.2f}, with images exchanged "
+                f"{shuffled:.3f}; {len(set(said))} of {len(said)} sample captions are distinct")
+            for i, text in list(zip(members, said))[:3]:
+                say(f"    {text!r}   truth: {run.dataset.captions[i][0]!r}")
+            if val < best:
+                run.save(model, {"val_loss": val, "perplexity": perplexity, "shuffled_loss": shuffled, "step": step})
+        return val, shuffled, val
+
+    def finish(self, model):
+        """Caption the test split with the best weights; print, score and draw the result, and say what to run next."""
+        run, out = self.run, self.run.out
+        model.load_state_dict(load_safetensors(out / "model.safetensors"))
+        members = run.store.usable("test")[:self.config.test_images]
+        said = self.caption(model, members)
+        scores = score(run.dataset, members, said)
+        print(f"\n{len(members)} held-out images, captioned greedily by the best model:")
+        for i, text in list(zip(members, said))[:8]:
+            print(f"    says   {text}\n    truth  {run.dataset.captions[i][0]}\n")
+        print("test split: " + show(scores))
+        config = read_json(out / "config.json")
+        config["scores"].update({f"test {name}": value for name, value in scores.items()})
+        write_json(out / "config.json", config)
+        draw_samples(run, members, said)
+        print(f"{out}/samples.png shows sixteen of them, {out}/curves.png how it learned. Now try")
+        next_command(run, "")
+
+    def judge(self, model, split, num_beams, length_penalty):
+        """Caption a whole split and score it; leaves scores.json and captions.jsonl, returns the scores.
+
+        "shuffled" are the scores when every caption is held against the next image's references: what is left of them
+        is what the model knows of captions in general.
+        """
+        run, members = self.run, self.run.store.usable(split)
+        how = dict(num_beams=num_beams, length_penalty=length_penalty)
+        said = self.caption(model, members, **how)
+        scores = {"perplexity": math.exp(self.evaluate(model, split)[0]), **score(run.dataset, members, said),
+                  "shuffled": score(run.dataset, members[1:] + members[:1], said)}
+        rows = [{"image": run.dataset.names[i], "caption": text, "references": run.dataset.captions[i]}
+                for i, text in zip(members, said)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        atomic_write(run.out / "captions.jsonl", lambda file: file.write(lines.encode()))
+        write_json(run.out / "scores.json", {"split": split, "images": len(members), **how, **scores})
+        return scores
+
+
+def score(dataset, members, said):
+    """{"name": value}: exact meaning on shapes, the papers' scores on photographs; the share of distinct captions."""
+    truths = [dataset.captions[i] for i in members]
+    distinct = {"distinct": len(set(said)) / len(said), "distinct in truth": len({t[0] for t in truths}) / len(truths)}
+    if dataset.name == "shapes":
+        right = [meaning(text) == meaning(truth[0]) for text, truth in zip(said, truths)]
+        return {"exact": sum(right) / len(right), **distinct}
+    return {**metrics.score_captions(said, truths), **distinct}
+
+
+def show(scores):
+    """Scores as one line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if isinstance(value, float))
+
+
+def draw_samples(run, members, texts):
+    """samples.png and, for the first command a newcomer tries, example.png."""
+    pictures = [run.dataset.open(i) for i in members[:16]]
+    sheet = caption_sheet(pictures, texts[:16])
+    atomic_write(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
+    atomic_write(run.out / "example.png", lambda file: pictures[0].save(file, "PNG"))
+
+
+def next_command(run, options):
+    """The sample.py line that uses this run."""
+    place = "" if str(run.out) == "out" else f" --out-dir {shlex.quote(str(run.out))}"
+    feats = f" --features {shlex.quote(str(run.config.features))}" if run.feats and not run.feats.source else ""
+    image = run.dataset.names[run.dataset.splits["test"][0]] if feats else str(run.out / "example.png")
+    print(f"    python sample.py --image {shlex.quote(image)}{options}{place}{feats}")
+
+
+def add_to_table(path, row):
+    """Put one result into the comparison table (a CSV), in place of an older one of the same run, split and search.
+
+    Returns the whole table as lines of text.
+    """
+    key, path = ("run", "split", "beams"), Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [r for r in csv.DictReader(file) if [r.get(k) for k in key] != [str(row[k]) for k in key]]
+    except FileNotFoundError:
+        rows = []
+    rows.append({name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()})
+    names = list(dict.fromkeys(name for r in rows for name in r))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+    wide = {name: max(len(name), *(len(r.get(name) or "") for r in rows)) for name in names}
+    return ["  ".join((r.get(name) or "").ljust(wide[name]) for name in names)
+            for r in [dict(zip(names, names)), *rows]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Contrastive(Task):
+    """--task clip: pictures and sentences into one space."""
+
+    def __init__(self, run, saved=None):
+        """saved: a Loaded run to judge; else everything is made from the options."""
+        super().__init__(run)
+        c, self.saved = self.config, saved
+        self.eyes, self.reader = None, None
+        if not saved:
+            self.eyes = load_eyes(c.vision) if c.vision else None
+            self.reader = load_clip(c.text) if c.text else None
+        self.recipe = saved.recipe if saved else self.eyes.recipe if self.eyes else Recipe(size=c.image_size)
+        self.ready = TextEmbeddings(c.text_embeddings, run.dataset) if c.text_embeddings else None
+        clean, captions = CLEAN[c.clean], run.dataset.captions
+        self.tokenizer = saved.tokenizer if saved else self.reader.tokenizer if self.reader else \
+            None if self.ready else make_tokenizer(
+                c, (clean(text) for i in run.dataset.splits["train"] for text in captions[i]))
+        if not saved and not self.ready and self.tokenizer is None:
+            raise UserError(f"--text {c.text} came without its tokenizer; name a checkpoint that has one")
+        # what the text tower reads, cut to fit, the end always there; or the number of a ready-made embedding
+        self.sizes = saved.model.config if saved else self.make_sizes()
+        self.texts = SimpleNamespace(rows=self.ready.rows if self.ready else [
+            [(row, [0]) for row in text_rows(self.tokenizer, map(clean, texts), self.sizes).tolist()]
+            for texts in captions])
+
+    def make_sizes(self):
+        """The options (and public towers) -> CLIPConfig."""
+        c, feats = self.config, self.run.feats
+        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
+        vision = None if feats else self.eyes.sizes if self.eyes else ViTConfig(
+            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, **sizes)
+        text, end = None, None
+        if self.reader:
+            text, end = self.reader.config.text, self.reader.config.end_token
+        elif not self.ready:
+            text = GPTConfig(block_size=c.max_tokens + 1, vocab_size=self.tokenizer.vocab_size, **sizes)
+            end = self.tokenizer.token_to_id(END)
+        n_joint = self.reader.config.n_joint if self.reader else self.ready.dim if self.ready else c.n_joint
+        return CLIPConfig(vision=vision, text=text, n_joint=n_joint, head=c.head, end_token=end, n_hidden=c.n_hidden,
+                          feat_dim=feats.feat_dim if feats else None, dropout=c.dropout)
+
+    def make_model(self):
+        if self.saved:
+            return self.saved.model
+        torch.manual_seed(self.config.seed)
+        model = CLIP(self.sizes)
+        if self.eyes:
+            model.vision.load_state_dict(self.eyes.weights)
+            if self.eyes.head is not None and self.sizes.head == "linear" and self.eyes.head.shape == \
+                    model.image_head.weight.shape:              # a CLIP's eyes come with their way into the space
+                model.image_head.weight.data.copy_(self.eyes.head)
+        if self.reader:
+            model.text.load_state_dict(self.reader.text.state_dict())
+            model.text_head.load_state_dict(self.reader.text_head.state_dict())
+            model.logit_scale.data.copy_(self.reader.logit_scale.data)
+        return model
+
+    def about(self):
+        return {"clean": self.config.clean, "text_embeddings": self.ready and self.ready.source}
+
+    def pairs(self, batch, augment=None):
+        """A Batch as the model takes it: img, and idx (B, T) or embeddings (B, D)."""
+        img, idx, _ = batch.to(self.machine.device, self.recipe, augment)
+        return img, self.ready.emb[batch.idx[:, 0]].to(self.machine.device) if self.ready else idx
+
+    def backward(self, fast, batches):
+        """All micro-batches are one batch to the loss: their pairs are each other's wrong answers."""
+        chunks = [lambda batch=batch: self.pairs(batch, self.run.augment) for batch in batches]
+        return contrastive_step(fast, chunks, self.machine.autocast, self.machine.scaler.scale)
+
+    @torch.no_grad()
+    def embed(self, model, split, limit=None):
+        """All images (n, D) and all their captions (m, D) of a split, with the owner (m,) of each caption."""
+        model.eval()
+        members, image_emb, text_emb, owner = self.run.store.usable(split)[:limit], [], [], []
+        for start in range(0, len(members), 64):
+            part = members[start:start + 64]
+            with self.machine.autocast():
+                image_emb.append(model.encode_image(self.images(part)).cpu())
+                rows = [row for i in part for row in self.texts.rows[i]]
+                if self.ready:
+                    text_emb.append(model.encode_text(self.ready.emb[[idx[0] for idx, _ in rows]]))
+                else:
+                    text_emb.append(model.encode_text(pad_rows(rows)[0].to(self.machine.device)).cpu())
+            owner += [start + k for k, i in enumerate(part) for _ in self.texts.rows[i]]
+        learning(model)
+        return torch.cat(image_emb), torch.cat(text_emb), torch.tensor(owner)
+
+    def losses(self, model, image_emb, text_emb, owner):
+        """The loss of batches like those of training, with the first caption of each image; and images exchanged."""
+        first = torch.tensor([int((owner == k).nonzero()[0]) for k in range(len(image_emb))])
+        size, scale = min(self.config.batch_size, len(image_emb)), model.logit_scale.detach().cpu()
+        true, wrong, right, starts = 0.0, 0.0, 0.0, range(0, len(image_emb) - size + 1, size)
+        for start in starts:
+            img, txt = image_emb[start:start + size], text_emb[first[start:start + size]]
+            true += info_nce(img, txt, scale).item() / len(starts)
+            wrong += info_nce(img.roll(1, 0), txt, scale).item() / len(starts)
+            right += in_batch_accuracy(img @ txt.t()) / len(starts)
+        return true, wrong, right, size
+
+    def look(self, model, step, best):
+        """Recall on the validation split; keeps the model whose mean recall is best. Returns (loss, exchanged, 1 - it)."""
+        image_emb, text_emb, owner = self.embed(model, "val", self.config.eval_images)
+        recall = metrics.recall_at_k(image_emb, text_emb, owner)
+        loss, exchanged, right, size = self.losses(model, image_emb, text_emb, owner)
+        mean = sum(way[f"R@{k}"] for way in recall.values() for k in (1, 5, 10)) / 6
+        say = self.machine.say
+        say(f"step {step}: validation loss {loss:.3f} (chance {chance(size):.3f}), right in a batch of {size} "
+            f"{right:.1%}; {show_recall(recall)} among {len(image_emb)} images; temperature "
+            f"{1 / model.logit_scale.exp().item():.4f}")
+        if abs(loss - chance(size)) < 0.02 * chance(size):
+            say(f"    the loss is still that of guessing, ln {size}: if it stays, try another --lr or a longer --warmup")
+        if self.machine.main and 1 - mean < best:
+            self.run.save(model, {"val_loss": loss, "step": step, **flat_recall(recall)})
+        return loss, exchanged, 1 - mean
+
+    def finish(self, model):
+        run, out = self.run, self.run.out
+        model.load_state_dict(load_safetensors(out / "model.safetensors"))
+        members = run.store.usable("test")[:self.config.test_images]
+        image_emb, text_emb, owner = self.embed(model, "test", self.config.test_images)
+        recall = metrics.recall_at_k(image_emb, text_emb, owner)
+        sim = image_emb @ text_emb.t()                                            # (n, m)
+        print(f"\n{len(members)} held-out images and their {len(owner)} captions:\n  {show_recall(recall)}")
+        captions = [caption for i in members for caption in run.dataset.captions[i]]
+        best = [captions[k] for k in sim[:16].argmax(dim=1).tolist()]
+        draw_samples(run, members, [f"{text} ({value:.2f})" for text, value in zip(best, sim[:16].amax(1).tolist())])
+        first = [int((owner == k).nonzero()[0]) for k in range(min(12, len(members)))]
+        picture = similarity_picture(sim[:12][:, first], [captions[k] for k in first])
+        atomic_write(out / "similarity.png", lambda file: picture.save(file, "PNG"))
+        config = read_json(out / "config.json")
+        config["scores"].update({f"test {name}": value for name, value in flat_recall(recall).items()})
+        write_json(out / "config.json", config)
+        print(f"{out}/samples.png shows sixteen images with the caption found for each, {out}/similarity.png the table of "
+              "a dozen. Now try")
+        next_command(run, " --labels 'a dog' 'a child' 'a boat'")
+
+    def judge(self, model, split, **_):
+        """Recall over a whole split, all captions; scores.json. "shuffled": every image exchanged for the next."""
+        image_emb, text_emb, owner = self.embed(model, split)
+        scores = flat_recall(metrics.recall_at_k(image_emb, text_emb, owner))
+        scores["shuffled"] = flat_recall(metrics.recall_at_k(image_emb.roll(1, 0), text_emb, owner))
+        write_json(self.run.out / "scores.json", {"split": split, "images": len(image_emb), **scores})
+        return scores
+
+
+def flat_recall(recall):
+    """{"image_to_text": {"R@1": ..}} -> {"image to text R@1": ..}."""
+    return {f"{way.replace('_', ' ')} {name}": value for way, scores in recall.items() for name, value in scores.items()}
+
+
+def show_recall(recall):
+    """Both ways as one line."""
+    return "; ".join(f"{way.replace('_', ' ')} R@1/5/10 " + "/".join(f"{100 * scores[f'R@{k}']:.1f}" for k in (1, 5, 10)) +
+                     f", median rank {scores['median_rank']:.0f}" for way, scores in recall.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Classifying(Task):
+    """--task classify: a vision tower learns labels, several categories at once."""
+
+    def __init__(self, run, saved=None):
+        super().__init__(run)
+        c, self.saved = self.config, saved
+        self.eyes = load_eyes(c.vision) if c.vision and not saved else None
+        self.recipe = saved.recipe if saved else self.eyes.recipe if self.eyes else Recipe(size=c.image_size)
+        self.tokenizer = None
+        given = read_labels(c.labels, run.dataset) if c.labels else getattr(run.dataset, "labels", None)
+        if given is None:
+            raise UserError(f"{run.dataset.name} has no labels of its own; make some with data.py --label, and give the "
+                            "file with --labels")
+        train = set(run.dataset.splits["train"])
+        self.labels = saved.model.config.labels if saved else {
+            kind: sorted({labels[kind] for i, labels in given.items() if kind in labels and i in train})
+            for kind in dict.fromkeys(kind for labels in given.values() for kind in labels)}
+        number = {kind: {name: k for k, name in enumerate(names)} for kind, names in self.labels.items()}
+        rows = {i: [number[kind].get(labels.get(kind), IGNORE) for kind in self.labels] for i, labels in given.items()}
+        none = [IGNORE] * len(self.labels)
+        self.texts = SimpleNamespace(rows=[[(rows.get(i, none), [0])] for i in range(len(run.dataset.names))])
+
+    def make_model(self):
+        if self.saved:
+            return self.saved.model
+        c = self.config
+        torch.manual_seed(c.seed)
+        vision = self.eyes.sizes if self.eyes else ViTConfig(
+            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, n_layer=c.n_layer,
+            n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
+        model = Classifier(ClassifierConfig(vision, self.labels))
+        if self.eyes:
+            model.vision.load_state_dict(self.eyes.weights)
+        return model
+
+    def about(self):
+        return {"labels": self.labels}
+
+    @torch.no_grad()
+    def guesses(self, model, split, limit=None):
+        """What the model takes each image for: members, guesses (n, categories), truths (n, categories)."""
+        model.eval()
+        members, said = self.run.store.usable(split)[:limit], []
+        for start in range(0, len(members), 64):
+            part = members[start:start + 64]
+            truths = torch.tensor([self.texts.rows[i][0][0] for i in part]).to(self.machine.device)
+            with self.machine.autocast():
+                logits, _ = model(self.images(part), truths)
+            said.append(torch.stack([scores.argmax(dim=1) for scores in logits], dim=1).cpu())        # (b, categories)
+        learning(model)
+        return members, torch.cat(said), torch.tensor([self.texts.rows[i][0][0] for i in members])
+
+    def accuracy(self, guesses, truths):
+        """{category: share right}, of the images that have a label there."""
+        return {kind: ((guesses[:, k] == truths[:, k])[truths[:, k] != IGNORE]).float().mean().item()
+                for k, kind in enumerate(self.labels)}
+
+    def look(self, model, step, best):
+        loss, exchanged = self.evaluate(model, "val", self.config.eval_images)
+        _, guesses, truths = self.guesses(model, "val", self.config.eval_images)
+        right = self.accuracy(guesses, truths)
+        self.machine.say(f"step {step}: validation loss {loss:.3f}, with images exchanged {exchanged:.3f}; right: " +
+                         ", ".join(f"{kind} {value:.1%}" for kind, value in right.items()))
+        if self.machine.main and loss < best:
+            self.run.save(model, {"val_loss": loss, "step": step, **right})
+        return loss, exchanged, loss
+
+    def finish(self, model):
+        run, out = self.run, self.run.out
+        model.load_state_dict(load_safetensors(out / "model.safetensors"))
+        members, guesses, truths = self.guesses(model, "test", self.config.test_images)
+        right = self.accuracy(guesses, truths)
+        print(f"\n{len(members)} held-out images: " + ", ".join(f"{kind} {value:.1%} right" for kind, value in right.items()))
+        names = list(self.labels.values())
+        draw_samples(run, members, [", ".join(names[k][g] for k, g in enumerate(row)) for row in guesses[:16].tolist()])
+        for k, (kind, labels) in enumerate(self.labels.items()):
+            table = torch.zeros(len(labels), len(labels))
+            known = truths[:, k] != IGNORE
+            table.index_put_((truths[known, k], guesses[known, k]), torch.ones(int(known.sum())), accumulate=True)
+            picture = similarity_picture(table / table.sum(dim=1, keepdim=True).clamp(min=1), labels)
+            atomic_write(out / f"confusion-{kind}.png", lambda file, picture=picture: picture.save(file, "PNG"))
+        config = read_json(out / "config.json")
+        config["scores"].update({f"test {kind}": value for kind, value in right.items()})
+        write_json(out / "config.json", config)
+        print(f"{out}/confusion-*.png show what is taken for what. The tower can now learn to speak:\n    python train.py "
+              f"--dataset {run.dataset.name} --vision {shlex.quote(str(out))} --out-dir out/speaks")
+
+
+class Answering(Captioning):
+    """--task vqa: the prefix model answers questions, in sentences; the loss is on its own words only."""
+
+    def words(self, clean):
+        dataset = self.run.dataset
+        return (text for i in dataset.splits["train"] for q in dataset.questions[i]
+                for text in (q.question, to_sentence(q.question, q.answer, q.question_type)))
+
+    def make_texts(self, clean):
+        c, dataset, cut = self.config, self.run.dataset, Counter()
+        if not hasattr(dataset, "questions"):
+            raise UserError(f"{dataset.name} holds no questions; --task vqa needs --dataset shapes or vqav2")
+        self.tokenizer.add_special_tokens(TAGS)
+        rows = [[to_targets(*row) for row in rows_of(questions, self.tokenizer, c.max_tokens, c.turns, cut=cut)]
+                for questions in dataset.questions]
+        for what, n in cut.items():
+            self.machine.say(f"{n} {what} do not fit into --max-tokens {c.max_tokens} and were cut")
+        self.longest = max((len(t) - t.count(IGNORE) for of_image in rows for _, t in of_image), default=1)
+        return SimpleNamespace(rows=rows)
+
+    def about(self):
+        return {**super().about(), "longest": self.longest}
+
+    def answer(self, model, members, seen="true", **how):
+        """{question id: sentence} for all questions about `members`; seen: "true", "exchanged" or "blank" images."""
+        model.eval()
+        said = {}
+        for start in range(0, len(members), 64):
+            part = members[start:start + 64]
+            img = self.images(part)
+            img = {"true": img, "exchanged": img.roll(1, 0), "blank": torch.zeros_like(img)}[seen]
+            with torch.no_grad(), self.machine.autocast():
+                feats = model.eyes(img)                                           # (b, N, C): once for all questions
+            asked = [(k, q) for k, i in enumerate(part) for q in self.run.dataset.questions[i]]
+            for first in range(0, len(asked), 256):
+                some = asked[first:first + 256]
+                prompts = [encode_dialogue(self.tokenizer, [(q.question, None)])[0] for _, q in some]
+                with self.machine.autocast():
+                    rows = generate(model, feats[[k for k, _ in some]], prompts, self.longest, eos_id=self.end, **how)
+                said.update((q.question_id, self.tokenizer.decode(row).strip()) for (_, q), row in zip(some, rows))
+        learning(model)
+        return said
+
+    def accuracy(self, model, members, seen="true", **how):
+        """Sentences, short answers, and the official accuracy in all its cuts."""
+        questions = [q for i in members for q in self.run.dataset.questions[i]]
+        said = self.answer(model, members, seen, **how)
+        short = {q.question_id: to_short(said[q.question_id], q.question) for q in questions}
+        return said, short, score_vqa(questions, short)
+
+    def look(self, model, step, best):
+        run, say = self.run, self.machine.say
+        val, shuffled = self.evaluate(model, "val", self.config.eval_images)
+        if not math.isfinite(val):
+            raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
+        if self.machine.main:
+            members = run.store.usable("val")[:100]
+            said, _, scores = self.accuracy(model, members)
+            say(f"step {step}: validation loss {val:.3f}, with images exchanged {shuffled:.3f}; accuracy "
+                f"{scores['overall']:.1%} on the questions of {len(members)} images")
+            for q in [q for i in members[:3] for q in run.dataset.questions[i][:1]]:
+                say(f"    {q.question!r} {said[q.question_id]!r}   truth: {q.answer!r}")
+            if val < best:
+                run.save(model, {"val_loss": val, "shuffled_loss": shuffled, "step": step, "val accuracy": scores["overall"]})
+        return val, shuffled, val
+
+    def finish(self, model):
+        run, out = self.run, self.run.out
+        model.load_state_dict(load_safetensors(out / "model.safetensors"))
+        members = run.store.usable("test")[:self.config.test_images]
+        said, scores = self.report(model, members)
+        print("Now try")
+        config = read_json(out / "config.json")
+        config["scores"].update({f"test {name}": value for name, value in scores.items() if isinstance(value, float)})
+        write_json(out / "config.json", config)
+        asked = [run.dataset.questions[i][0] for i in members[:16]]
+        draw_samples(run, members, [f"{q.question} {said[q.question_id]}" for q in asked])
+        next_command(run, f" --prompt {shlex.quote(asked[0].question)}")
+
+    def report(self, model, members, **how):
+        """Print, and write to results.json and scores.json, what is right: with the true image, another, and none."""
+        said, short, scores = self.accuracy(model, members, **how)
+        for i in members[:6]:
+            for q in self.run.dataset.questions[i][:2]:
+                print(f"    {q.question}  {said[q.question_id]}   truth: {q.answer}")
+        others = {seen: self.accuracy(model, members, seen, **how)[2]["overall"] for seen in ("exchanged", "blank")}
+        print(f"{len(short)} questions about {len(members)} held-out images: accuracy {scores['overall']:.1%}; with images "
+              f"exchanged {others['exchanged']:.1%}, blanked {others['blank']:.1%}")
+        for cut in ("answer_type", "question_type"):
+            print(f"  by {cut}: " + ", ".join(f"{kind} {value:.1%}" for kind, value in sorted(scores[cut].items())[:12]))
+        atomic_write(self.run.out / "results.json", lambda file: file.write(json.dumps(submission(short)).encode()))
+        scores = {"accuracy": scores["overall"], "exchanged": others["exchanged"], "blank": others["blank"], **scores}
+        write_json(self.run.out / "scores.json", {"images": len(members), **how, **scores})
+        return said, scores
+
+    def judge(self, model, split, num_beams, length_penalty):
+        how = dict(num_beams=num_beams, length_penalty=length_penalty)
+        _, scores = self.report(model, self.run.store.usable(split), **how)
+        return {"accuracy": scores["accuracy"], "shuffled": {"accuracy": scores["exchanged"]}}
+
+
+def read_labels(path, dataset):
+    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        number = {name: i for i, name in enumerate(short_names(dataset.names))}
+        found = {}
+        for row in rows:
+            i = number.get(row["image"], number.get(Path(row["image"]).name))
+            if i is not None and row["label"]:
+                found.setdefault(i, {})[row["category"]] = row["label"]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the labels in {path}: {error}") from None
+    except KeyError:
+        raise UserError(f"{path} should begin with the line image,category,label") from None
+    if not found:
+        raise UserError(f"{path} holds no label for any image of {dataset.name}; make it with data.py --label")
+    return found
+
+
+TASKS = {"caption": Captioning, "clip": Contrastive, "classify": Classifying, "vqa": Answering}

@@ -1,0 +1,160 @@
+"""Ready-made features: the cache file, its refusals, and runs that see through it, from the first command to the last."""
+import json
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+from test_data import album
+from test_scripts import run
+from tinyvlm.clip import CLIP
+from tinyvlm.config import UserError
+from tinyvlm.features import Encoder, FeatureStore, read_features, short_names, write_features
+from tinyvlm.image import preprocess
+from tinyvlm.layouts import photos
+from tinyvlm.weights import load_safetensors, read_metadata, save_safetensors
+
+REFERENCE = __file__.rpartition("/")[0] + "/reference"
+VIT = REFERENCE + "/vit"
+SMALL = ["--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--vocab-size", "320", "--epochs", "2", "--batch-size", "8",
+         "--eval-interval", "2", "--log-interval", "1", "--eval-images", "4", "--captions-per-image", "2"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data set of twenty images and its features by a tiny ViT."""
+    folder = album(tmp_path_factory.mktemp("made") / "album")
+    write_features(VIT, photos("folder", folder), folder / "f.safetensors", say=lambda text: None)
+    return folder
+
+
+def test_the_file_holds_what_the_encoder_says_of_each_image(made):
+    """`features` (N, D) float16, `ids` a JSON list: the form anyone can make; and each row is its own image's."""
+    dataset, tensors = photos("folder", made), load_safetensors(made / "f.safetensors")
+    ids, encoder = json.loads(read_metadata(made / "f.safetensors")["ids"]), Encoder(VIT)
+    assert tensors["features"].dtype == torch.float16 and len(ids) == len(tensors["features"]) == 20
+    store = FeatureStore(made / "f.safetensors", dataset, say=lambda text: None)
+    for i in (0, 7, 19):
+        img = preprocess(dataset.open(i), encoder.recipe)[None]
+        with torch.no_grad():
+            assert torch.allclose(store.get([i]), encoder.model(img)[:, 0], atol=2e-3)        # float16
+        assert torch.equal(store.get([i])[0], tensors["features"][ids.index(f"{i}.jpg")].float())
+    assert store.feat_dim == tensors["features"].size(1)
+    assert store.source == VIT and store.recipe == encoder.recipe and store.n_tokens == 1
+
+
+@pytest.mark.parametrize("source, grid, dims", [(VIT, True, 3), (REFERENCE + "/clip_gelu", False, 2),
+                                                (REFERENCE + "/clip_gelu", True, 3), (REFERENCE + "/vit_gpt2", False, 2)])
+def test_encoders_of_every_kind(made, source, grid, dims):
+    dataset, encoder = photos("folder", made), Encoder(source, grid)
+    feats = encoder([dataset.open(i) for i in range(3)])
+    assert feats.dim() == dims and len(feats) == 3 and feats.isfinite().all()
+    if isinstance(encoder.model, CLIP) and not grid:
+        assert torch.allclose(feats.norm(dim=1), torch.ones(3), atol=1e-5)
+    if grid:
+        assert feats.size(1) == encoder.eyes.config.n_patches                     # no class token among the places
+
+
+def test_an_unfinished_file_is_continued_not_begun_again(made, tmp_path, monkeypatch):
+    dataset, path = photos("folder", made), tmp_path / "f.safetensors"
+    write_features(VIT, dataset, path, say=lambda text: None)
+    whole, about = load_safetensors(path)["features"].clone(), read_metadata(path)
+    about["ids"] = json.dumps(json.loads(about["ids"])[:12])
+    save_safetensors({"features": whole[:12]}, path, about)
+    seen = []
+    real = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, images: seen.extend(images) or real(self, images))
+    write_features(VIT, dataset, path, batch_size=3, say=lambda text: None)
+    assert len(seen) == 8 and torch.equal(load_safetensors(path)["features"], whole)
+    write_features(VIT, dataset, path, say=lambda text: None)
+    assert len(seen) == 8                                                         # nothing left to do
+
+
+def test_broken_images_are_named_and_left_out(tmp_path):
+    folder, said = album(tmp_path / "a"), []
+    (folder / "Images" / "3.jpg").write_bytes(b"no image")
+    dataset = photos("folder", folder)
+    write_features(VIT, dataset, tmp_path / "f.safetensors", say=said.append)
+    assert "3.jpg" in said[0] and "1 left out" in said[-1]
+    assert len(read_features(tmp_path / "f.safetensors")) == 19
+    with pytest.raises(UserError, match="no features of 1 of the 20 images"):
+        FeatureStore(tmp_path / "f.safetensors", dataset)
+
+
+@pytest.mark.parametrize("tensors, metadata, words", [
+    ({"features": torch.zeros(2, 4)}, {}, "needs a tensor `features` and, in its metadata, `ids`"),
+    ({"feats": torch.zeros(2, 4)}, {"ids": '["a", "b"]'}, "needs a tensor `features`"),
+    ({"features": torch.zeros(2, 4)}, {"ids": '["0.jpg"]'}, "a name for each"),
+    ({"features": torch.zeros(2)}, {"ids": '["0.jpg", "1.jpg"]'}, "should hold features of shape"),
+    ({"features": torch.zeros(1, 4)}, {"ids": "{"}, "image names as a JSON list"),
+    ({"features": torch.zeros(1, 4)}, {"ids": '["other.jpg"]'}, "belongs to another data set"),
+    ({"features": torch.zeros(20, 4)}, {"ids": json.dumps([f"{k}.jpg" for k in range(20)]), "dataset": "coco"},
+     "was made for coco")])
+def test_files_that_do_not_fit_are_refused(made, tmp_path, tensors, metadata, words):
+    save_safetensors(tensors, tmp_path / "f.safetensors", metadata)
+    with pytest.raises(UserError, match=words):
+        FeatureStore(tmp_path / "f.safetensors", photos("folder", made))
+
+
+def test_another_encoder_does_not_continue_the_file(made):
+    with pytest.raises(UserError, match="made with another encoder"):
+        write_features(REFERENCE + "/vit_pooler", photos("folder", made), made / "f.safetensors")
+
+
+def test_names_without_folders_only_where_they_are_unique():
+    assert short_names(["a/0.png", "b/1.png"]) == ["0.png", "1.png"]
+    assert short_names(["a/0.png", "b/0.png"]) == ["a/0.png", "b/0.png"]
+
+
+@pytest.mark.parametrize("how", [["--model", "lstm", "--tokenizer", "words", "--min-count", "1", "--clean", "words"],
+                                 ["--model", "lstm", "--soft-attention", "--n-hidden", "16", "--no-tied"],
+                                 ["--model", "cross"], ["--model", "prefix"]])
+def test_from_features_to_captions_and_scores(made, tmp_path, capsys, how):
+    """The whole path: encode, train, sample a new image through the same encoder, score, and a row of the table."""
+    out, where = tmp_path / "out", ["--dataset", "folder", "--data-dir", made]
+    run(data, *where, "--features", VIT, "--output", tmp_path / "f.safetensors", "--sheet", tmp_path / "s.png")
+    run(train, *where, *SMALL, *how, "--features", tmp_path / "f.safetensors", "--out-dir", out)
+    run(sample, "--image", made / "Images" / "5.jpg", "--out-dir", out, "--num-beams", "2")
+    assert "5.jpg: " in capsys.readouterr().out
+    table = ["--table", tmp_path / "table.csv"]
+    for beams in (1, 2, 2):
+        run(train, "--eval-only", "--out-dir", out, "--num-beams", beams, *table)
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["images"] == 2 and {"BLEU-4", "CIDEr-D", "distinct", "perplexity", "shuffled"} <= scores.keys()
+    rows = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(len(row["references"]) == 5 and row["image"].endswith(".jpg") for row in rows)
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3            # a header, and a row per search
+
+
+def test_a_run_on_somebody_elses_features(made, tmp_path, capsys):
+    """Features of a network we do not have: images are looked up by name, and the sentence says how."""
+    ids = [f"{k}.jpg" for k in range(20)]
+    save_safetensors({"features": torch.randn(20, 6).half()}, tmp_path / "f.safetensors",
+                     {"ids": json.dumps(ids), "encoder": "their network"})
+    out = tmp_path / "out"
+    run(train, "--dataset", "folder", "--data-dir", made, *SMALL, "--model", "lstm", "--features", tmp_path / "f.safetensors",
+        "--out-dir", out)
+    printed = capsys.readouterr().out
+    assert f"--features {tmp_path}/f.safetensors" in printed.splitlines()[-1]     # the command to run next
+    run(sample, "--image", "5.jpg", "--out-dir", out, "--features", tmp_path / "f.safetensors")
+    assert "5.jpg: " in capsys.readouterr().out
+    run(sample, "--image", made / "Images" / "5.jpg", "--out-dir", out, code=2)
+    assert "features of 'their network', a network that is not at hand" in capsys.readouterr().err
+    run(sample, "--image", "nobody.jpg", "--out-dir", out, "--features", tmp_path / "f.safetensors", code=2)
+    assert "holds nothing for nobody.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--features", "none.safetensors"], "there is no feature file none.safetensors"),
+    (["--features", "x", "--vision", "y"], "drop --vision or --features"),
+    (["--model", "lstm", "--text", "gpt2"], "--model lstm has none")])
+def test_options_that_do_not_go_together(made, tmp_path, capsys, argv, words):
+    run(train, "--dataset", "folder", "--data-dir", made, *argv, "--out-dir", tmp_path / "out", code=2)
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_eval_only_keeps_what_was_trained(made, tmp_path, capsys):
+    run(train, "--eval-only", "--out-dir", tmp_path / "none", code=2)
+    assert "holds no trained model" in capsys.readouterr().err

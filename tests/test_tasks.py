@@ -1,0 +1,200 @@
+"""CLIP, labels and questions, each from the first command to the last, at tiny size."""
+import csv
+import io
+import json
+import re
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+from test_data import album
+from test_scripts import TINY, losses, run
+from tinyvlm.clip import contrastive_loss
+from tinyvlm.pretrained import load_run
+from tinyvlm.vlm import PrefixVLM, VLMConfig, pixel_shuffle
+from tinyvlm.weights import load_safetensors
+
+REFERENCE = __file__.rpartition("/")[0] + "/reference"
+
+
+# ----- clip
+
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("clip") / "out"
+    run(train, *TINY, "--task", "clip", "--out-dir", out, "--n-joint", "16", "--stem", "patch", "--class-token")
+    return out
+
+
+def test_clip_trains_searches_and_labels(clip_run, tmp_path, capsys):
+    config = json.loads((clip_run / "config.json").read_text())
+    assert {"test image to text R@1", "test text to image R@10"} <= config["scores"].keys()
+    assert (clip_run / "similarity.png").exists() and losses(clip_run)[1] > 0
+    album(tmp_path, n=5, captions=False)
+    (tmp_path / "Images" / "broken.jpg").write_bytes(b"no")
+    found = ["--search", "a red circle", "--images", tmp_path / "Images", "--out-dir", clip_run, "--sheet", tmp_path / "s.png"]
+    run(sample, *found)
+    first = capsys.readouterr()
+    assert len(first.out.splitlines()) == 6 and "broken.jpg" in first.out         # named and left out, the others found
+    assert (tmp_path / "s.png").exists() and len(list(clip_run.glob("search-*.safetensors"))) == 1
+    run(sample, *found, "--json")
+    assert all(set(json.loads(line)) == {"image", "score"} for line in capsys.readouterr().out.splitlines() if line[0] == "{")
+    run(sample, "--image", clip_run / "example.png", "--labels", "a red circle", "a blue square", "--json", "--out-dir", clip_run)
+    labels = json.loads(capsys.readouterr().out)["labels"]
+    assert set(labels) == {"a red circle", "a blue square"} and sum(labels.values()) == pytest.approx(1)
+    (tmp_path / "texts.txt").write_text("a red circle\n\na blue square\n")
+    run(sample, "--image", clip_run / "example.png", "--captions", tmp_path / "texts.txt", "--out-dir", clip_run)
+    assert "a red circle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--labels"], "expected at least one argument"), (["--search", "x"], "--search needs --images"),
+    (["--search", "x", "--images", "none"], "none"), (["--image", "x.png"], "this run compares pictures and words"),
+    (["--image", "x.png", "--captions", "empty.txt"], "empty.txt holds no captions"),
+    (["--image", "x.png", "--labels", "empty.txt"], "empty.txt holds no labels"),
+    (["--image", "x.png", "--chat"], "was trained for --task clip; that option is for a run of --task vqa")])
+def test_clip_mistakes_are_a_sentence(clip_run, tmp_path, capsys, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    run(sample, *argv, "--out-dir", clip_run, code=2)
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_micro_batches_do_not_change_a_contrastive_run(clip_run, tmp_path):
+    """All pairs of a step are each other's wrong answers, however the step is cut up; nothing here is random but the cut."""
+    same = [*TINY, "--task", "clip", "--n-joint", "16", "--stem", "patch", "--class-token", "--dropout", "0"]
+    run(train, *same, "--out-dir", tmp_path / "a")
+    run(train, *same, "--out-dir", tmp_path / "b", "--accum", "2")
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert all(a[step] == pytest.approx(b[step], abs=2e-4) for step in a)
+
+
+def test_clip_on_ready_made_features_and_texts(tmp_path, capsys):
+    """The frozen tower's embeddings, made once, and images as features: only the head is trained, and both are found."""
+    folder, where = album(tmp_path / "a"), ["--dataset", "folder", "--data-dir", tmp_path / "a"]
+    clip = REFERENCE + "/clip_gelu"
+    run(data, *where, "--text-embeddings", clip, "--output", tmp_path / "t.safetensors", "--sheet", tmp_path / "s.png")
+    run(data, *where, "--features", clip, "--output", tmp_path / "f.safetensors", "--sheet", tmp_path / "s.png")
+    emb = load_safetensors(tmp_path / "t.safetensors")["embeddings"]
+    assert emb.dtype == torch.float16 and len(emb) == 100 and torch.allclose(emb.float().norm(dim=1), torch.ones(100), atol=2e-3)
+    small = ["--epochs", "2", "--batch-size", "8", "--eval-interval", "2", "--log-interval", "1", "--eval-images", "2"]
+    run(train, *where, *small, "--task", "clip", "--features", tmp_path / "f.safetensors", "--text-embeddings",
+        tmp_path / "t.safetensors", "--head", "mlp", "--out-dir", tmp_path / "out")
+    assert load_run(tmp_path / "out").model.text is None
+    (folder / "captions.txt").write_text((folder / "captions.txt").read_text().replace("wau", "miau"))
+    run(train, *where, *small, "--task", "clip", "--text-embeddings", tmp_path / "t.safetensors", "--out-dir", tmp_path / "x", code=2)
+    assert "other captions" in capsys.readouterr().err
+
+
+def test_public_towers_go_into_one_clip(tmp_path):
+    """--vision and --text from a public CLIP: before any step the new model is that CLIP, to the last digit."""
+    clip = REFERENCE + "/clip_gelu"
+    run(train, *TINY, "--task", "clip", "--vision", clip, "--text", clip, "--out-dir", tmp_path / "o", "--epochs", "0.2",
+        "--lr", "1e-12", "--dropout", "0", "--crop", "0", "--jitter", "0")
+    ours, theirs = load_run(tmp_path / "o").model, sample.load_clip(clip)
+    img = torch.randn(3, 3, theirs.config.vision.image_size, theirs.config.vision.image_size)
+    idx = torch.randint(0, theirs.config.text.vocab_size, (3, 6))
+    assert torch.allclose(ours(img, idx)[0], theirs(img, idx)[0], atol=1e-4)
+    assert torch.isfinite(contrastive_loss(ours(img, idx)[0]))
+
+
+# ----- classify
+
+def test_classify_then_a_captioner_with_its_eyes(tmp_path, capsys):
+    run(train, *TINY, "--task", "classify", "--out-dir", tmp_path / "c")
+    printed = capsys.readouterr().out
+    assert "color" in printed and "shape" in printed and (tmp_path / "c" / "confusion-color.png").exists()
+    command = re.search(r"python train.py (.+)", printed)[1].split()
+    assert command[:4] == ["--dataset", "shapes", "--vision", str(tmp_path / "c")]
+    run(train, *TINY, *command, "--out-dir", tmp_path / "o", "--lr", "1e-12", "--epochs", "0.2")
+    eyes, begun = load_run(tmp_path / "c").model.vision.state_dict(), load_run(tmp_path / "o").model.vision.state_dict()
+    assert all(torch.allclose(eyes[name], begun[name], atol=1e-4) for name in eyes if "running" not in name and "batches" not in name)
+    run(sample, "--image", "x.png", "--out-dir", tmp_path / "c", code=2)
+    assert "--task classify" in capsys.readouterr().err
+
+
+def test_pseudo_labels_from_clip_teach_a_classifier(tmp_path, capsys):
+    where = ["--dataset", "folder", "--data-dir", album(tmp_path / "a")]
+    (tmp_path / "l.json").write_text('{"kind": ["a dog", "a cat", "a boat"], "place": ["a beach", "a street"]}')
+    run(data, *where, "--label", tmp_path / "l.json", "--labeler", REFERENCE + "/clip_gelu", "--margin", "0", "--sheet", tmp_path / "s.png")
+    rows = list(csv.DictReader(open(tmp_path / "a" / "labels.csv")))
+    assert len(rows) == 40 and {row["category"] for row in rows} == {"kind", "place"}
+    assert all(row["label"] and 0 < float(row["probability"]) <= 1 for row in rows)
+    run(train, *TINY, *where, "--task", "classify", "--labels", tmp_path / "a" / "labels.csv", "--out-dir", tmp_path / "o")
+    assert set(load_run(tmp_path / "o").config["labels"]) == {"kind", "place"}
+    run(train, *TINY, *where, "--task", "classify", "--out-dir", tmp_path / "x", code=2)
+    assert "has no labels of its own" in capsys.readouterr().err
+
+
+# ----- questions
+
+@pytest.fixture(scope="module")
+def vqa_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("vqa") / "out"
+    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--out-dir", out, "--max-tokens", "80", "--captions-per-image", "2")
+    return out
+
+
+def test_vqa_trains_scores_and_answers(vqa_run, capsys, monkeypatch):
+    results = json.loads((vqa_run / "results.json").read_text())
+    assert all(set(row) == {"question_id", "answer"} for row in results) and len(results) > 4
+    scores = json.loads((vqa_run / "scores.json").read_text())
+    assert {"overall", "exchanged", "blank", "answer_type", "question_type"} <= scores.keys()
+    run(sample, "--image", vqa_run / "example.png", "--prompt", "what color is it?", "is it red?", "--out-dir", vqa_run)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.setattr("builtins.input", iter(["what color is it?", "is it red?", ""]).__next__)
+    monkeypatch.setattr("builtins.input", lambda prompt, lines=iter(["what color is it?", "is it red?", ""]): next(lines))
+    run(sample, "--image", vqa_run / "example.png", "--chat", "--out-dir", vqa_run)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_several_images_in_one_prompt(vqa_run, capsys):
+    example = vqa_run / "example.png"
+    run(sample, "--image", example, example, "--prompt", "<image> and <image>: which is red?", "--out-dir", vqa_run)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    run(sample, "--image", example, "--prompt", "<image> or <image>?", "--out-dir", vqa_run, code=2)
+    assert "2 <image>" in capsys.readouterr().err
+
+
+def test_the_next_stage_starts_where_the_last_one_ended(vqa_run, tmp_path):
+    """caption, then vqa: --init takes every weight, and the tokenizer."""
+    run(train, *TINY, "--model", "prefix", "--out-dir", tmp_path / "c", "--epochs", "0.4")
+    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--init", tmp_path / "c", "--out-dir", tmp_path / "v", "--max-tokens",
+        "80", "--lr", "1e-12", "--epochs", "0.2")
+    a, b = (load_run(tmp_path / name) for name in "cv")
+    assert a.tokenizer.encode("a red circle") == b.tokenizer.encode("a red circle")
+    for name, tensor in a.model.state_dict().items():
+        if "running" not in name and "batches" not in name:
+            assert torch.allclose(tensor, b.model.state_dict()[name][:len(tensor)] if tensor.dim() else tensor, atol=1e-4), name
+
+
+def test_only_the_assistants_words_are_trained(vqa_run, capsys):
+    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--max-tokens", "80", "--show-batch", "--out-dir", vqa_run.parent / "none")
+    assert not (vqa_run.parent / "none").exists()
+    shown = capsys.readouterr().out
+    trained = [line for line in shown.splitlines() if line.startswith("trained")]
+    assert trained and all("<|endoftext|>" in line and "<|user|>" not in line for line in trained)
+
+
+def test_vqa_needs_questions(tmp_path, capsys):
+    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--dataset", "folder", "--data-dir", album(tmp_path / "a"), "--out-dir",
+        tmp_path / "o", code=2)
+    assert "holds no questions" in capsys.readouterr().err
+
+
+def test_pixel_shuffle_moves_neighbours_together():
+    """A 4 x 4 grid numbered row by row, 2 x 2: the first token holds places 0, 1, 4, 5."""
+    feats = torch.arange(16.0).view(1, 16, 1)
+    assert pixel_shuffle(feats, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    with pytest.raises(AssertionError, match="no square grid"):
+        pixel_shuffle(feats, 3)
+
+
+def test_a_shuffled_prefix_model_trains(tmp_path):
+    run(train, *TINY, "--model", "prefix", "--shuffle", "2", "--epochs", "0.4", "--out-dir", tmp_path / "o")
+    model = load_run(tmp_path / "o").model
+    assert isinstance(model, PrefixVLM) and model.n_image_tokens == 1 and isinstance(model.config, VLMConfig)

@@ -1,0 +1,228 @@
+"""Ready-made image features: run a frozen network over all images once, keep the numbers, train on those.
+
+    write_features("timm/vgg16.tv_in1k", dataset, "vgg16.safetensors")      data.py --features vgg16
+    FeatureStore("vgg16.safetensors", dataset)                              train.py --features vgg16.safetensors
+
+and the same for captions and CLIP's text tower (write_text_embeddings, TextEmbeddings).
+
+One safetensors file holds `features`, (images, D) in float16 (or (images, N, D), a grid), and in its metadata `ids`, the
+image names as a JSON list. Any file of that form will do, whoever made it. Ours also says which encoder made it (so that
+sample.py can treat new pictures alike), with which recipe, and for which data set.
+"""
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .clip import CLIP
+from .cnn import VGG16, ResNet50
+from .config import UserError
+from .draw import progress
+from .image import Recipe, preprocess
+from .pretrained import load_clip, load_pretrained
+from .search import text_embeddings
+from .vit import ViT
+from .weights import SafetensorsError, load_safetensors, read_metadata, save_safetensors
+
+ENCODERS = {"vgg16": "timm/vgg16.tv_in1k", "resnet50": "timm/resnet50.tv_in1k", "vit": "google/vit-base-patch16-224",
+            "clip": "openai/clip-vit-base-patch32"}
+SAVE_EVERY = 500        # images between two savings of an unfinished cache
+
+
+class Encoder:
+    """A frozen public network and its recipe. source: a short name of ENCODERS, a Hub id, or a folder."""
+
+    def __init__(self, source, grid=False, device="cpu"):
+        self.source, self.grid, self.device = ENCODERS.get(source, source), grid, device
+        loaded = load_pretrained(self.source)
+        self.model, self.recipe = loaded.model.to(device), loaded.recipe
+        self.eyes = getattr(self.model, "vision", self.model)                     # CLIP's or a captioner's tower
+        if self.recipe is None or not isinstance(self.eyes, (ViT, ResNet50, VGG16)):
+            raise UserError(f"{source} holds no image encoder; use {', '.join(ENCODERS)}, or another such checkpoint")
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        """PIL images -> features (B, D): pooled, the class token, or CLIP's embedding. With grid: (B, N, D)."""
+        img = torch.stack([preprocess(image, self.recipe) for image in images]).to(self.device)        # (B, 3, S, S)
+        if isinstance(self.model, CLIP) and not self.grid:
+            return self.model.encode_image(img)                                   # (B, D)
+        if not isinstance(self.eyes, ViT):
+            return self.eyes.grid(img) if self.grid else self.eyes(img)           # (B, N, D) or (B, D)
+        feats, cls = self.eyes(img), int(self.eyes.config.class_token)            # (B, [1 +] N, D)
+        if self.grid:
+            return feats[:, cls:]                                                 # (B, N, D)
+        return feats[:, 0] if cls else feats.mean(dim=1)                          # (B, D)
+
+    def about(self, dataset):
+        """What the file says of itself, beside the names."""
+        return {"encoder": self.source, "grid": json.dumps(self.grid), "recipe": json.dumps(asdict(self.recipe)),
+                "dataset": dataset.name}
+
+
+def short_names(names):
+    """File names without folders, as published feature files list them; with folders where two would be the same."""
+    names = list(names)
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else [str(name) for name in names]
+
+
+def write_features(source, dataset, path, grid=False, batch_size=32, device="cpu", say=print):
+    """Encode every image of the data set into the file `path`, going on where an earlier call was cut off.
+
+    Broken images are named and left out. Refuses a file that another encoder, recipe or data set made.
+    """
+    path, encoder = Path(path), Encoder(source, grid, device)
+    about, done = encoder.about(dataset), {}
+    if path.exists():
+        old = read_metadata(path)
+        wrong = [key for key in about if old.get(key) != about[key]]
+        if wrong:
+            raise UserError(f"{path} was made with another {wrong[0]} ({str(old.get(wrong[0]))[:60]}, not "
+                            f"{about[wrong[0]][:60]}); choose another file, or remove it")
+        done = dict(zip(json.loads(old["ids"]), load_safetensors(path)["features"].clone()))
+        say(f"{path} already holds {len(done)} images")
+    names, broken = short_names(dataset.names), []
+    todo = [i for i, name in enumerate(names) if name not in done]
+
+    def save():
+        ids = [name for name in names if name in done]
+        save_safetensors({"features": torch.stack([done[name] for name in ids])}, path,
+                         {**about, "ids": json.dumps(ids)})
+    for start in range(0, len(todo), batch_size):
+        good = {}
+        for i in todo[start:start + batch_size]:
+            try:
+                good[names[i]] = dataset.open(i)
+            except UserError as error:
+                broken.append(str(error))
+                say(f"left out: {error}")
+        if good:
+            done.update(zip(good, encoder(list(good.values())).half().cpu()))
+        progress(min(start + batch_size, len(todo)), len(todo), "encoding images")
+        if done and start // SAVE_EVERY != (start + batch_size) // SAVE_EVERY:
+            save()
+    if not done:
+        raise UserError(f"none of the {len(names)} images of {dataset.name} could be read; nothing was written")
+    if todo:
+        save()
+    say(f"{len(done)} images as {tuple(next(iter(done.values())).shape)} numbers each in {path}; {len(broken)} left out")
+
+
+def read_features(path):
+    """{image name: features} of a feature file. Raises UserError naming its fault."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no feature file {path}; make one with data.py --features, or name another")
+    try:
+        feats, ids = load_safetensors(path)["features"], json.loads(read_metadata(path)["ids"])
+    except SafetensorsError as error:
+        raise UserError(f"{path} is damaged ({error}); make it again") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is no feature file: it needs a tensor `features` and, in its metadata, `ids`, the image "
+                        "names as a JSON list") from None
+    if not isinstance(ids, list) or feats.dim() not in (2, 3) or len(ids) != len(feats) or not len(ids):
+        raise UserError(f"{path} should hold features of shape (images, D) or (images, N, D) and a name for each; its "
+                        f"features are {tuple(feats.shape)}, its names {len(ids)}")
+    return dict(zip(short_names(map(str, ids)), feats))
+
+
+class FeatureStore:
+    """Features of a data set's images from a file, in place of pixels. Raises UserError where the two do not match.
+
+    Has what ImageStore has: `usable(split)`, `get(members)`, `dataset`, `in_memory`. `meta`: what the file says of itself;
+    `source`, `recipe`: the encoder and how it wants its images, where the file tells (None where it does not).
+    """
+    ready, in_memory, broken = True, True, {}
+
+    def __init__(self, path, dataset, say=print):
+        self.dataset, self.path = dataset, Path(path)
+        self.row = read_features(path)
+        self.meta = read_metadata(path)
+        names = short_names(dataset.names)
+        wanted = sorted({i for members in dataset.splits.values() for i in members})
+        missing = [names[i] for i in wanted if names[i] not in self.row]
+        if missing:
+            raise UserError(f"{path} has no features of {len(missing)} of the {len(wanted)} images of {dataset.name} (such "
+                            f"as {missing[0]}); it belongs to another data set, or was not finished: make it again")
+        if self.meta.get("dataset", dataset.name) != dataset.name:
+            raise UserError(f"{path} was made for {self.meta['dataset']}, not {dataset.name}; make it again")
+        self.row = {i: self.row[names[i]] for i in wanted}
+        shape = next(iter(self.row.values())).shape                               # (D,) or (N, D)
+        self.feat_dim, self.n_tokens = shape[-1], 1 if len(shape) == 1 else shape[0]
+        say(f"{len(wanted)} images as {tuple(shape)} numbers each, by {self.meta.get('encoder', 'an unknown encoder')}")
+        try:
+            self.recipe = Recipe(**json.loads(self.meta["recipe"])) if "recipe" in self.meta else None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the recipe in {path} cannot be read ({error}); make the file again") from None
+        self.source = self.meta.get("encoder") if self.recipe else None
+
+    def about(self):
+        """For config.json: what made these features."""
+        return {"encoder": self.meta.get("encoder", "unknown"), "source": self.source, "dim": self.feat_dim,
+                "grid": self.meta.get("grid") == "true"}
+
+    def usable(self, split):
+        return list(self.dataset.splits[split])
+
+    def get(self, members):
+        """float32 (B, D) or (B, N, D) of the images `members`."""
+        return torch.stack([self.row[i] for i in members]).float()
+
+
+# ---- captions, likewise
+
+def _digest(dataset):
+    """A name for "these captions of these images, in this order"."""
+    text = json.dumps([short_names(dataset.names), dataset.captions], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+@torch.inference_mode()
+def write_text_embeddings(source, dataset, path, batch_size=256, device="cpu", say=print):
+    """All captions through a frozen CLIP text tower, once: `embeddings` (captions, D) float16 in the data set's order.
+
+    Goes on where an earlier call was cut off; refuses a file of another tower or of other captions.
+    """
+    source, path = ENCODERS.get(source, source), Path(path)
+    about = {"encoder": source, "captions": _digest(dataset), "dataset": dataset.name}
+    model = load_clip(source).to(device)
+    texts, done = [text for captions in dataset.captions for text in captions], []
+    if path.exists():
+        _check_embeddings(path, about)
+        done = [load_safetensors(path)["embeddings"].clone()]
+    start = len(done[0]) if done else 0
+    for k in range(start, len(texts), batch_size):
+        done.append(text_embeddings(model, model.tokenizer, texts[k:k + batch_size]).half().cpu())     # (b, D)
+        progress(min(k + batch_size, len(texts)), len(texts), "encoding captions")
+        if k // (40 * batch_size) != (k + batch_size) // (40 * batch_size) or k + batch_size >= len(texts):
+            done = [torch.cat(done)]
+            save_safetensors({"embeddings": done[0]}, path, about)
+    say(f"{len(texts)} captions as {done[0].size(1)} numbers each in {path}")
+
+
+def _check_embeddings(path, about):
+    try:
+        meta = read_metadata(path)
+    except SafetensorsError as error:
+        raise UserError(f"{path} is damaged ({error}); make it again") from None
+    for key, sentence in (("captions", "other captions, or captions in another order"), ("encoder", "another text tower")):
+        if key in about and meta.get(key) != about[key]:
+            raise UserError(f"{path} holds embeddings by {sentence} ({str(meta.get(key))[:60]}); make it again with "
+                            "data.py --text-embeddings, in another file")
+    return meta
+
+
+class TextEmbeddings:
+    """The captions of a data set as ready-made embeddings: `emb` (captions, D), `rows[i]` their numbers for image i."""
+
+    def __init__(self, path, dataset):
+        if not Path(path).is_file():
+            raise UserError(f"there is no file {path}; make it with data.py --text-embeddings")
+        self.source = _check_embeddings(path, {"captions": _digest(dataset)})["encoder"]
+        self.emb = load_safetensors(path)["embeddings"]
+        if len(self.emb) != sum(map(len, dataset.captions)):
+            raise UserError(f"{path} was not finished: {len(self.emb)} of {sum(map(len, dataset.captions))} captions; run "
+                            "data.py --text-embeddings again, it goes on from there")
+        self.dim, numbers = self.emb.size(1), iter(range(len(self.emb)))
+        self.rows = [[([next(numbers)], [0]) for _ in captions] for captions in dataset.captions]
