@@ -3,8 +3,12 @@
     python bench.py tokenizer --captions captions.txt     training and encoding, beside the Rust `tokenizers` library
     python bench.py decode                                ViT-B/16 + GPT-2 captioning beside transformers, and uncached
     python bench.py train                                 one training step of the same pair
-    python bench.py weights                               opening a 548 MB safetensors file beside the public library
-    python bench.py lstm                                  a training step beside torch.nn.LSTM
+    python bench.py weights                               opening safetensors files beside the public library
+    python bench.py lstm                                  a training step beside torch.nn.LSTM, and word by word
+    python bench.py contrastive                           a large contrastive batch, whole and in micro-batches
+    python bench.py images                                the prefix model's decoding with one image and with four
+    python bench.py web                                   fetching small images from a slow server of our own
+    python bench.py parity                                not speed: full-size models beside transformers, same weights
 
 The peers (transformers, tokenizers, safetensors) are no part of this project: install them to compare, or read our side
 alone. All weights are random; speed does not depend on them. Pairs alternate, and the median of the ratios is quoted,
@@ -24,12 +28,14 @@ import torch
 
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.generate import generate
+from tinyvlm.gpt import IGNORE, GPTConfig
 from tinyvlm.layouts import read_captions
 from tinyvlm.lstm import LSTM
-from tinyvlm.pretrained import export_vit_gpt2
+from tinyvlm.pretrained import export_vit_gpt2, load_clip, load_gpt2, load_resnet50, load_vit, load_vit_gpt2
 from tinyvlm.tokenizer import BPETokenizer
 from tinyvlm.vit import ViTConfig
-from tinyvlm.vlm import VLMConfig, build
+from tinyvlm.vlm import LSTMConfig, VLMConfig, build
+from tinyvlm.web import Fetch, ImageStream, download_images
 from tinyvlm.weights import load_safetensors, save_safetensors
 
 
@@ -203,21 +209,27 @@ print(opened, time.perf_counter() - start, peak() - before)
 
 
 def weights(config):
-    """Open a gpt2-size file and read every number of it, each time in a new process: seconds and memory."""
+    """Open files of gpt2's and of ViT + GPT-2's size and read every number, each time in a new process."""
     public = have("safetensors")
+    for tensors in (137, 239):
+        weights_of(tensors, public, config)
+
+
+def weights_of(n_tensors, public, config):
+    """One file of n_tensors tensors of 4 MB: seconds and memory, ours and the public library's."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.safetensors")
-        save_safetensors({f"t{k}": torch.randn(1_000_000 + k) for k in range(137)}, path)
+        save_safetensors({f"t{k}": torch.randn(1_000_000 + k) for k in range(n_tensors)}, path)
         rows = {True: [], False: []}
         for _ in range(config.pairs):
             for ours in (True, False)[:1 + public]:
                 code = PROBE.format(root=str(Path(__file__).parent), path=path, ours=ours)
                 out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
                 rows[ours].append([float(x) for x in out.split()])
-        assert len(load_safetensors(path)) == 137
+        assert len(load_safetensors(path)) == n_tensors
     for ours, name in ((True, "ours"), (False, "safetensors"))[:1 + public]:
         opened, read, memory = (statistics.median(column) for column in zip(*rows[ours]))
-        print(f"548 MB, {name}: opened in {1000 * opened:.1f} ms, all read after {1000 * read:.0f} ms, "
+        print(f"{4 * n_tensors} MB, {name}: opened in {1000 * opened:.1f} ms, all read after {1000 * read:.0f} ms, "
               f"peak memory + {memory / 1000:.0f} MB")
     if public:
         for k, what in enumerate(("open", "open and read all")):
@@ -234,9 +246,165 @@ def lstm(config):
         for name, other in (("torch.nn.LSTM", theirs), ("plain loop", ours.plain)):
             compare(f"LSTM {size}", lambda: ours(x)[0].sum().backward(), lambda: other(x)[0].sum().backward(), config,
                     name)
+    prefixes(config)
 
 
-BENCHES = {f.__name__: f for f in (tokenizer, decode, train, weights, lstm)}
+def prefixes(config):
+    """All words of a caption in one pass, beside the tutorials' way: each of its beginnings is a sample of its own."""
+    model = build(VLMConfig("lstm", None, LSTMConfig(2500, n_embd=256, n_hidden=512), feat_dim=1280))
+    img, idx = torch.randn(64, 1280), torch.randint(0, 2500, (64, 14))
+    idx, targets = idx[:, :-1], idx[:, 1:]                                        # (64, 13)
+
+    def one_pass():
+        model(img, idx, targets)[1].backward()
+
+    def word_by_word():
+        for t in range(1, idx.size(1) + 1):
+            last = torch.full_like(targets[:, :t], IGNORE)
+            last[:, -1] = targets[:, t - 1]
+            (model(img, idx[:, :t], last)[1] / idx.size(1)).backward()
+    a = compare("64 captions of 13 words, a training step", one_pass, word_by_word, config, "word by word")
+    print(f"    {targets.numel() / a:.0f} words a second in one pass")
+
+
+CONTRASTIVE = """
+import re, sys, time
+sys.path.insert(0, {root!r})
+import torch
+from tinyvlm.clip import CLIP, CLIPConfig, contrastive_step
+from tinyvlm.gpt import GPTConfig
+from tinyvlm.vit import ViTConfig
+torch.manual_seed(0)
+torch.set_num_threads({threads})
+sizes = dict(n_layer=4, n_head=4, n_embd=128)
+model = CLIP(CLIPConfig(ViTConfig(image_size=64, patch_size=8, **sizes),
+                        GPTConfig(block_size=24, vocab_size=2048, **sizes), 128))
+img, idx = torch.randn({batch}, 3, 64, 64), torch.randint(0, 2048, ({batch}, 24))
+def peak():
+    try:
+        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    except OSError:
+        return 0
+before, times = peak(), []
+for _ in range({pairs} + 1):
+    start = time.perf_counter()
+    loss = contrastive_step(model, list(zip(img.chunk({chunks}), idx.chunk({chunks}))))
+    times.append(time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+print(float(loss), sorted(times[1:])[len(times) // 2 - 1], peak() - before)
+"""
+
+
+def contrastive(config):
+    """Seconds and memory of a contrastive step: 32 pairs, 256, and 256 in 8 micro-batches; a process for each."""
+    for batch, chunks in ((32, 1), (256, 1), (256, 8)):
+        code = CONTRASTIVE.format(root=str(Path(__file__).parent), batch=batch, chunks=chunks, pairs=config.pairs,
+                                  threads=config.threads)
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        loss, took, memory = map(float, out.split())
+        print(f"{batch} pairs in {chunks} micro-batch{'es' * (chunks > 1)}: {batch / took:.0f} pairs/s, peak memory + "
+              f"{memory / 1000:.0f} MB, loss {loss:.6f}", flush=True)
+
+
+def images(config):
+    """ViT-B/16 + GPT-2, 24 tokens after one image (196 tokens) and after four: what the cache holds and saves."""
+    torch.manual_seed(0)
+    model = build(VLMConfig("prefix", ViTConfig(), GPTConfig(), image_token=50256)).eval()
+    for M in (1, 4):
+        img, prompt = torch.randn(1, M, 3, 224, 224), [50256] * M + list(range(10))
+
+        @torch.inference_mode()
+        def uncached():
+            feats, row = model.eyes(img[0])[None], list(prompt)                   # the ViT runs once on either side
+            for _ in range(24):
+                x, _ = model.splice(model.bridge(feats), torch.tensor([row]))
+                row.append(int(model.text.head(model.text.hidden(x)[:, -1]).argmax()))
+        compare(f"{M} image{'s' * (M > 1)}, 24 tokens", lambda: generate(model, img, [prompt], 24), uncached, config,
+                "uncached")
+        with torch.inference_mode():
+            _, state = model.prefill(img, torch.tensor([prompt]), None, 24)
+        size = sum(t.numel() * t.element_size() for kv in state.self_kv for t in kv)
+        print(f"    the cache holds {state.length} tokens: {size / 1e6:.1f} MB")
+
+
+def parity(config):
+    """Full-size models with random weights, written by transformers, read by us: the worst difference of any output."""
+    if not have("transformers"):
+        raise UserError("bench.py parity needs a peer to be equal to: pip install transformers")
+    import transformers as hf
+    torch.manual_seed(0)
+    img, idx = torch.randn(2, 3, 224, 224), torch.randint(0, 40000, (2, 32))
+    clip = hf.CLIPConfig()
+    vision_encoder_decoder = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(), hf.GPT2Config(
+        is_decoder=True, add_cross_attention=True, decoder_start_token_id=50256))
+    for name, make, load, theirs, ours in (
+            ("GPT-2", lambda: hf.GPT2LMHeadModel(hf.GPT2Config()), load_gpt2,
+             lambda m: m(idx).logits, lambda m: m(idx)[0]),
+            ("ViT-B/16", lambda: hf.ViTForImageClassification(hf.ViTConfig(num_labels=1000)), load_vit,
+             lambda m: m(img).logits, lambda m: m.classify(img)),
+            ("CLIP ViT-B/32", lambda: hf.CLIPModel(clip), load_clip,
+             lambda m: m(input_ids=idx, pixel_values=img).logits_per_image, lambda m: m(img, idx)[0]),
+            ("ResNet-50", lambda: hf.ResNetForImageClassification(hf.ResNetConfig(num_labels=1000)), load_resnet50,
+             lambda m: m(img).logits, lambda m: m.classify(img)),
+            ("ViT + GPT-2", lambda: hf.VisionEncoderDecoderModel(vision_encoder_decoder), load_vit_gpt2,
+             lambda m: m(pixel_values=img, decoder_input_ids=idx).logits, lambda m: m(img, idx)[0])):
+        peer = make().eval()
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            peer.save_pretrained(folder)
+            start = time.perf_counter()
+            model = load(folder)
+            opened = time.perf_counter() - start
+            a, b = theirs(peer), ours(model)
+        n = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {n:,} parameters, worst difference {(a - b).abs().max().item():.1e} of outputs up to "
+              f"{a.abs().max().item():.2f}; opened in {opened:.1f} s", flush=True)
+
+
+SERVER = """
+import http.server, io, time
+from PIL import Image
+picture = io.BytesIO()
+Image.effect_noise((160, 120), 40).convert("RGB").save(picture, "JPEG", quality=80)
+class Slow(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        time.sleep(0.05)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(picture.getvalue())))
+        self.end_headers()
+        self.wfile.write(picture.getvalue())
+    def log_message(self, *args):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def web(config):
+    """1,000 small images from a server in this machine that takes 50 ms for each: downloaded, then streamed."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        port, how = int(server.stdout.readline()), Fetch(allow_private=True)
+        urls = [f"http://127.0.0.1:{port}/{k}.jpg" for k in range(1000)]
+        with tempfile.TemporaryDirectory() as folder:
+            took = seconds(lambda: download_images(((url, "a picture", {}) for url in urls), Path(folder) / "images",
+                                                   how=how, say=lambda text: None))
+            print(f"downloaded, cut to 128 x 128 and written: {len(urls) / took:.0f} images/s")
+            stream, waited = ImageStream(urls, Path(folder) / "cache", 10 ** 9, how), 0.0
+            stream.prefetch(range(len(urls)))
+            start = time.perf_counter()
+            for i in range(len(urls)):
+                waited += seconds(lambda: stream.get(i))
+                time.sleep(0.005)                               # what a consumer does with an image
+            print("streamed to a consumer that takes 5 ms an image: it waits "
+                  f"{waited / (time.perf_counter() - start):.1%} of the time")
+            stream.close()
+    finally:
+        server.kill()
+
+
+BENCHES = {f.__name__: f for f in (tokenizer, decode, train, weights, lstm, contrastive, images, web, parity)}
 
 
 def main():

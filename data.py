@@ -37,14 +37,15 @@ from tinyvlm.pretrained import is_run, load_pretrained, load_run
 from tinyvlm.search import classify, label_embeddings
 from tinyvlm.shapes import ask, describe, draw_scene, labels, make_scene
 from tinyvlm.vqa import from_scene, vqav2
-from tinyvlm.web import Fetch, FetchError, ImageStream, dataset_rows, download_images, table_rows
+from tinyvlm.web import Fetch, FetchError, ImageStream, caption_rows, dataset_rows, download_images, table_rows
 from tinyvlm.weights import atomic_write, read_json
 
 
 @dataclass
 class DataConfig:
     """Options of the data, shared by data.py and train.py."""
-    dataset: str = option("shapes", "which data set", choices=("shapes", "flickr8k", "flickr30k", "coco", "capsfusion", "vqav2", "folder"))
+    dataset: str = option("shapes", "which data set", choices=("shapes", "flickr8k", "flickr30k", "coco", "capsfusion",
+                                                               "vqav2", "folder"))
     data_dir: str | None = option(None, "folder that holds it; default data/NAME, downloaded if it is not there")
     n_objects: int = option(2, "shapes: scenes hold one to this many objects (1, 2 or 3)")
     n_scenes: int = option(20000, "shapes: training scenes; a tenth as many, at most 1000, are held out twice")
@@ -59,31 +60,32 @@ class DataConfig:
 class SheetConfig(DataConfig):
     """.. and of what data.py makes: a contact sheet, a feature file."""
     sheet: str = option("out/sheet.png", "where to write the contact sheet")
-    features: str | None = option(None, "run this frozen network over all images, once: vgg16, resnet50, vit, clip, or a "
-                                        "Hub id or folder; for train.py --features")
+    features: str | None = option(None, "run this frozen network over all images, once: vgg16, resnet50, vit, clip, or "
+                                        "a Hub id or folder; for train.py --features")
     grid: bool = option(False, "with --features: a vector per place instead of one per image")
-    text_embeddings: str | None = option(None, "run this frozen CLIP text tower over all captions, once: clip, or a Hub id "
-                                               "or folder; for train.py --task clip --text-embeddings")
+    text_embeddings: str | None = option(None, "run this frozen CLIP text tower over all captions, once: clip, or a "
+                                               "Hub id or folder; for train.py --task clip --text-embeddings")
     label: str | None = option(None, "give each image its best label of every category in this json file, by CLIP; for "
                                      "train.py --task classify --labels")
     labeler: str = option("clip", "with --label: the CLIP to ask: a Hub id, a folder, or a run of --task clip")
     margin: float = option(0.1, "with --label: leave out labels whose probability is not this much above the next")
     limit: int = option(1000, "capsfusion: how many images to fetch")
-    rows: str | None = option(None, "capsfusion: a csv or jsonl with image_url and capsfusion; default: the Hub's first rows")
+    rows: str | None = option(None, "capsfusion: csv or jsonl with image_url and capsfusion; else the Hub's first rows")
     size: int = option(128, "capsfusion: pixels a side; long thin images are padded, others cropped")
     retry_failed: bool = option(False, "capsfusion: ask again for images that could not be fetched")
-    output: str | None = option(None, "with --features: the file; default features-NAME.safetensors in the data folder")
-    batch_size: int = option(32, "with --features: images at once")
-    device: str = option("cpu", "with --features: cpu, cuda or mps")
+    output: str | None = option(None, "with --features, --text-embeddings, --label: the file, else in the data folder")
+    batch_size: int = option(32, "for the networks above: images or captions at once")
+    device: str = option("cpu", "for the networks above: cpu, cuda or mps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets.
 
 class Shapes(Dataset):
-    """Scenes made from (seed, index). A scene belongs to the split that the hash of its caption names, so no caption of
+    """Scenes made from (seed, split, index), drawn anew at each open().
 
-    val or test is ever a training caption, by construction and whatever the seed.
+    A scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
+    caption, by construction and whatever the seed.
     """
 
     def __init__(self, n_objects=2, n_scenes=20000, seed=0):
@@ -114,17 +116,17 @@ class Shapes(Dataset):
 
     @cached_property
     def questions(self):
-        """Per image a list of vqa.Question."""
+        """questions[i]: the list of vqa.Question about image i."""
         return [from_scene(i, ask(scene, random.Random(f"{self.seed}/ask/{i}"))) for i, scene in enumerate(self.scenes)]
 
     @property
     def labels(self):
-        """{image: {category: label}}: of the first thing, for --task classify."""
+        """{i: {category: label}} of image i's first thing, for --task classify."""
         return {i: labels(scene) for i, scene in enumerate(self.scenes)}
 
 
 def load_dataset(config):
-    """DataConfig (or any object with its fields) -> Dataset."""
+    """DataConfig (or any object with its fields) -> Dataset. Raises UserError where the files are missing or unfit."""
     if config.dataset == "shapes":
         if not 1 <= config.n_objects <= 3:
             raise UserError(f"--n-objects {config.n_objects} is not 1, 2 or 3")
@@ -134,7 +136,8 @@ def load_dataset(config):
         return vqav2(folder, config.seed, config.allow_broken)
     if config.dataset == "capsfusion":
         if not (folder / "captions.csv").exists():
-            raise UserError(f"{folder} holds no images yet; fetch some with: python data.py --dataset capsfusion --limit 1000")
+            raise UserError(f"{folder} holds no images yet; fetch some with: "
+                            "python data.py --dataset capsfusion --limit 1000")
         return photos("capsfusion", folder, config.seed, config.allow_broken)
     return open_photos(config)
 
@@ -143,26 +146,26 @@ def load_dataset(config):
 # From a data set to batches.
 
 def decode_all(dataset, members, recipe, label="decoding"):
-    """Decode the images `members` with all cores: uint8 (n, 3, S, S), and {image: fault} for those that would not."""
-    store = torch.zeros(len(members), 3, recipe.size, recipe.size, dtype=torch.uint8)
+    """Decode the images `members` with all cores: uint8 (n, 3, S, S), and {image: fault} of the broken (left black)."""
+    pixels = torch.zeros(len(members), 3, recipe.size, recipe.size, dtype=torch.uint8)            # (n, 3, S, S)
     broken = {}
 
     def work(k):
         try:
-            store[k] = to_uint8(dataset.open(members[k]), recipe)
+            pixels[k] = to_uint8(dataset.open(members[k]), recipe)                # (3, S, S)
         except UserError as error:
             broken[members[k]] = str(error)
     with ThreadPoolExecutor(os.cpu_count()) as pool:            # Pillow decodes outside Python's lock: threads suffice
         for done, _ in enumerate(pool.map(work, range(len(members))), 1):
             progress(done, len(members), label)
-    return store, broken
+    return pixels, broken
 
 
 class ImageStore:
     """The images of some splits as uint8 tensors. In memory if they fit, else decoded when asked for.
 
-    cache: "memory", "none", or "auto" (memory while the pixels take at most half of what is free).
-    `broken` holds the images left out; usable(split) is the split without them.
+    cache: "memory", "none", or "auto" (memory if the pixels take less than half of what is free). `broken`: {image:
+    fault}; usable(split): the split without them. Raises UserError when over 1% are broken, unless allow_broken.
     """
     ready = False               # get() gives pixels, not features
 
@@ -171,7 +174,7 @@ class ImageStore:
         members = sorted({i for split in splits for i in dataset.splits[split]})
         bytes_needed = len(members) * 3 * recipe.size ** 2
         self.in_memory = cache == "memory" or (cache == "auto" and bytes_needed < free_memory() / 2)
-        self.row = {i: k for k, i in enumerate(members)}
+        self.row = {i: k for k, i in enumerate(members)}        # image i is pixels[row[i]]
         self.pixels, self.broken = None, {}
         if self.in_memory:
             self.pixels, self.broken = decode_all(dataset, members, recipe, "images into memory")
@@ -201,23 +204,43 @@ class ImageStore:
 class StreamStore:
     """Images fetched while training, some batches ahead, and kept in a disk cache of limited size.
 
-    Has what ImageStore has, and two things more: `announce(members)` says what will be needed, in order, and `present`
-    says which of some images can be had at all. What cannot be fetched is counted and said; too much of it ends the run.
+    Has what ImageStore has, and two things more: `announce(members)` says what will be needed, in order, and
+    `present(members)` says which of them can be had at all. What cannot be fetched is counted and said; too much of it
+    ends the run. Each process has threads and a cache folder of its own: the one that trains, and its loader's.
     """
     ready, in_memory, broken = False, False, {}
+    at_hand = 1024              # images whose pixels wait in memory between present() and get()
 
     def __init__(self, dataset, recipe, cache_gb=10.0, allow_private=False, say=print):
-        self.dataset, self.recipe, self.say = dataset, recipe, say
-        self.options = (dataset.folder / "stream", int(cache_gb * 1e9), Fetch(allow_private=allow_private))
-        self.stream, self.said, self.pixels = None, 1, {}
-        say(f"{sum(map(len, dataset.splits.values()))} images are fetched as they are needed; up to {cache_gb:g} GB stay in "
-            f"{self.options[0]}")
+        self.dataset, self.recipe, self.say, dataset.opener = dataset, recipe, say, self.picture
+        self.folder, self.fetch = dataset.folder / "stream", Fetch(allow_private=allow_private)
+        self.bytes = int(cache_gb * 1e9 / (2 * int(os.environ.get("WORLD_SIZE", 1))))           # of one folder
+        self.process, self.stream, self.said, self.lost, self.pixels = None, None, 1, {}, {}
+        say(f"{sum(map(len, dataset.splits.values()))} images are fetched as they are needed; up to {cache_gb:g} GB "
+            f"stay in {self.folder}")
 
     def open(self):
-        """The threads start in the process that uses them, which is a loader's."""
-        if self.stream is None:
-            self.stream = ImageStream(self.dataset.urls, *self.options)
+        """This process's stream. A loader's process begins its own: threads do not survive a fork."""
+        if self.process != os.getpid():
+            kind = "main" if torch.utils.data.get_worker_info() is None else "loader"
+            self.process = os.getpid()
+            self.stream = ImageStream(self.dataset.urls, self.folder / f"{kind}{os.environ.get('RANK', 0)}", self.bytes,
+                                      self.fetch)
         return self.stream
+
+    def picture(self, i):
+        """Image i as a PIL image: what the data set's open() gives. Raises FetchError, after counting it."""
+        try:
+            image = self.open().get(i)
+        except FetchError as error:
+            self.lost[i] = str(error)
+            if len(self.lost) >= self.said:                     # each time that they have doubled
+                reasons = Counter(self.lost.values()).most_common(4)
+                self.say(f"{len(self.lost)} images could not be fetched so far: {dict(reasons)}")
+                self.said = 2 * len(self.lost)
+            raise FetchError(f"{self.dataset.names[i]} could not be fetched ({error}); check the connection") from None
+        self.lost.pop(i, None)
+        return image
 
     def usable(self, split):
         return list(self.dataset.splits[split])
@@ -226,24 +249,29 @@ class StreamStore:
         self.open().prefetch(members)
 
     def present(self, members):
-        """Those of `members` that could be fetched; their pixels wait for get()."""
+        """Those of `members` that could be fetched. Their pixels wait for get(), the first `at_hand` of them; of a
+        split too large for that, the rest comes from the disk cache again.
+        """
         self.announce(members)
+        self.pixels, there = {}, []
         for i in members:
-            try:
-                self.pixels[i] = to_uint8(self.open().get(i), self.recipe)
-            except FetchError:                                  # counted by the stream, by reason
-                lost = sum(self.stream.failed.values())
-                if lost >= self.said:
-                    self.say(f"{lost} images could not be fetched so far: {dict(self.stream.failed.most_common(4))}")
-                    self.said = 2 * lost
-        return [i for i in members if i in self.pixels]
+            if i not in self.pixels:                            # where two epochs meet, a batch may hold an image twice
+                try:
+                    pixels = to_uint8(self.picture(i), self.recipe)
+                except FetchError:
+                    continue
+                if len(self.pixels) < self.at_hand:
+                    self.pixels[i] = pixels
+            there.append(i)
+        return there
 
     def get(self, members):
-        """uint8 (B, 3, S, S) of images that `present` named."""
-        self.pixels.update((i, to_uint8(self.open().get(i), self.recipe)) for i in members if i not in self.pixels)
-        out = torch.stack([self.pixels[i] for i in members])
-        self.pixels = {}
-        return out
+        """uint8 (B, 3, S, S) of images that `present` named. Raises FetchError where one cannot be had again."""
+        again = [i for i in members if i not in self.pixels]
+        if again:
+            self.announce(again)
+        found = self.pixels | {i: to_uint8(self.picture(i), self.recipe) for i in again}
+        return torch.stack([found[i] for i in members])                           # (B, 3, S, S)
 
 
 def check_images(dataset, members):
@@ -279,8 +307,8 @@ class Texts:
 
     first: the start token (cross, lstm) or <image> (prefix).
         "a dog"  ->  idx [first, a, dog], targets [a, dog, end]
-    A caption longer than max_len loses its end, and the model must not learn to stop in mid-sentence, so there is no end
-    token to predict; `cut` counts them. Nor should it learn to say "unknown word": `unknown` counts those.
+    A caption longer than max_len tokens loses its end, and the model must not learn to stop in mid-sentence, so there
+    is no end token to predict; `cut` counts them. Nor should it learn to say "unknown word": `unknown` counts those.
     """
 
     def __init__(self, captions, tokenizer, first, end, max_len, clean=str):
@@ -317,7 +345,7 @@ NO_ROW = ([], [])           # stands where an image has fewer captions than its 
 
 
 def n_targets(rows):
-    """How many tokens of these rows are to be predicted."""
+    """How many targets of these rows (idx, targets) the loss is taken over: all but IGNORE."""
     return sum(len(targets) - targets.count(IGNORE) for _, targets in rows)
 
 
@@ -341,7 +369,7 @@ class Batch:
     targets: torch.Tensor       # (B * K, T)
     n_targets: int              # how many of them are to be predicted, here
     share: float = 1.0          # .. divided by the same count over the whole step: this batch's weight in its loss
-    draw: torch.Tensor | None = None    # (8, B) random numbers in 0..1 that decide the augmentation
+    draw: torch.Tensor | None = None    # (8, B) random numbers in 0..1 that decide the augmentation: see image.augment
 
     def pin_memory(self):
         """Page-locked memory, from which a GPU copies while it computes. The loader calls this."""
@@ -349,18 +377,19 @@ class Batch:
         return self
 
     def to(self, device, recipe, how=None):
-        """On the device, normalised, augmented if `how` (an Augment) says so: img, idx, targets."""
+        """img (B, 3, S, S) normalised floats, augmented if `how` (an Augment) is given, or features; idx, targets."""
         img, idx, targets = (t.to(device, non_blocking=True) for t in (self.img, self.idx, self.targets))
         if img.dtype != torch.uint8:                                              # ready-made features
             return img, idx, targets
-        img = img.float() / 255
+        img = img.float() / 255                                                   # (B, 3, S, S) in 0..1
         return normalise(augment(img, how, self.draw) if how else img, recipe), idx, targets
 
 
 class Batches(torch.utils.data.Dataset):
-    """Training steps: batches[step] is the list of this process's micro-batches in that step.
+    """Training steps: batches[step] is the list of this process's micro-batches in that step, or the error it met.
 
-    batch_size images in all, over `world` processes and `accum` micro-batches, with K captions of each.
+    batch_size images in all, over `world` processes and `accum` micro-batches, with K captions of each. Raises
+    UserError where that does not divide, or the split is empty.
     """
 
     def __init__(self, store, texts, split, batch_size, K=1, accum=1, seed=0, rank=0, world=1, pad_to=None):
@@ -392,25 +421,30 @@ class Batches(torch.utils.data.Dataset):
         return [pick if pick[0] in there else good[k % len(good)] for k, pick in enumerate(picks)]
 
     def __getitem__(self, step):
+        try:
+            return self.make(step)
+        except (UserError, OSError) as error:                   # raised in a worker process, it would bring a traceback
+            return error
+
+    def make(self, step):
+        """The list of this process's micro-batches in that step. Raises UserError."""
         order = step_order(len(self.members), self.batch_size, step, self.seed)
         picks = [(self.members[k], epoch) for k, epoch in order]
         if isinstance(self.store, StreamStore):
-            try:
-                picks = self.fetched(picks, step)
-            except UserError as error:                          # raised in a loader's process it would bring a traceback
-                return error
+            picks = self.fetched(picks, step)
         rows = [self.captions_of(i, epoch) for i, epoch in picks]
         total = sum(map(n_targets, rows))
         draw = torch.rand(8, self.batch_size, generator=torch.Generator().manual_seed(hash((self.seed, step))))
         draw[4, [not self.store.dataset.may_flip(i) for i, _ in picks]] = 1.0     # see augment(): 1 means as it is
         parts = self.accum * self.world
         if self.store.ready:
-            # A feature vector costs nothing to repeat, so each caption brings its own. Then captions of one length can
-            # stand together in a micro-batch: the padding, which is computed like any word, goes from a half to little.
+            # Features cost nothing to repeat, so each caption brings its image's. Then captions of one length can stand
+            # together in a micro-batch: the padding, which is computed like any word, goes from a half to little.
             pairs = sorted(((i, row) for (i, _), group in zip(picks, rows) for row in group if row is not NO_ROW),
                            key=lambda pair: len(pair[1][0]))
             cuts = [len(pairs) * k // parts for k in range(parts + 1)]
-            groups = [([i for i, _ in pairs[a:b]], [row for _, row in pairs[a:b]], None) for a, b in zip(cuts, cuts[1:])]
+            groups = [([i for i, _ in pairs[a:b]], [row for _, row in pairs[a:b]], None)
+                      for a, b in zip(cuts, cuts[1:])]
         else:
             per = self.batch_size // parts
             groups = [([i for i, _ in picks[k:k + per]], [row for group in rows[k:k + per] for row in group],
@@ -423,7 +457,10 @@ class Batches(torch.utils.data.Dataset):
 
 
 def eval_batches(store, texts, split, batch_size, limit=None, pad_to=None):
-    """Every image of a split once, with all its captions. The last batch may be smaller."""
+    """Yields a Batch at a time: every image of a split (or its first `limit`) once, with all its captions.
+
+    The last Batch may be smaller. share is left at 1: who adds up losses weighs them by n_targets.
+    """
     members = store.usable(split)[:limit]
     for start in range(0, len(members), batch_size):
         part = members[start:start + batch_size]
@@ -451,14 +488,17 @@ def report(dataset):
 def fetch_capsfusion(config):
     """Images and their captions from the web into the data folder; goes on where an earlier call was cut off."""
     folder = Path(config.data_dir or "data/capsfusion")
-    if config.rows:
-        rows = table_rows(config.rows)
-    else:
-        found = dataset_rows("BAAI/CapsFusion-120M", "default", "train", cache=folder / "rows")
-        rows = ((row["image_url"], row["capsfusion"], {}) for row in found if row.get("image_url") and row.get("capsfusion"))
+    if (folder / "captions.csv").exists() and not {"rows", "limit", "retry_failed"} & config.given:
+        return                                                  # what is there is looked at, labelled, encoded
+    name = "BAAI/CapsFusion-120M"
+    rows = table_rows(config.rows) if config.rows else caption_rows(
+        dataset_rows(name, "default", "train", cache=folder / "rows"), name)
     counts = download_images(rows, folder, config.size, Fetch(allow_private=config.allow_private), config.limit,
                              retry_failed=config.retry_failed)
-    print(", ".join(f"{n} {what}" for what, n in counts.items()))
+    reasons = counts.pop("reasons")
+    print(", ".join(f"{n} {what}" for what, n in {**counts, **reasons}.items()))
+    if not counts["good"]:
+        raise UserError(f"none of the addresses gave an image; {folder / 'report.csv'} says why for each of them")
 
 
 def read_categories(path):
@@ -467,8 +507,8 @@ def read_categories(path):
     if not isinstance(categories, dict) or not categories or not all(
             isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n.strip() for n in names)
             for names in categories.values()):
-        raise UserError(f'{path} should be like {{"color": ["red", "blue"], "place": ["a kitchen", "a beach"]}}, with two '
-                        "phrases or more in each category")
+        raise UserError(f'{path} should be like {{"color": ["red", "blue"], "place": ["a kitchen", "a beach"]}}, with '
+                        "two phrases or more in each category")
     return categories
 
 
@@ -483,32 +523,51 @@ def pseudo_labels(config, dataset, broken=()):
     if not isinstance(loaded.model, CLIP) or loaded.model.vision is None or loaded.tokenizer is None:
         raise UserError(f"--labeler {config.labeler} is no CLIP that sees pixels and reads words")
     model, clean = loaded.model.to(config.device), CLEAN[loaded.config.get("clean", "none")]
-    label_emb = {kind: label_embeddings(model, loaded.tokenizer, names, clean=clean) for kind, names in categories.items()}
+    label_emb = {kind: label_embeddings(model, loaded.tokenizer, names, clean=clean)            # (n_labels, D) each
+                 for kind, names in categories.items()}
     text, left_out = io.StringIO(), Counter()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "category", "label", "probability", "margin"])
-    members = [i for i in range(len(dataset.names)) if i not in broken]
+    members, n = [i for i in range(len(dataset.names)) if i not in broken], 0
     for start in range(0, len(members), config.batch_size):
-        part = members[start:start + config.batch_size]
-        img = torch.stack([preprocess(dataset.open(i), loaded.recipe) for i in part]).to(config.device)   # (B, 3, S, S)
-        emb = model.encode_image(img)                                             # (B, D)
+        part, pixels = [], []
+        for i in members[start:start + config.batch_size]:
+            try:
+                pixels.append(preprocess(dataset.open(i), loaded.recipe))         # (3, S, S)
+                part.append(i)
+            except FetchError as error:
+                print(f"left out: {error}")
+        if not part:
+            continue
+        n += len(part)
+        emb = model.encode_image(torch.stack(pixels).to(config.device))           # (B, 3, S, S) -> (B, D)
         for kind, names in categories.items():
             best, order = classify(emb, label_emb[kind], model.logit_scale).topk(2)                       # (B, 2)
             for i, (p, q), (k, _) in zip(part, best.tolist(), order.tolist()):
                 sure = p - q >= config.margin
                 left_out[kind] += not sure
                 writer.writerow([dataset.names[i], kind, names[k] if sure else "", f"{p:.4f}", f"{p - q:.4f}"])
-        progress(start + len(part), len(members), "labelling")
+        progress(min(start + config.batch_size, len(members)), len(members), "labelling")
     path = Path(config.output or Path(config.data_dir or f"data/{config.dataset}") / "labels.csv")
     atomic_write(path, lambda file: file.write(text.getvalue().encode()))
-    for kind, n in left_out.items():
-        print(f"  {kind}: {len(members) - n} images labelled, {n} too unsure (margin {config.margin})")
+    for kind, unsure in left_out.items():
+        print(f"  {kind}: {n - unsure} images labelled, {unsure} too unsure (margin {config.margin})")
     return path
+
+
+def check_options(c):
+    """Numbers that mean nothing are refused before anything is read or fetched."""
+    for name in ("n_scenes", "limit", "size", "batch_size", "stream_cache"):
+        if not getattr(c, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(c, name)}")
+    if c.stream and c.dataset != "coco":
+        raise UserError(f"--stream fetches the images of coco one by one; leave it out for {c.dataset}")
 
 
 def main():
     """Load, report, check every image, draw the sheet."""
     config = parse_config(SheetConfig, description="Prepare, verify and show a data set.")
+    check_options(config)
     if config.dataset == "capsfusion":
         fetch_capsfusion(config)
     dataset = load_dataset(config)
@@ -518,11 +577,15 @@ def main():
     for fault in broken.values():
         print(f"  broken: {fault}")
     print("  images are made or fetched when needed: none to check" if drawn else f"  {len(broken)} broken images")
-    if config.stream:
-        stream = StreamStore(dataset, Recipe(), config.stream_cache, config.allow_private)
-        dataset.opener = stream.open().get
     n = len(dataset.names)
     some = [i for i in random.Random(config.seed).sample(range(n), min(12, n)) if i not in broken]
+    if config.stream:
+        store = StreamStore(dataset, Recipe(), config.stream_cache, config.allow_private)
+        some = store.present(some)
+        if config.features or config.label:
+            store.announce(range(n))
+    if not some:
+        raise UserError(f"none of the images of {dataset.name} that were tried can be opened; the lines above say why")
     sheet = caption_sheet([dataset.open(i) for i in some], ["\n".join(dataset.captions[i][:2]) for i in some])
     atomic_write(config.sheet, lambda file: sheet.save(file, format="PNG"))
     print(f"wrote {config.sheet}")

@@ -50,8 +50,8 @@ class SampleConfig:
     image: list[str] = option([], "image files, folders of images, or http(s) addresses")
     out_dir: str = option("out", "the run to use")
     pretrained: str | None = option(None, "use this public captioner (a Hub id or a folder) instead of a run")
-    features: str | None = option(None, "for a run on ready-made features whose encoder is not at hand: the file to look "
-                                        "the images up in, by name")
+    features: str | None = option(None, "for a run on ready-made features whose encoder is not at hand: the file to "
+                                        "look the images up in, by name")
     allow_pickle: bool = option(False, "with --pretrained: also read a .bin file, unpickling plain tensors only")
     prompt: list[str] = option([], "a caption run: words to begin with; a vqa run: one or more questions")
     chat: bool = option(False, "vqa: ask on and on about one image; an empty line ends it")
@@ -76,7 +76,7 @@ class SampleConfig:
 
 
 def gather(sources):
-    """Files, folders and addresses -> [(name, must it be good?)]: a folder may hold a broken file."""
+    """Files, folders and addresses -> [(name, must it be good?), ..]: only inside a folder may a file be broken."""
     names = []
     for source in sources:
         if source and not source.startswith(("http://", "https://")) and Path(source).is_dir():
@@ -92,7 +92,10 @@ def gather(sources):
 
 
 def open_batches(names, batch_size, by_name=False):
-    """Decode one batch at a time: yields lists of (name, PIL image). Says what it leaves out. by_name: decodes nothing."""
+    """Decode one batch at a time: yields lists of (name, PIL image), or with by_name of (name, None).
+
+    What cannot be read is said and left out, or a UserError if it had to be good or nothing else is.
+    """
     batch, good = [], 0
     for name, must in names:
         try:
@@ -113,7 +116,7 @@ def open_batches(names, batch_size, by_name=False):
 
 
 def fetch(url):
-    """The image at an address, size- and time-limited."""
+    """The PIL image at an address: at most MAX_IMAGE_BYTES, within 60 seconds. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = download(url, Path(folder) / "image", max_bytes=MAX_IMAGE_BYTES, max_seconds=60, show=False)
@@ -139,27 +142,27 @@ class Features:
 
     def __init__(self, run, config):
         about = run.config["features"]
-        self.encoder, self.store = None, None
+        self.encoder, self.known = None, None
         if config.features:
-            self.store = read_features(config.features)
-            dim = next(iter(self.store.values())).size(-1)
+            self.known = read_features(config.features)                           # {name: (D,) or (N, D)}
+            dim = next(iter(self.known.values())).size(-1)
             if dim != about["dim"]:
-                raise UserError(f"{config.features} has {dim} numbers an image, but the run was trained on {about['dim']}")
+                raise UserError(f"{config.features} has vectors of {dim} numbers; the run learned from {about['dim']}")
         elif about["source"]:
             self.encoder = Encoder(about["source"], about["grid"], config.device)
         else:
-            raise UserError(f"this run sees through features of {about['encoder']!r}, a network that is not at hand: give "
-                            "the file that holds the features of these images with --features")
+            raise UserError(f"this run sees through features of {about['encoder']!r}, a network that is not at hand: "
+                            "give the file that holds the features of these images with --features")
 
     def __call__(self, batch):
-        """[(name, PIL image), ..] -> (B, D) or (B, N, D)."""
+        """[(name, PIL image), ..] -> (B, D) or (B, N, D). Raises UserError for a name that the file lacks."""
         if self.encoder:
             return self.encoder([image for _, image in batch])
-        rows = [self.store.get(name, self.store.get(Path(name).name)) for name, _ in batch]
-        for row, (name, _) in zip(rows, batch):
-            if row is None:
+        feats = [self.known.get(name, self.known.get(Path(name).name)) for name, _ in batch]
+        for x, (name, _) in zip(feats, batch):
+            if x is None:
                 raise UserError(f"--features holds nothing for {name}; it knows images by file name only")
-        return torch.stack(rows).float()
+        return torch.stack(feats).float()                                         # float16 on disk
 
 
 def start_of(run, prompt):
@@ -174,12 +177,15 @@ def start_of(run, prompt):
 
 
 def draw_attention(run, img, ids, path):
-    """A picture of the image per word, lit where the last block's cross-attention looked while choosing that word."""
+    """A picture of the image per word, lit where the last block's cross-attention looked while choosing that word.
+
+    img (1, 3, S, S); ids: the caption without its start token; path: the PNG to write.
+    """
     if run.config["model"] != "cross" or run.config.get("features"):
         raise UserError("--attention draws cross-attention over pixels; this run's model has none (--model cross has)")
     layer = run.model.text.blocks[-1].cross
     layer.keep_weights = True
-    row = torch.tensor([[run.config["first"]] + ids[:-1]], device=img.device)
+    row = torch.tensor([[run.config["first"]] + ids[:-1]], device=img.device)     # (1, T): place t chooses word t
     with torch.inference_mode():
         run.model(img, row)
     layer.keep_weights = False
@@ -220,6 +226,7 @@ def speak(run, config):
     if len(config.prompt) > 1:
         raise UserError("a caption begins only one way: give one --prompt (several questions are for --task vqa)")
     prompt = start_of(run, config.prompt[0] if config.prompt else "")
+    # the user's words are part of the longest caption; prompt[0], the start token, is not
     max_tokens = min(config.max_tokens or run.config["max_tokens"], run.config["max_tokens"] + 1 - len(prompt))
     look = Features(run, config) if run.config.get("features") else Pixels(run)
     for start, batch in enumerate(open_batches(gather(config.image), config.batch_size, bool(config.features))):
@@ -235,7 +242,10 @@ def speak(run, config):
 
 
 def reply(run, config, img, turns):
-    """What a vqa run says to the last of `turns`, [(question, answer), .., (question, None)], about img (M, 3, S, S)."""
+    """What a vqa run says to the last of `turns`, [(question, answer), .., (question, None)]. img (M, 3, S, S).
+
+    Raises UserError when the turns before leave no room for the question.
+    """
     placed = turns[0][0].count("<image>")
     room = run.model.config.text.block_size - run.model.n_image_tokens * len(img) - run.config["longest"]
     ids, _ = encode_dialogue(run.tokenizer, turns, len(img), max_len=room, places_images=placed > 0)
@@ -284,7 +294,7 @@ def chat(run, config, img):
 
 
 def read_lines(path, what):
-    """The lines of a text file, or a UserError."""
+    """The lines of a text file that are not empty. Raises UserError if there are none; what: "labels", "captions"."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -307,8 +317,8 @@ def find(run, config):
     if config.search is not None:
         return search_folder(run, config, clean)
     if not config.labels and not config.captions:
-        raise UserError('this run compares pictures and words: give --labels "a dog" "a cat", --captions FILE, or --search '
-                        "WORDS with --images FOLDER")
+        raise UserError('this run compares pictures and words: give --labels "a dog" "a cat", --captions FILE, or '
+                        "--search WORDS with --images FOLDER")
     if config.labels:
         labels = config.labels
         if len(labels) == 1 and Path(labels[0]).is_file():
@@ -321,7 +331,7 @@ def find(run, config):
     for batch in open_batches(gather(config.image), config.batch_size, bool(config.features)):
         with torch.inference_mode():
             image_emb = run.model.encode_image(look(batch).to(config.device))     # (B, D)
-        probs = classify(image_emb, text_emb, run.model.logit_scale)              # (B, n)
+            probs = classify(image_emb, text_emb, run.model.logit_scale)          # (B, n)
         for (name, _), row in zip(batch, probs):
             best = [(labels[k], row[k].item()) for k in row.argsort(descending=True)[:config.hits].tolist()]
             print(json.dumps({"image": name, "labels": dict(best)}) if config.json else
@@ -329,7 +339,7 @@ def find(run, config):
 
 
 def search_folder(run, config, clean):
-    """--search: the pictures of a folder that fit the words best; a folder is embedded once, into a cache by the run."""
+    """--search: the pictures of a folder that fit the words best. A run keeps a folder's embeddings beside itself."""
     if config.features:
         store = read_features(config.features)
         names = list(store)
@@ -343,7 +353,8 @@ def search_folder(run, config, clean):
         home = Path(config.out_dir) if not config.pretrained else Path("out")
         key = hashlib.sha256(str(Path(config.images).resolve()).encode()).hexdigest()[:12]
         names, image_emb = embed_folder(run.model, run.recipe, config.images, home / f"search-{key}.safetensors",
-                                        config.batch_size, config.device, rebuild=bool(config.pretrained))
+                                        config.batch_size, config.device, rebuild=bool(config.pretrained),
+                                        say=lambda text: print(text, file=sys.stderr))
     start = time.perf_counter()
     text_emb = text_embeddings(run.model, run.tokenizer, [config.search], clean=clean)[0].cpu()           # (D,)
     scores, order = search(image_emb, text_emb, config.hits)                      # (k,), (k,)
@@ -362,7 +373,7 @@ MODES = {"caption": speak, "vqa": answer, "clip": find}
 
 
 def main():
-    """Load, then do what the run can."""
+    """Load the run or checkpoint, then do what it was trained for: MODES."""
     config = parse_config(SampleConfig, description="Ask a trained model about pictures.")
     check_options(config)
     run = load_pretrained(config.pretrained, allow_pickle=config.allow_pickle) if config.pretrained else \

@@ -1,12 +1,14 @@
 """What each task learns from, what it builds, and how it is judged. train.py's loop is the same for all of them.
 
 A task belongs to a run and offers
-    recipe, tokenizer, texts        how images and words become numbers; `texts.rows[i]` are the rows of image i
+    recipe, tokenizer, texts        how images and words become numbers; `texts.rows[i]` lists image i's rows (idx,
+                                    targets): captions, dialogues, or whatever else the model's forward calls idx
     make_model()                    from scratch, or from public weights
-    backward(fast, batches)         one step's gradients; returns its loss
+    backward(fast, batches)         one step's gradients, from its micro-batches; returns its loss
     look(model, step, best)         the evaluation during training: loss, loss with images exchanged, and the number
                                     (lower is better) by which the best model is kept
-    finish(model)                   the result at the end
+    finish(model)                   the result at the end, by the best weights on the test split
+    judge(model, split, ..)         --eval-only: the scores of a whole split
     about()                         what sample.py must know, for config.json
 """
 import csv
@@ -46,7 +48,7 @@ END = "<|endoftext|>"               # ends every caption, and starts those of th
 
 
 def learning(model):
-    """Training mode; but a BatchNorm that is frozen keeps its statistics too, which are part of what it knows."""
+    """Training mode; but a frozen BatchNorm stays in eval mode: its statistics are part of what it knows."""
     model.train()
     for module in model.modules():
         if isinstance(module, BatchNorm2d) and not module.weight.requires_grad:
@@ -54,7 +56,10 @@ def learning(model):
 
 
 def load_eyes(source):
-    """The vision tower of a run of ours or of a public checkpoint: its sizes, weights, recipe, and CLIP's image head."""
+    """The vision tower of a run of ours or of a public checkpoint: its sizes, weights and recipe; CLIP's image head.
+
+    head: CLIP's linear map into the joint space, (D, C), or None. Raises UserError where no tower of ours is found.
+    """
     loaded = load_run(source) if is_run(source) else load_pretrained(source)
     tower = getattr(loaded.model, "vision", loaded.model)
     if not isinstance(tower, (ViT, ResNet50)):
@@ -66,7 +71,7 @@ def load_eyes(source):
 
 
 def make_tokenizer(c, texts):
-    """The tokenizer that the options ask for, trained on `texts` where that is wanted."""
+    """The tokenizer that the options `c` ask for: trained on `texts`, or a ready one that learns END and <image>."""
     if c.tokenizer == "bpe":
         return BPETokenizer.train(texts, c.vocab_size)
     if c.tokenizer == "words":
@@ -77,7 +82,7 @@ def make_tokenizer(c, texts):
 
 
 class Task:
-    """What tasks share. run: the Run (config, machine, dataset, store, out)."""
+    """What tasks share. run: train.py's Run (config, machine, dataset, store, out). Members are image numbers."""
 
     def __init__(self, run):
         self.run, self.config, self.machine = run, run.config, run.machine
@@ -85,7 +90,8 @@ class Task:
     def backward(self, fast, batches):
         """Add up the gradients of one step's micro-batches; returns its loss (a tensor: reading it would wait).
 
-        Each adds its share. DDP takes the mean over processes where we want the sum, hence the factor.
+        Each counts by its share of the step's targets, so the sum is the mean over all of them. DDP takes the mean over
+        processes where we want the sum, hence the factor `world`.
         """
         machine, losses = self.machine, []
         for k, batch in enumerate(batches):
@@ -99,25 +105,26 @@ class Task:
         return torch.stack(losses).sum()
 
     def images(self, members):
-        """The images `members`, ready for the model: (B, 3, S, S), or features."""
-        img = self.run.store.get(members).to(self.machine.device)
+        """The images `members`, ready for the model: (B, 3, S, S), or features (B, D) or (B, N, D)."""
+        img = self.run.store.get(members).to(self.machine.device)                 # uint8, or features
         return normalise(img, self.recipe) if img.dtype == torch.uint8 else img
 
     @torch.no_grad()
     def evaluate(self, model, split, limit=None):
-        """Mean loss over a split (nats per token), and the same with every image exchanged for its neighbour's.
+        """Mean loss over a split (nats per target), and the same with every image exchanged for its neighbour's.
 
-        If the second is no larger than the first, the model is not looking.
+        If the second is no larger than the first, the model is not looking. limit: only the first so many images.
         """
         model.eval()
         true = shuffled = n = 0.0
         before = None
-        for k, batch in enumerate(eval_batches(self.run.store, self.texts, split, max(2, self.config.batch_size), limit)):
+        batches = eval_batches(self.run.store, self.texts, split, max(2, self.config.batch_size), limit)
+        for k, batch in enumerate(batches):
             if k % self.machine.world != self.machine.rank:     # each process takes its share
                 continue
             img, idx, targets = batch.to(self.machine.device, self.recipe)
             alone = len(img) == 1 and before is not None        # the last batch may be one image, without a neighbour
-            other = before[-1:] if alone else img.roll(1, dims=0)
+            other = before[-1:] if alone else img.roll(1, dims=0)                 # same shape as img
             with self.machine.autocast():
                 true += model(img, idx, targets)[1].item() * batch.n_targets
                 shuffled += model(other, idx, targets)[1].item() * batch.n_targets
@@ -125,6 +132,8 @@ class Task:
             before = img
         learning(model)
         true, shuffled, n = self.machine.total(true, shuffled, n)
+        if not n:
+            raise UserError(f"nothing of the {split} split can be had to evaluate with; the lines above say why")
         return true / n, shuffled / n
 
 
@@ -137,7 +146,7 @@ class Captioning(Task):
         """saved: a Loaded run to judge; else everything is made from the options."""
         super().__init__(run)
         c = self.config
-        self.saved, self.eyes, self.gpt, self.init = saved, None, None, None
+        self.saved, self.eyes, self.gpt, self.init = saved, None, None, None      # .., --vision, --text, --init
         if c.init and not saved:                                # another stage of the same model
             self.init = load_run(c.init)
             if self.init.config["model"] != c.model or self.init.config["task"] not in ("caption", "vqa"):
@@ -148,7 +157,7 @@ class Captioning(Task):
             self.eyes = load_eyes(c.vision) if c.vision else None
             if self.eyes and not isinstance(self.eyes.sizes, ViTConfig):
                 raise UserError(f"--vision {c.vision} is no ViT; for a captioner on a CNN, use its --features")
-            new = ("<image>",) if c.model == "prefix" else ()
+            new = TAGS if c.task == "vqa" else ("<image>",) if c.model == "prefix" else ()
             self.gpt = load_gpt2(c.text, special_tokens=new) if c.text else None
         start = saved or self.init or self.eyes
         self.recipe = start.recipe if start else Recipe(size=c.image_size)
@@ -165,15 +174,17 @@ class Captioning(Task):
         return (clean(text) for i in self.run.dataset.splits["train"] for text in self.run.dataset.captions[i])
 
     def make_texts(self, clean):
+        """The captions as rows of ids; says how many had to be cut or hold unknown words."""
         c, say = self.config, self.machine.say
         texts = Texts(self.run.dataset.captions, self.tokenizer, self.first, self.end, c.max_tokens, clean)
         if texts.cut:
             say(f"{texts.cut} captions are longer than --max-tokens {c.max_tokens} and were cut")
         if texts.unknown:
-            say(f"{texts.unknown} words of the captions are not among the {self.tokenizer.vocab_size} of the vocabulary")
+            say(f"{texts.unknown} words of the captions are not among the vocabulary's {self.tokenizer.vocab_size}")
         return texts
 
     def make_tokenizer(self, clean):
+        """A public or earlier model's own, which its embedding fits; else a new one."""
         c = self.config
         if self.init:
             return self.init.tokenizer
@@ -184,7 +195,7 @@ class Captioning(Task):
         return make_tokenizer(c, self.words(clean))
 
     def make_model(self):
-        """Each tower from the public weights, or from scratch with the sizes of the options."""
+        """The model of a run (--init, --eval-only); else each tower public, or fresh as the options say."""
         if self.saved or self.init:
             return self.grown(self.init.model) if self.init else self.saved.model
         c, feats = self.config, self.run.feats
@@ -193,15 +204,15 @@ class Captioning(Task):
         vision = None if feats else replace(self.eyes.sizes, dropout=c.dropout) if self.eyes else ViTConfig(
             image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, **sizes)
         n_image = 0 if c.model != "prefix" else (vision.n_patches if vision else feats.n_tokens) // c.shuffle ** 2
-        room = c.max_tokens + 2 + n_image
+        room = c.max_tokens + 2 + n_image                       # start and end frame the caption
         if c.model == "lstm":
             text = LSTMConfig(self.tokenizer.vocab_size, c.n_layer, c.n_embd, c.n_hidden or c.n_embd, c.dropout, c.tied,
-                              c.n_head if c.soft_attention else 0)
+                              c.n_head if c.soft_attention else 0, c.smoothing)
         else:
-            text = replace(self.gpt.config, dropout=c.dropout) if self.gpt else GPTConfig(
-                block_size=room, vocab_size=self.tokenizer.vocab_size, **sizes)
+            text = replace(self.gpt.config, dropout=c.dropout, smoothing=c.smoothing) if self.gpt else GPTConfig(
+                block_size=room, vocab_size=self.tokenizer.vocab_size, smoothing=c.smoothing, **sizes)
             if text.block_size < room:
-                raise UserError(f"--text {c.text} reads at most {text.block_size} tokens; image and caption need {room}")
+                raise UserError(f"--text {c.text} reads only {text.block_size} tokens; image and caption need {room}")
         model = build(VLMConfig(model=c.model, vision=vision, text=text, wiring=c.wiring, shuffle=c.shuffle,
                                 feat_dim=feats.feat_dim if feats else None,
                                 image_token=self.first if c.model == "prefix" else None))
@@ -231,7 +242,7 @@ class Captioning(Task):
         return {"first": self.first, "end": self.end, "max_tokens": c.max_tokens, "clean": c.clean}
 
     def caption(self, model, members, **how):
-        """What the model says about the images `members`: greedily, unless `how` (generate's arguments) says otherwise."""
+        """What the model says of the images `members`, a string each; greedily, or as `how` (for generate) says."""
         model.eval()
         said = []
         for start in range(0, len(members), 64):
@@ -243,13 +254,13 @@ class Captioning(Task):
         return said
 
     def look(self, model, step, best):
-        """Evaluate, say what came out, keep the model if it is the best so far. Returns (loss, exchanged, loss)."""
+        """Evaluate, caption a few, keep the model if its loss is the lowest so far. Returns (loss, exchanged, loss)."""
         run, say = self.run, self.machine.say
         val, shuffled = self.evaluate(model, "val", self.config.eval_images)
         if not math.isfinite(val):
             raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
         if self.machine.main:
-            members = run.store.usable("val")[:24]
+            members = run.members("val", 24)
             said = self.caption(model, members)
             perplexity = math.exp(min(val, 50))
             say(f"step {step}: validation loss {val:.3f}, perplexity {perplexity:.2f}, with images exchanged "
@@ -264,7 +275,7 @@ class Captioning(Task):
         """Caption the test split with the best weights; print, score and draw the result, and say what to run next."""
         run, out = self.run, self.run.out
         model.load_state_dict(load_safetensors(out / "model.safetensors"))
-        members = run.store.usable("test")[:self.config.test_images]
+        members = run.members("test", self.config.test_images)
         said = self.caption(model, members)
         scores = score(run.dataset, members, said)
         print(f"\n{len(members)} held-out images, captioned greedily by the best model:")
@@ -284,7 +295,7 @@ class Captioning(Task):
         "shuffled" are the scores when every caption is held against the next image's references: what is left of them
         is what the model knows of captions in general.
         """
-        run, members = self.run, self.run.store.usable(split)
+        run, members = self.run, self.run.members(split)
         how = dict(num_beams=num_beams, length_penalty=length_penalty)
         said = self.caption(model, members, **how)
         scores = {"perplexity": math.exp(self.evaluate(model, split)[0]), **score(run.dataset, members, said),
@@ -298,7 +309,7 @@ class Captioning(Task):
 
 
 def score(dataset, members, said):
-    """{"name": value}: exact meaning on shapes, the papers' scores on photographs; the share of distinct captions."""
+    """{"name": value}: how often the meaning is right (shapes) or the papers' scores; the share of distinct ones."""
     truths = [dataset.captions[i] for i in members]
     distinct = {"distinct": len(set(said)) / len(said), "distinct in truth": len({t[0] for t in truths}) / len(truths)}
     if dataset.name == "shapes":
@@ -329,7 +340,7 @@ def next_command(run, options):
 
 
 def add_to_table(path, row):
-    """Put one result into the comparison table (a CSV), in place of an older one of the same run, split and search.
+    """Put one result into the comparison table (a CSV), in place of an older one of the same run, split and beams.
 
     Returns the whole table as lines of text.
     """
@@ -360,7 +371,7 @@ class Contrastive(Task):
         """saved: a Loaded run to judge; else everything is made from the options."""
         super().__init__(run)
         c, self.saved = self.config, saved
-        self.eyes, self.reader = None, None
+        self.eyes, self.reader = None, None                     # the tower of --vision, the CLIP of --text
         if not saved:
             self.eyes = load_eyes(c.vision) if c.vision else None
             self.reader = load_clip(c.text) if c.text else None
@@ -395,6 +406,7 @@ class Contrastive(Task):
                           feat_dim=feats.feat_dim if feats else None, dropout=c.dropout)
 
     def make_model(self):
+        """A CLIP whose towers are public where --vision and --text name some, and fresh elsewhere."""
         if self.saved:
             return self.saved.model
         torch.manual_seed(self.config.seed)
@@ -402,7 +414,7 @@ class Contrastive(Task):
         if self.eyes:
             model.vision.load_state_dict(self.eyes.weights)
             if self.eyes.head is not None and self.sizes.head == "linear" and self.eyes.head.shape == \
-                    model.image_head.weight.shape:              # a CLIP's eyes come with their way into the space
+                    model.image_head.weight.shape:              # a CLIP's tower comes with its way into the space
                 model.image_head.weight.data.copy_(self.eyes.head)
         if self.reader:
             model.text.load_state_dict(self.reader.text.state_dict())
@@ -414,7 +426,7 @@ class Contrastive(Task):
         return {"clean": self.config.clean, "text_embeddings": self.ready and self.ready.source}
 
     def pairs(self, batch, augment=None):
-        """A Batch as the model takes it: img, and idx (B, T) or embeddings (B, D)."""
+        """A Batch as the model takes it: img (or features), and idx (B, T) or ready-made embeddings (B, D)."""
         img, idx, _ = batch.to(self.machine.device, self.recipe, augment)
         return img, self.ready.emb[batch.idx[:, 0]].to(self.machine.device) if self.ready else idx
 
@@ -427,11 +439,11 @@ class Contrastive(Task):
     def embed(self, model, split, limit=None):
         """All images (n, D) and all their captions (m, D) of a split, with the owner (m,) of each caption."""
         model.eval()
-        members, image_emb, text_emb, owner = self.run.store.usable(split)[:limit], [], [], []
+        members, image_emb, text_emb, owner = self.run.members(split, limit), [], [], []
         for start in range(0, len(members), 64):
             part = members[start:start + 64]
             with self.machine.autocast():
-                image_emb.append(model.encode_image(self.images(part)).cpu())
+                image_emb.append(model.encode_image(self.images(part)).cpu())     # (b, D)
                 rows = [row for i in part for row in self.texts.rows[i]]
                 if self.ready:
                     text_emb.append(model.encode_text(self.ready.emb[[idx[0] for idx, _ in rows]]))
@@ -442,19 +454,21 @@ class Contrastive(Task):
         return torch.cat(image_emb), torch.cat(text_emb), torch.tensor(owner)
 
     def losses(self, model, image_emb, text_emb, owner):
-        """The loss of batches like those of training, with the first caption of each image; and images exchanged."""
-        first = torch.tensor([int((owner == k).nonzero()[0]) for k in range(len(image_emb))])
+        """As in training: batches of one size, the first caption of each image. image_emb (n, D), text_emb (m, D),
+        owner (m,) -> the loss, the same with images exchanged, the share right, and the size of these batches.
+        """
+        first = torch.tensor([int((owner == k).nonzero()[0]) for k in range(len(image_emb))])        # (n,)
         size, scale = min(self.config.batch_size, len(image_emb)), model.logit_scale.detach().cpu()
-        true, wrong, right, starts = 0.0, 0.0, 0.0, range(0, len(image_emb) - size + 1, size)
+        true, shuffled, right, starts = 0.0, 0.0, 0.0, range(0, len(image_emb) - size + 1, size)
         for start in starts:
-            img, txt = image_emb[start:start + size], text_emb[first[start:start + size]]
+            img, txt = image_emb[start:start + size], text_emb[first[start:start + size]]            # (size, D) both
             true += info_nce(img, txt, scale).item() / len(starts)
-            wrong += info_nce(img.roll(1, 0), txt, scale).item() / len(starts)
+            shuffled += info_nce(img.roll(1, 0), txt, scale).item() / len(starts)
             right += in_batch_accuracy(img @ txt.t()) / len(starts)
-        return true, wrong, right, size
+        return true, shuffled, right, size
 
     def look(self, model, step, best):
-        """Recall on the validation split; keeps the model whose mean recall is best. Returns (loss, exchanged, 1 - it)."""
+        """Recall on the validation split; keeps the best model. Returns (loss, exchanged, 1 - the mean recall)."""
         image_emb, text_emb, owner = self.embed(model, "val", self.config.eval_images)
         recall = metrics.recall_at_k(image_emb, text_emb, owner)
         loss, exchanged, right, size = self.losses(model, image_emb, text_emb, owner)
@@ -464,15 +478,16 @@ class Contrastive(Task):
             f"{right:.1%}; {show_recall(recall)} among {len(image_emb)} images; temperature "
             f"{1 / model.logit_scale.exp().item():.4f}")
         if abs(loss - chance(size)) < 0.02 * chance(size):
-            say(f"    the loss is still that of guessing, ln {size}: if it stays, try another --lr or a longer --warmup")
+            say(f"    the loss is still that of guessing, ln {size}; if it stays, try another --lr or longer --warmup")
         if self.machine.main and 1 - mean < best:
             self.run.save(model, {"val_loss": loss, "step": step, **flat_recall(recall)})
         return loss, exchanged, 1 - mean
 
     def finish(self, model):
+        """Recall on the test split by the best weights; samples.png and similarity.png, and what to run next."""
         run, out = self.run, self.run.out
         model.load_state_dict(load_safetensors(out / "model.safetensors"))
-        members = run.store.usable("test")[:self.config.test_images]
+        members = run.members("test", self.config.test_images)
         image_emb, text_emb, owner = self.embed(model, "test", self.config.test_images)
         recall = metrics.recall_at_k(image_emb, text_emb, owner)
         sim = image_emb @ text_emb.t()                                            # (n, m)
@@ -486,8 +501,8 @@ class Contrastive(Task):
         config = read_json(out / "config.json")
         config["scores"].update({f"test {name}": value for name, value in flat_recall(recall).items()})
         write_json(out / "config.json", config)
-        print(f"{out}/samples.png shows sixteen images with the caption found for each, {out}/similarity.png the table of "
-              "a dozen. Now try")
+        print(f"{out}/samples.png shows sixteen images with the caption found for each, {out}/similarity.png the table "
+              "of a dozen. Now try")
         next_command(run, " --labels 'a dog' 'a child' 'a boat'")
 
     def judge(self, model, split, **_):
@@ -501,21 +516,28 @@ class Contrastive(Task):
 
 def flat_recall(recall):
     """{"image_to_text": {"R@1": ..}} -> {"image to text R@1": ..}."""
-    return {f"{way.replace('_', ' ')} {name}": value for way, scores in recall.items() for name, value in scores.items()}
+    return {f"{way.replace('_', ' ')} {name}": value
+            for way, scores in recall.items() for name, value in scores.items()}
 
 
 def show_recall(recall):
     """Both ways as one line."""
-    return "; ".join(f"{way.replace('_', ' ')} R@1/5/10 " + "/".join(f"{100 * scores[f'R@{k}']:.1f}" for k in (1, 5, 10)) +
+    return "; ".join(f"{way.replace('_', ' ')} R@1/5/10 " +
+                     "/".join(f"{100 * scores[f'R@{k}']:.1f}" for k in (1, 5, 10)) +
                      f", median rank {scores['median_rank']:.0f}" for way, scores in recall.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Classifying(Task):
-    """--task classify: a vision tower learns labels, several categories at once."""
+    """--task classify: a vision tower learns labels, several categories at once.
+
+    An image has one row: for idx the number of its label in each category (IGNORE where it has none), for targets [0],
+    which is not read and makes each image count once. Raises UserError where the data set has no labels.
+    """
 
     def __init__(self, run, saved=None):
+        """saved: a Loaded run to judge."""
         super().__init__(run)
         c, self.saved = self.config, saved
         self.eyes = load_eyes(c.vision) if c.vision and not saved else None
@@ -523,16 +545,26 @@ class Classifying(Task):
         self.tokenizer = None
         given = read_labels(c.labels, run.dataset) if c.labels else getattr(run.dataset, "labels", None)
         if given is None:
-            raise UserError(f"{run.dataset.name} has no labels of its own; make some with data.py --label, and give the "
-                            "file with --labels")
+            raise UserError(f"{run.dataset.name} has no labels of its own; make some with data.py --label, and give "
+                            "the file with --labels")
         train = set(run.dataset.splits["train"])
         self.labels = saved.model.config.labels if saved else {
             kind: sorted({labels[kind] for i, labels in given.items() if kind in labels and i in train})
-            for kind in dict.fromkeys(kind for labels in given.values() for kind in labels)}
+            for kind in dict.fromkeys(kind for i, labels in given.items() for kind in labels if i in train)}
+        # a label that the training split lacks has no number: nothing could learn it
         number = {kind: {name: k for k, name in enumerate(names)} for kind, names in self.labels.items()}
         rows = {i: [number[kind].get(labels.get(kind), IGNORE) for kind in self.labels] for i, labels in given.items()}
         none = [IGNORE] * len(self.labels)
         self.texts = SimpleNamespace(rows=[[(rows.get(i, none), [0])] for i in range(len(run.dataset.names))])
+        for split, members in run.dataset.splits.items():
+            known = [i for i in members if rows.get(i, none) != none]
+            if not known:
+                raise UserError(f"no image of the {split} split has a label that is learned; label more images, or "
+                                "with a lower --margin")
+            if len(known) < len(members):
+                self.machine.say(f"{len(members) - len(known)} of {len(members)} images of the {split} split have no "
+                                 "label that is learned and are left out")
+            run.dataset.splits[split] = known
 
     def make_model(self):
         if self.saved:
@@ -552,12 +584,12 @@ class Classifying(Task):
 
     @torch.no_grad()
     def guesses(self, model, split, limit=None):
-        """What the model takes each image for: members, guesses (n, categories), truths (n, categories)."""
+        """What the model takes each image for: members, guesses (n, categories), truths (n, categories) or IGNORE."""
         model.eval()
-        members, said = self.run.store.usable(split)[:limit], []
+        members, said = self.run.members(split, limit), []
         for start in range(0, len(members), 64):
             part = members[start:start + 64]
-            truths = torch.tensor([self.texts.rows[i][0][0] for i in part]).to(self.machine.device)
+            truths = torch.tensor([self.texts.rows[i][0][0] for i in part]).to(self.machine.device)  # (b, categories)
             with self.machine.autocast():
                 logits, _ = model(self.images(part), truths)
             said.append(torch.stack([scores.argmax(dim=1) for scores in logits], dim=1).cpu())        # (b, categories)
@@ -565,11 +597,12 @@ class Classifying(Task):
         return members, torch.cat(said), torch.tensor([self.texts.rows[i][0][0] for i in members])
 
     def accuracy(self, guesses, truths):
-        """{category: share right}, of the images that have a label there."""
+        """{category: share right}, of the images that have a label there; no entry where none has."""
         return {kind: ((guesses[:, k] == truths[:, k])[truths[:, k] != IGNORE]).float().mean().item()
-                for k, kind in enumerate(self.labels)}
+                for k, kind in enumerate(self.labels) if (truths[:, k] != IGNORE).any()}
 
     def look(self, model, step, best):
+        """Loss and share right on the validation split; keeps the model whose loss is lowest."""
         loss, exchanged = self.evaluate(model, "val", self.config.eval_images)
         _, guesses, truths = self.guesses(model, "val", self.config.eval_images)
         right = self.accuracy(guesses, truths)
@@ -584,11 +617,12 @@ class Classifying(Task):
         model.load_state_dict(load_safetensors(out / "model.safetensors"))
         members, guesses, truths = self.guesses(model, "test", self.config.test_images)
         right = self.accuracy(guesses, truths)
-        print(f"\n{len(members)} held-out images: " + ", ".join(f"{kind} {value:.1%} right" for kind, value in right.items()))
+        print(f"\n{len(members)} held-out images: " +
+              ", ".join(f"{kind} {value:.1%} right" for kind, value in right.items()))
         names = list(self.labels.values())
         draw_samples(run, members, [", ".join(names[k][g] for k, g in enumerate(row)) for row in guesses[:16].tolist()])
         for k, (kind, labels) in enumerate(self.labels.items()):
-            table = torch.zeros(len(labels), len(labels))
+            table = torch.zeros(len(labels), len(labels))                         # [truth, guess]: how often
             known = truths[:, k] != IGNORE
             table.index_put_((truths[known, k], guesses[known, k]), torch.ones(int(known.sum())), accumulate=True)
             picture = similarity_picture(table / table.sum(dim=1, keepdim=True).clamp(min=1), labels)
@@ -596,22 +630,34 @@ class Classifying(Task):
         config = read_json(out / "config.json")
         config["scores"].update({f"test {kind}": value for kind, value in right.items()})
         write_json(out / "config.json", config)
-        print(f"{out}/confusion-*.png show what is taken for what. The tower can now learn to speak:\n    python train.py "
-              f"--dataset {run.dataset.name} --vision {shlex.quote(str(out))} --out-dir out/speaks")
+        print(f"{out}/confusion-*.png show what is taken for what. The tower can now learn to speak:\n"
+              f"    python train.py --dataset {run.dataset.name} --vision {shlex.quote(str(out))} --out-dir out/speaks")
+
+    def judge(self, model, split, **_):
+        """Accuracy by category over a whole split; scores.json. "shuffled": images against the next one's labels."""
+        members, guesses, truths = self.guesses(model, split)
+        scores = {**self.accuracy(guesses, truths), "shuffled": self.accuracy(guesses, truths.roll(-1, 0))}
+        write_json(self.run.out / "scores.json", {"split": split, "images": len(members), **scores})
+        return scores
 
 
 class Answering(Captioning):
     """--task vqa: the prefix model answers questions, in sentences; the loss is on its own words only."""
 
+    def __init__(self, run, saved=None):
+        if not hasattr(run.dataset, "questions"):
+            raise UserError(f"{run.dataset.name} holds no questions; --task vqa needs --dataset shapes or vqav2")
+        super().__init__(run, saved)
+
     def words(self, clean):
+        """Questions, and answers as sentences, uncleaned: here digits and the question mark say something."""
         dataset = self.run.dataset
         return (text for i in dataset.splits["train"] for q in dataset.questions[i]
                 for text in (q.question, to_sentence(q.question, q.answer, q.question_type)))
 
     def make_texts(self, clean):
+        """Each image's dialogues as rows. Also sets `longest`, the room to speak: most trained tokens of a row."""
         c, dataset, cut = self.config, self.run.dataset, Counter()
-        if not hasattr(dataset, "questions"):
-            raise UserError(f"{dataset.name} holds no questions; --task vqa needs --dataset shapes or vqav2")
         self.tokenizer.add_special_tokens(TAGS)
         rows = [[to_targets(*row) for row in rows_of(questions, self.tokenizer, c.max_tokens, c.turns, cut=cut)]
                 for questions in dataset.questions]
@@ -624,7 +670,10 @@ class Answering(Captioning):
         return {**super().about(), "longest": self.longest}
 
     def answer(self, model, members, seen="true", **how):
-        """{question id: sentence} for all questions about `members`; seen: "true", "exchanged" or "blank" images."""
+        """{question id: sentence} for all questions about `members`; seen: "true", "exchanged" or "blank" images.
+
+        Blank is 0 after normalisation, the mean colour. how: for generate.
+        """
         model.eval()
         said = {}
         for start in range(0, len(members), 64):
@@ -644,11 +693,11 @@ class Answering(Captioning):
         return said
 
     def accuracy(self, model, members, seen="true", **how):
-        """Sentences, short answers, and the official accuracy in all its cuts."""
+        """{id: sentence}, {id: short answer}, and the official accuracy (0..1) with all its parts: score_vqa's dict."""
         questions = [q for i in members for q in self.run.dataset.questions[i]]
         said = self.answer(model, members, seen, **how)
         short = {q.question_id: to_short(said[q.question_id], q.question) for q in questions}
-        return said, short, score_vqa(questions, short)
+        return said, short, score_vqa(questions, short) if any(q.answers for q in questions) else {}
 
     def look(self, model, step, best):
         run, say = self.run, self.machine.say
@@ -656,20 +705,21 @@ class Answering(Captioning):
         if not math.isfinite(val):
             raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
         if self.machine.main:
-            members = run.store.usable("val")[:100]
+            members = run.members("val", 100)
             said, _, scores = self.accuracy(model, members)
             say(f"step {step}: validation loss {val:.3f}, with images exchanged {shuffled:.3f}; accuracy "
                 f"{scores['overall']:.1%} on the questions of {len(members)} images")
             for q in [q for i in members[:3] for q in run.dataset.questions[i][:1]]:
                 say(f"    {q.question!r} {said[q.question_id]!r}   truth: {q.answer!r}")
             if val < best:
-                run.save(model, {"val_loss": val, "shuffled_loss": shuffled, "step": step, "val accuracy": scores["overall"]})
+                run.save(model, {"val_loss": val, "shuffled_loss": shuffled, "step": step,
+                                 "val accuracy": scores["overall"]})
         return val, shuffled, val
 
     def finish(self, model):
         run, out = self.run, self.run.out
         model.load_state_dict(load_safetensors(out / "model.safetensors"))
-        members = run.store.usable("test")[:self.config.test_images]
+        members = run.members("test", self.config.test_images)
         said, scores = self.report(model, members)
         print("Now try")
         config = read_json(out / "config.json")
@@ -680,44 +730,53 @@ class Answering(Captioning):
         next_command(run, f" --prompt {shlex.quote(asked[0].question)}")
 
     def report(self, model, members, **how):
-        """Print, and write to results.json and scores.json, what is right: with the true image, another, and none."""
+        """Print, and write to results.json and scores.json, what is right: with the true image, another, and none.
+
+        Returns the sentences, and score_vqa's dict with "accuracy", "exchanged" and "blank" beside.
+        """
         said, short, scores = self.accuracy(model, members, **how)
+        results = self.run.out / "results.json"
+        atomic_write(results, lambda file: file.write(json.dumps(submission(short)).encode()))
+        if not scores:                                          # the official test split: its answers are kept secret
+            print(f"{len(short)} questions about {len(members)} images, without answers: {results} is to be submitted")
+            return said, {}
         for i in members[:6]:
             for q in self.run.dataset.questions[i][:2]:
                 print(f"    {q.question}  {said[q.question_id]}   truth: {q.answer}")
         others = {seen: self.accuracy(model, members, seen, **how)[2]["overall"] for seen in ("exchanged", "blank")}
-        print(f"{len(short)} questions about {len(members)} held-out images: accuracy {scores['overall']:.1%}; with images "
-              f"exchanged {others['exchanged']:.1%}, blanked {others['blank']:.1%}")
-        for cut in ("answer_type", "question_type"):
-            print(f"  by {cut}: " + ", ".join(f"{kind} {value:.1%}" for kind, value in sorted(scores[cut].items())[:12]))
-        atomic_write(self.run.out / "results.json", lambda file: file.write(json.dumps(submission(short)).encode()))
+        print(f"{len(short)} questions about {len(members)} held-out images: accuracy {scores['overall']:.1%}; with "
+              f"images exchanged {others['exchanged']:.1%}, blanked {others['blank']:.1%}")
+        for part in ("answer_type", "question_type"):
+            print(f"  by {part}: " +
+                  ", ".join(f"{kind} {value:.1%}" for kind, value in sorted(scores[part].items())[:12]))
         scores = {"accuracy": scores["overall"], "exchanged": others["exchanged"], "blank": others["blank"], **scores}
         write_json(self.run.out / "scores.json", {"images": len(members), **how, **scores})
         return said, scores
 
     def judge(self, model, split, num_beams, length_penalty):
         how = dict(num_beams=num_beams, length_penalty=length_penalty)
-        _, scores = self.report(model, self.run.store.usable(split), **how)
-        return {"accuracy": scores["accuracy"], "shuffled": {"accuracy": scores["exchanged"]}}
+        _, scores = self.report(model, self.run.members(split), **how)
+        return scores and {"accuracy": scores["accuracy"], "shuffled": {"accuracy": scores["exchanged"]}}
 
 
 def read_labels(path, dataset):
-    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}."""
+    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}. Raises UserError."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         number = {name: i for i, name in enumerate(short_names(dataset.names))}
         found = {}
         for row in rows:
-            i = number.get(row["image"], number.get(Path(row["image"]).name))
-            if i is not None and row["label"]:
+            i = number.get(row["image"], number.get(Path(row["image"] or "").name))
+            if i is not None and row["label"] and row["category"]:
                 found.setdefault(i, {})[row["category"]] = row["label"]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the labels in {path}: {error}") from None
     except KeyError:
         raise UserError(f"{path} should begin with the line image,category,label") from None
     if not found:
-        raise UserError(f"{path} holds no label for any image of {dataset.name}; make it with data.py --label")
+        raise UserError(f"{path} holds no label for any image of {dataset.name}; make it with data.py --label, perhaps "
+                        "with a lower --margin")
     return found
 
 

@@ -68,7 +68,7 @@ class TrainConfig(DataConfig):
     n_hidden: int | None = option(None, "lstm: width of its state; default --n-embd. clip: width inside an mlp head")
     head: str = option("linear", "clip: from the image's features to the common space", ("linear", "mlp"))
     n_joint: int = option(256, "clip: numbers in the common space (a public text tower brings its own)")
-    text_embeddings: str | None = option(None, "clip: learn from ready-made text embeddings (data.py --text-embeddings)")
+    text_embeddings: str | None = option(None, "clip: the file of text embeddings made by data.py --text-embeddings")
     init: str | None = option(None, "caption, vqa: go on from the model of this run, with another stage or task")
     shuffle: int = option(1, "prefix: join this many by this many neighbouring patches into one image token")
     turns: int = option(1, "vqa: questions in one dialogue")
@@ -94,6 +94,7 @@ class TrainConfig(DataConfig):
     warmup: float = option(0.2, "share of the steps in which the rate climbs (OneCycle)")
     weight_decay: float = option(0.05, "pull of matrices (not of norms, biases, embeddings) towards zero")
     beta2: float = option(0.98, "AdamW's memory of squared gradients; 0.999 for very long runs")
+    smoothing: float = option(0.0, "label smoothing: this share of the aim goes to all words; 0.1 helps beam search")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for no limit")
     crop: float = option(0.0, "augment: random windows, leaving out at most this share of the area")
     jitter: float = option(0.0, "augment: brightness, contrast, saturation each by up to this factor")
@@ -120,16 +121,16 @@ class TrainConfig(DataConfig):
 
 PRESETS = {
     # real photographs from scratch on two cores: within 40 minutes
-    "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, dropout=0.2, vocab_size=2048, clean="words",
-                   max_tokens=20, epochs=13, captions_per_image=5, lr=1e-3, crop=0.4, jitter=0.3,
+    "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, dropout=0.2, vocab_size=2048,
+                   clean="words", max_tokens=20, epochs=10, captions_per_image=5, lr=1e-3, crop=0.4, jitter=0.3,
                    eval_interval=376),
     # the same at the size a GPU likes
     "gpu": dict(dataset="flickr8k", image_size=224, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
                 max_tokens=32, dropout=0.1, epochs=40, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.4,
                 jitter=0.3, eval_interval=235),
     # an LSTM on ready-made features (--features FILE), as captioners were built before attention
-    "lstm": dict(dataset="flickr8k", model="lstm", clean="words", tokenizer="words", n_layer=1, n_embd=256, n_hidden=512,
-                 soft_attention=True, n_head=1, dropout=0.5, max_tokens=24, epochs=10, batch_size=64,
+    "lstm": dict(dataset="flickr8k", model="lstm", clean="words", tokenizer="words", n_layer=1, n_embd=256,
+                 n_hidden=512, soft_attention=True, n_head=1, dropout=0.5, max_tokens=24, epochs=10, batch_size=64,
                  captions_per_image=5, accum=4, lr=2e-3, eval_interval=188, eval_images=1000),
     # public weights: first the new cross-attention, then the decoder, then all, at gentle rates
     "public": dict(dataset="flickr8k", vision="google/vit-base-patch16-224-in21k", text="openai-community/gpt2",
@@ -237,6 +238,14 @@ class Run:
             return StreamStore(self.dataset, self.task.recipe, c.stream_cache, c.allow_private, say)
         return ImageStore(self.dataset, splits, self.task.recipe, c.cache, c.allow_broken, say)
 
+    def members(self, split, limit=None):
+        """The images of a split that can be had, the first `limit` of them."""
+        members = self.store.usable(split)[:limit]
+        members = self.store.present(members) if self.config.stream else members
+        if not members:
+            raise UserError(f"none of the images of the {split} split can be had; the lines above say why")
+        return members
+
     def loader(self, start):
         """The steps from `start` on; made ahead by worker processes where there is decoding or a GPU to feed."""
         workers = self.config.workers if self.machine.cuda or not self.store.in_memory else 0
@@ -244,7 +253,7 @@ class Run:
         # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
         return torch.utils.data.DataLoader(
             self.batches, batch_size=None, sampler=range(start, self.total_steps), num_workers=workers,
-            pin_memory=self.machine.cuda, generator=torch.Generator())
+            pin_memory=self.machine.cuda, generator=torch.Generator(), worker_init_fn=as_worker)
 
     def clear(self):
         """A new run in an old one's folder replaces it: half of each would be a model nobody trained."""
@@ -296,6 +305,12 @@ class Run:
                   (("training", "train_loss"), ("validation", "val_loss"), ("wrong image", "shuffled_loss"))}
         image = curves(series, f"{self.dataset.name}, {self.config.model}: loss (nats per token) by step")
         atomic_write(self.out / "curves.png", lambda file: image.save(file, "PNG"))
+
+
+def as_worker(_):
+    """A loader's process inherits our handlers, but it should leave Ctrl-C to us, and end when it is told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def read_state(out):
@@ -361,7 +376,7 @@ def train(run):
     begin, begin_step, mark = time.perf_counter(), step, time.perf_counter()
 
     for micro_batches in run.loader(step):
-        if isinstance(micro_batches, UserError):
+        if isinstance(micro_batches, Exception):
             raise micro_batches
         # The rate of this step, and the parts of the model that may learn by now.
         lr = one_cycle(step, run.total_steps, config.lr, pct_start=config.warmup)
@@ -428,14 +443,24 @@ def check_options(c):
     rules = [(getattr(c, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(c, name)}")
              for name in above_zero]
     rules += [(0 <= getattr(c, name) < 1, f"--{name} must be at least 0 and below 1, not {getattr(c, name)}")
-              for name in ("dropout", "crop", "jitter", "warmup")]
+              for name in ("dropout", "crop", "jitter", "warmup", "smoothing")]
     rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} must not be below 0, but is {getattr(c, name)}")
               for name in ("workers", "seed", "weight_decay", "grad_clip", "stop_after", "lr_decoder", "lr_vision")]
     rules += [(0 < c.beta2 < 1, f"--beta2 must be between 0 and 1, not {c.beta2}"),
               (math.isfinite(c.epochs) and c.seed < 2 ** 32, "--epochs and --seed must be ordinary numbers"),
               (c.wiring == "final" or c.model == "cross", "--wiring lockstep is for --model cross"),
+              (c.task != "vqa" or c.model == "prefix", "--task vqa is for --model prefix: give that too"),
+              (c.task != "vqa" or not c.features, "--task vqa looks at pixels; drop --features"),
+              (c.task != "classify" or not c.features, "--task classify teaches a vision tower; drop --features"),
+              (c.shuffle == 1 or c.model == "prefix", "--shuffle is for --model prefix"),
+              (c.shuffle > 0 and c.turns > 0 and c.n_joint > 0, "--shuffle, --turns and --n-joint must be above 0"),
+              (not (c.show_batch and c.task in ("clip", "classify")), "--show-batch is for --task caption and vqa"),
+              (not (c.init and (c.vision or c.text)), "--init brings a whole model: drop --vision and --text"),
+              (not c.init or c.task in ("caption", "vqa"), "--init is for caption and vqa; --vision takes a tower"),
+              (not c.stream or c.dataset == "coco", "--stream fetches the images of coco; drop it"),
+              (c.stream_cache > 0, f"--stream-cache must be above 0, not {c.stream_cache}"),
               (c.wiring == "final" or not c.features, "--wiring lockstep needs a vision tower, not --features"),
-              (not (c.features and c.vision), "--features are what a vision tower has made: drop --vision or --features"),
+              (not (c.features and c.vision), "a vision tower has made --features: drop --vision or --features"),
               (not (c.model == "lstm" and c.text), "--text brings a GPT-2; --model lstm has none"),
               (c.n_hidden is None or c.n_hidden > 0, f"--n-hidden must be above 0, not {c.n_hidden}"),
               (not c.soft_attention or (c.n_hidden or c.n_embd) % c.n_head == 0,
@@ -489,7 +514,9 @@ def evaluate_run(config):
     machine = Machine(config)
     run = Run(config, machine, saved)
     model = saved.model.to(machine.device)
-    scores = run.task.judge(model, config.split, config.num_beams, config.length_penalty)
+    scores = run.task.judge(model, config.split, num_beams=config.num_beams, length_penalty=config.length_penalty)
+    if not scores:
+        return                                                  # nothing to judge by; the task has said so
     shuffled = scores.pop("shuffled")
     machine.say(f"{config.split} split: {show(scores)}\nwith images exchanged: {show(shuffled)}")
     row = {"run": config.out_dir, "model": config.model, "features": saved.config.get("features", {}) and
@@ -503,7 +530,10 @@ def show_batch(run):
     """--show-batch: what the first step trains on. The bug every VLM author makes, visible at a glance."""
     vision = run.task.make_model().config.vision if run.config.model == "prefix" else None
     n_image = vision.n_patches // run.config.shuffle ** 2 if vision else 1
-    for batch in run.batches[0]:
+    batches = run.batches[0]
+    if isinstance(batches, Exception):
+        raise batches
+    for batch in batches:
         for idx, targets in list(zip(batch.idx.tolist(), batch.targets.tolist()))[:8]:
             T = max([t + 1 for t, target in enumerate(targets) if target != IGNORE], default=0)
             print(show_tokens(run.task.tokenizer, idx[:T], targets[:T], n_image, color=sys.stdout.isatty()) + "\n")

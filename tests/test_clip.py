@@ -242,7 +242,7 @@ def test_one_chunk_is_the_plain_forward():
 
 def test_chunks_need_less_memory_than_the_batch():
     """What a graph keeps at once is one chunk's: the largest number of rows alive with a graph is the chunk's."""
-    model, alive, most = batch_norm_clip(), [], []
+    model, alive = batch_norm_clip(), []
     model.image_head.register_forward_hook(lambda m, args, y: alive.append(y.requires_grad and len(y)))
     img, idx = pairs(8, size=16)
     contrastive_step(model, list(zip(img.split(2), idx.split(2))))

@@ -413,7 +413,7 @@ def blind_accuracy(n_objects, n_scenes):
     """{kind or "all": how often the commonest answer to a question's exact words is right}."""
     rng, said, kind = random.Random(0), collections.defaultdict(collections.Counter), {}
     for _ in range(n_scenes):
-        for q in ask(scene := make_scene(rng, n_objects), rng):
+        for q in ask(make_scene(rng, n_objects), rng):
             said[q["question"]][q["short"]] += 1
             kind[q["question"]] = q["kind"]
     right, asked = collections.Counter(), collections.Counter()

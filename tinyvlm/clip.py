@@ -174,9 +174,8 @@ class CLIP(nn.Module):
         x = x[torch.arange(len(idx), device=idx.device), marks.argmax(dim=1)]     # (B, C)
         return F.normalize(self.text_head(x).float(), dim=-1)                     # (B, D)
 
-
     def parts(self):
-        """{"bridge" | "decoder" | "vision": parameters}: the heads and the temperature, the text tower, the image tower."""
+        """{"bridge" | "decoder" | "vision": parameters}: heads and temperature, the text tower, the image tower."""
         towers = {"decoder": self.text, "vision": self.vision}
         parts = {part: list(tower.parameters()) if tower else [] for part, tower in towers.items()}
         in_towers = {id(p) for params in parts.values() for p in params}

@@ -5,9 +5,9 @@
 
 and the same for captions and CLIP's text tower (write_text_embeddings, TextEmbeddings).
 
-One safetensors file holds `features`, (images, D) in float16 (or (images, N, D), a grid), and in its metadata `ids`, the
-image names as a JSON list. Any file of that form will do, whoever made it. Ours also says which encoder made it (so that
-sample.py can treat new pictures alike), with which recipe, and for which data set.
+One safetensors file holds `features`, (images, D) in float16 (or (images, N, D), a vector for each of N places), and in
+its metadata `ids`, the image names as a JSON list. Any file of that form will do, whoever made it. Ours also says which
+encoder made it (so that sample.py can treat new pictures alike), with which recipe, and for which data set.
 """
 import hashlib
 import json
@@ -32,7 +32,10 @@ SAVE_EVERY = 500        # images between two savings of an unfinished cache
 
 
 class Encoder:
-    """A frozen public network and its recipe. source: a short name of ENCODERS, a Hub id, or a folder."""
+    """A frozen public network and its recipe. source: a short name of ENCODERS, a Hub id, or a folder.
+
+    grid: a vector for each place instead of one for the image. Raises UserError if source is no image encoder.
+    """
 
     def __init__(self, source, grid=False, device="cpu"):
         self.source, self.grid, self.device = ENCODERS.get(source, source), grid, device
@@ -44,7 +47,10 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, images):
-        """PIL images -> features (B, D): pooled, the class token, or CLIP's embedding. With grid: (B, N, D)."""
+        """PIL images -> features (B, D): pooled, the class token, or CLIP's embedding. With grid: (B, N, D).
+
+        Of a ViT the grid is its patches: the class token stands for no place.
+        """
         img = torch.stack([preprocess(image, self.recipe) for image in images]).to(self.device)        # (B, 3, S, S)
         if isinstance(self.model, CLIP) and not self.grid:
             return self.model.encode_image(img)                                   # (B, D)
@@ -56,7 +62,7 @@ class Encoder:
         return feats[:, 0] if cls else feats.mean(dim=1)                          # (B, D)
 
     def about(self, dataset):
-        """What the file says of itself, beside the names."""
+        """The file's metadata, strings all, beside the `ids`: what read_metadata gives back as FeatureStore.meta."""
         return {"encoder": self.source, "grid": json.dumps(self.grid), "recipe": json.dumps(asdict(self.recipe)),
                 "dataset": dataset.name}
 
@@ -71,7 +77,8 @@ def short_names(names):
 def write_features(source, dataset, path, grid=False, batch_size=32, device="cpu", say=print):
     """Encode every image of the data set into the file `path`, going on where an earlier call was cut off.
 
-    Broken images are named and left out. Refuses a file that another encoder, recipe or data set made.
+    Broken images are named and left out. Raises UserError if no image can be read, or if `path` holds what another
+    encoder or recipe, or another data set, made.
     """
     path, encoder = Path(path), Encoder(source, grid, device)
     about, done = encoder.about(dataset), {}
@@ -107,11 +114,12 @@ def write_features(source, dataset, path, grid=False, batch_size=32, device="cpu
         raise UserError(f"none of the {len(names)} images of {dataset.name} could be read; nothing was written")
     if todo:
         save()
-    say(f"{len(done)} images as {tuple(next(iter(done.values())).shape)} numbers each in {path}; {len(broken)} left out")
+    shape = tuple(next(iter(done.values())).shape)                                # (D,) or (N, D)
+    say(f"{len(done)} images as {shape} numbers each in {path}; {len(broken)} left out")
 
 
 def read_features(path):
-    """{image name: features} of a feature file. Raises UserError naming its fault."""
+    """{image name: features, (D,) or (N, D) float16} of a feature file. Raises UserError naming its fault."""
     if not Path(path).is_file():
         raise UserError(f"there is no feature file {path}; make one with data.py --features, or name another")
     try:
@@ -119,8 +127,8 @@ def read_features(path):
     except SafetensorsError as error:
         raise UserError(f"{path} is damaged ({error}); make it again") from None
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is no feature file: it needs a tensor `features` and, in its metadata, `ids`, the image "
-                        "names as a JSON list") from None
+        raise UserError(f"{path} is no feature file: it needs a tensor `features` and, in its metadata, `ids`, the "
+                        "image names as a JSON list") from None
     if not isinstance(ids, list) or feats.dim() not in (2, 3) or len(ids) != len(feats) or not len(ids):
         raise UserError(f"{path} should hold features of shape (images, D) or (images, N, D) and a name for each; its "
                         f"features are {tuple(feats.shape)}, its names {len(ids)}")
@@ -130,25 +138,27 @@ def read_features(path):
 class FeatureStore:
     """Features of a data set's images from a file, in place of pixels. Raises UserError where the two do not match.
 
-    Has what ImageStore has: `usable(split)`, `get(members)`, `dataset`, `in_memory`. `meta`: what the file says of itself;
-    `source`, `recipe`: the encoder and how it wants its images, where the file tells (None where it does not).
+    Has what data.ImageStore has: `usable(split)`, `get(members)`, `dataset`, `in_memory`. `meta`: what the file says of
+    itself; `source`, `recipe`: the encoder and how it wants its images, None where the file does not tell; `feat_dim`,
+    `n_tokens`: D and N.
     """
     ready, in_memory, broken = True, True, {}
 
     def __init__(self, path, dataset, say=print):
         self.dataset, self.path = dataset, Path(path)
-        self.row = read_features(path)
+        by_name = read_features(path)
         self.meta = read_metadata(path)
         names = short_names(dataset.names)
         wanted = sorted({i for members in dataset.splits.values() for i in members})
-        missing = [names[i] for i in wanted if names[i] not in self.row]
+        missing = [names[i] for i in wanted if names[i] not in by_name]
         if missing:
-            raise UserError(f"{path} has no features of {len(missing)} of the {len(wanted)} images of {dataset.name} (such "
-                            f"as {missing[0]}); it belongs to another data set, or was not finished: make it again")
+            raise UserError(f"{path} has no features of {len(missing)} of the {len(wanted)} images of {dataset.name} "
+                            f"(such as {missing[0]}); it belongs to another data set, or was not finished: make it "
+                            "again")
         if self.meta.get("dataset", dataset.name) != dataset.name:
             raise UserError(f"{path} was made for {self.meta['dataset']}, not {dataset.name}; make it again")
-        self.row = {i: self.row[names[i]] for i in wanted}
-        shape = next(iter(self.row.values())).shape                               # (D,) or (N, D)
+        self.feats = {i: by_name[names[i]] for i in wanted}
+        shape = next(iter(self.feats.values())).shape                               # (D,) or (N, D)
         self.feat_dim, self.n_tokens = shape[-1], 1 if len(shape) == 1 else shape[0]
         say(f"{len(wanted)} images as {tuple(shape)} numbers each, by {self.meta.get('encoder', 'an unknown encoder')}")
         try:
@@ -158,7 +168,7 @@ class FeatureStore:
         self.source = self.meta.get("encoder") if self.recipe else None
 
     def about(self):
-        """For config.json: what made these features."""
+        """For config.json: what made these features. dim: D; source: None where sample.py cannot make them anew."""
         return {"encoder": self.meta.get("encoder", "unknown"), "source": self.source, "dim": self.feat_dim,
                 "grid": self.meta.get("grid") == "true"}
 
@@ -167,13 +177,13 @@ class FeatureStore:
 
     def get(self, members):
         """float32 (B, D) or (B, N, D) of the images `members`."""
-        return torch.stack([self.row[i] for i in members]).float()
+        return torch.stack([self.feats[i] for i in members]).float()
 
 
 # ---- captions, likewise
 
 def _digest(dataset):
-    """A name for "these captions of these images, in this order"."""
+    """A hash that stands for "these captions of these images, in this order": embeddings are known by place alone."""
     text = json.dumps([short_names(dataset.names), dataset.captions], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
@@ -182,11 +192,14 @@ def _digest(dataset):
 def write_text_embeddings(source, dataset, path, batch_size=256, device="cpu", say=print):
     """All captions through a frozen CLIP text tower, once: `embeddings` (captions, D) float16 in the data set's order.
 
-    Goes on where an earlier call was cut off; refuses a file of another tower or of other captions.
+    Goes on where an earlier call was cut off. Raises UserError for a file of another tower or of other captions, and
+    for a CLIP that has no tokenizer.
     """
     source, path = ENCODERS.get(source, source), Path(path)
     about = {"encoder": source, "captions": _digest(dataset), "dataset": dataset.name}
     model = load_clip(source).to(device)
+    if model.tokenizer is None:
+        raise UserError(f"{source} came without its tokenizer; name a CLIP that has one")
     texts, done = [text for captions in dataset.captions for text in captions], []
     if path.exists():
         _check_embeddings(path, about)
@@ -202,19 +215,25 @@ def write_text_embeddings(source, dataset, path, batch_size=256, device="cpu", s
 
 
 def _check_embeddings(path, about):
+    """The metadata of a file of text embeddings. Raises UserError if it is damaged or differs from `about`."""
     try:
         meta = read_metadata(path)
     except SafetensorsError as error:
         raise UserError(f"{path} is damaged ({error}); make it again") from None
-    for key, sentence in (("captions", "other captions, or captions in another order"), ("encoder", "another text tower")):
+    for key, other in (("captions", "of other captions, or captions in another order"),
+                       ("encoder", "by another text tower")):
         if key in about and meta.get(key) != about[key]:
-            raise UserError(f"{path} holds embeddings by {sentence} ({str(meta.get(key))[:60]}); make it again with "
+            raise UserError(f"{path} holds embeddings {other} ({str(meta.get(key))[:60]}); make it again with "
                             "data.py --text-embeddings, in another file")
     return meta
 
 
 class TextEmbeddings:
-    """The captions of a data set as ready-made embeddings: `emb` (captions, D), `rows[i]` their numbers for image i."""
+    """The captions of a data set as ready-made embeddings: `emb` (captions, D); `rows[i]`, those of image i.
+
+    A row is ([k], [0]): k, the caption's number in `emb`, stands where data.Texts has ids, so batches are made the same
+    way; [0] is one target, which counts the caption once. Raises UserError if the file does not fit or is unfinished.
+    """
 
     def __init__(self, path, dataset):
         if not Path(path).is_file():
@@ -222,7 +241,7 @@ class TextEmbeddings:
         self.source = _check_embeddings(path, {"captions": _digest(dataset)})["encoder"]
         self.emb = load_safetensors(path)["embeddings"]
         if len(self.emb) != sum(map(len, dataset.captions)):
-            raise UserError(f"{path} was not finished: {len(self.emb)} of {sum(map(len, dataset.captions))} captions; run "
-                            "data.py --text-embeddings again, it goes on from there")
+            raise UserError(f"{path} was not finished: {len(self.emb)} of {sum(map(len, dataset.captions))} captions; "
+                            "run data.py --text-embeddings again, it goes on from there")
         self.dim, numbers = self.emb.size(1), iter(range(len(self.emb)))
         self.rows = [[([next(numbers)], [0]) for _ in captions] for captions in dataset.captions]

@@ -29,11 +29,17 @@ class GPTConfig:
     cross: bool = False         # give every block cross-attention over image features
     activation: str = "gelu_tanh"
     eps: float = 1e-5
+    smoothing: float = 0.0      # label smoothing of the training loss
 
 
-def next_token_loss(logits, targets):
-    """Mean cross-entropy (nats) over the targets that are not IGNORE. logits (B, T, V), targets (B, T) -> scalar."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+def next_token_loss(logits, targets, smoothing=0.0):
+    """Mean cross-entropy (nats) over the targets that are not IGNORE. logits (B, T, V), targets (B, T) -> scalar.
+
+    smoothing: this share of the aim is spread over the whole vocabulary ("Rethinking the Inception architecture",
+    Szegedy et al. 2015, arXiv:1512.00567): a model that need not be certain keeps better beams. For training only.
+    """
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
+                           label_smoothing=smoothing)
 
 
 def last_of(x, lengths=None):
@@ -63,7 +69,11 @@ class GPT(nn.Module):
         feats: image features (B or B/K, N, C) for all blocks, or a list with one such tensor per block.
         """
         logits = self.head(self.hidden(self.embed(idx), feats, cache))            # (B, T, V)
-        return logits, None if targets is None else next_token_loss(logits, targets)
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    def loss(self, logits, targets):
+        """The loss of training (smoothed) or of evaluation (never)."""
+        return next_token_loss(logits, targets, self.config.smoothing if self.training else 0.0)
 
     def embed(self, idx):
         """Token ids (B, T) -> vectors (B, T, C), without positions.
@@ -118,7 +128,7 @@ class GPT(nn.Module):
         self.config.vocab_size = vocab_size
 
     def grow_context(self, block_size):
-        """Append positions for longer texts; they start small and random, like all positions that no text has reached."""
+        """Append positions for longer texts; they start small and random, like all that no text has reached."""
         old = self.wpe.weight.data
         assert block_size >= len(old), f"the model reads {len(old)} tokens and cannot shrink to {block_size}"
         new = torch.randn(block_size - len(old), old.size(1), device=old.device) * 0.02

@@ -25,12 +25,12 @@ def has_onednn():
     """Whether this PyTorch can multiply dense matrices by oneDNN (Intel and AMD builds can; some others cannot)."""
     try:
         return bool(onednn(torch.ones(1, 1), torch.ones(1, 1)) == 1)
-    except (AttributeError, RuntimeError):                      # no such operator; NotImplementedError is a RuntimeError
+    except (AttributeError, RuntimeError):                      # no operator: NotImplementedError is a RuntimeError
         return False
 
 
 def onednn(x, weight, bias=None):
-    """F.linear by oneDNN, without gradients: x (.., C_in), weight (C_out, C_in), bias (C_out) or None -> (.., C_out)."""
+    """F.linear by oneDNN, no gradients: x (.., C_in), weight (C_out, C_in), bias (C_out) or None -> (.., C_out)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

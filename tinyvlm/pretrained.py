@@ -34,7 +34,7 @@ from .tokenizer import load_tokenizer
 from .transformer import ACTIVATIONS
 from .vit import ViT, ViTConfig, resize_positions
 from .vlm import CrossCaptioner, VLMConfig, build, from_dict
-from .weights import (Source, _weight_map, copy_weights, expand, load_safetensors, read_json, save_safetensors,
+from .weights import (Source, weight_map, copy_weights, expand, load_safetensors, read_json, save_safetensors,
                       write_json)
 
 
@@ -146,7 +146,7 @@ def _read_tensors(path, find):
     if path.name.endswith(".bin"):
         return _read_pickle(path)
     if path.name.endswith(".json"):
-        for shard in sorted({file.relative_to(path.parent).as_posix() for file in _weight_map(path).values()}):
+        for shard in sorted({file.relative_to(path.parent).as_posix() for file in weight_map(path).values()}):
             find(shard)                                         # a hub's shards come one by one, beside the index
     return load_safetensors(path)
 
@@ -731,25 +731,44 @@ def _grow(family, model, special_tokens):
     gpt.grow_vocab(max(gpt.config.vocab_size, model.tokenizer.vocab_size))
 
 
-def _loader(family, doc):
-    """load_gpt2 and its like, which all take the same options.
+def _open(family, source, revision=None, allow_pickle=False, image_size=None, special_tokens=()):
+    """What every load_* below does. source: a Hub id or a local folder; revision: a branch, tag or commit.
 
-    revision: branch, tag or commit. allow_pickle: open pytorch_model.bin, through torch's weights-only reader, if there
-    is nothing else. image_size: stretch the position table to other pictures. special_tokens: new ones for GPT-2.
+    allow_pickle: open pytorch_model.bin, through torch's weights-only reader, if there is nothing else. image_size:
+    stretch the position table to other pictures. special_tokens: new ones for GPT-2. The model comes in eval mode, with
+    .recipe and .tokenizer (None where the source has none). Raises UserError naming what is missing or does not fit.
     """
-    def load(source, revision=None, allow_pickle=False, image_size=None, special_tokens=()):
-        return _load(family, open_checkpoint(source, revision, allow_pickle), image_size, special_tokens)
-    load.__name__ = load.__qualname__ = f"load_{family}"
-    load.__doc__ = doc + " source: a Hub id or a local folder; options: see _loader. Raises UserError."
-    return load
+    return _load(family, open_checkpoint(source, revision, allow_pickle), image_size, special_tokens)
 
 
-load_gpt2 = _loader("gpt2", "GPT-2 of any size (openai-community/gpt2, distilbert/distilgpt2) -> gpt.GPT.")
-load_vit = _loader("vit", "ViT or DeiT, Hugging Face's or timm's names (google/vit-base-patch16-224) -> vit.ViT.")
-load_clip = _loader("clip", "CLIP with a ViT, Hugging Face's or OpenAI's names (laion/CLIP-...) -> clip.CLIP.")
-load_resnet50 = _loader("resnet50", "ResNet-50 v1.5 (microsoft/resnet-50, timm/resnet50.a1_in1k) -> cnn.ResNet50.")
-load_vgg16 = _loader("vgg16", "VGG-16 (timm/vgg16.tv_in1k), linear layers stored either way -> cnn.VGG16.")
-load_vit_gpt2 = _loader("vit_gpt2", "ViT + GPT-2 (nlpconnect/vit-gpt2-image-captioning) -> vlm.CrossCaptioner.")
+def load_gpt2(source, **options):
+    """GPT-2 of any size (openai-community/gpt2, distilbert/distilgpt2) -> gpt.GPT. Options: see _open."""
+    return _open("gpt2", source, **options)
+
+
+def load_vit(source, **options):
+    """ViT or DeiT, Hugging Face's or timm's names (google/vit-base-patch16-224) -> vit.ViT. Options: see _open."""
+    return _open("vit", source, **options)
+
+
+def load_clip(source, **options):
+    """CLIP with a ViT, Hugging Face's or OpenAI's names (laion/CLIP-...) -> clip.CLIP. Options: see _open."""
+    return _open("clip", source, **options)
+
+
+def load_resnet50(source, **options):
+    """ResNet-50 v1.5 (microsoft/resnet-50, timm/resnet50.a1_in1k) -> cnn.ResNet50. Options: see _open."""
+    return _open("resnet50", source, **options)
+
+
+def load_vgg16(source, **options):
+    """VGG-16 (timm/vgg16.tv_in1k), linear layers stored either way -> cnn.VGG16. Options: see _open."""
+    return _open("vgg16", source, **options)
+
+
+def load_vit_gpt2(source, **options):
+    """ViT + GPT-2 (nlpconnect/vit-gpt2-image-captioning) -> vlm.CrossCaptioner. Options: see _open."""
+    return _open("vit_gpt2", source, **options)
 
 
 def load_pretrained(source, revision=None, allow_pickle=False, **options):

@@ -30,6 +30,7 @@ class LSTMConfig:
     dropout: float = 0.0        # on the image features, the words, and the state on its way out
     tied: bool = True           # the embedding is the way out as well (through a linear map where C and H differ)
     n_head: int = 0             # above 0: soft attention over the image features with this many heads
+    smoothing: float = 0.0      # label smoothing of the training loss
 
 
 @dataclass
@@ -219,7 +220,7 @@ class PrefixVLM(Captioner):
         """
         x, _ = self._read(img, idx)
         logits = self.text.head(x)                                                # (B, T, V)
-        return logits, None if targets is None else next_token_loss(logits, targets)
+        return logits, None if targets is None else self.text.loss(logits, targets)
 
     def prefill(self, img, idx, lengths=None, max_new_tokens=0):
         """Image and prompt in one reading: logits of the next token (B, V) and the state to go on from."""
@@ -245,8 +246,8 @@ class LSTMState:
 class LSTMCaptioner(Captioner):
     """Features -> the LSTM's first state; then a word in, a word out, and nothing but the state in between.
 
-    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the picture in the first state, through tanh, as in
-    "Show, attend and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also asks the
+    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the picture in the first state, through tanh, as
+    in "Show, attend and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also asks the
     features (a grid, or the one vector there is): attention after the recurrence (Luong et al. 2015), so that all steps
     of the LSTM still run as one pass.
     """
@@ -287,7 +288,8 @@ class LSTMCaptioner(Captioner):
         h, c = (t.repeat_interleave(len(idx) // t.size(1), dim=1) for t in (h, c))         # (L, B * K, H)
         x, _ = self.lstm(self.drop(self.wte(idx)), (h, c))                        # (B * K, T, H)
         logits = self.head(x, grid)                                               # (B * K, T, V)
-        return logits, None if targets is None else next_token_loss(logits, targets)
+        return logits, None if targets is None else next_token_loss(
+            logits, targets, self.config.text.smoothing if self.training else 0.0)
 
     def prefill(self, img, idx, lengths=None, max_new_tokens=0):
         """Look once, read the prompts idx (B, T): logits of the next token (B, V) and the state to go on from."""

@@ -15,6 +15,7 @@ import hashlib
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -490,6 +491,8 @@ def table_rows(path):
                     if not isinstance(found, dict) or None in found:
                         raise ValueError("it is no json object, or has more cells than the header")
                     yield found
+            if not row:
+                raise ValueError("it holds no rows")
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"cannot read {path} (row {row}): {error}; mend it") from None
     return caption_rows(dicts(), path)
@@ -552,7 +555,9 @@ class ImageStream:
     def __init__(self, urls, cache_dir, max_cache_bytes=10 * 10**9, how=Fetch(), ahead=256, fail_share=0.2):
         self.urls, self.ahead, self.fail_share = urls, ahead, fail_share
         self.web, self.cache = _Web(how), _DiskCache(cache_dir, max_cache_bytes)
-        self.pool = ThreadPoolExecutor(how.threads)
+        turn = itertools.count()        # threads start 5 ms apart: a server with a short queue (5 in Python's) drops
+        self.pool = ThreadPoolExecutor(                         # some of many connections at once, for a second each
+            how.threads, initializer=lambda: time.sleep(0.005 * next(turn)))
         self.plan, self.coming, self.lock = OrderedDict(), OrderedDict(), threading.Lock()
         self.failed, self.latest = Counter(), deque(maxlen=500)
 

@@ -194,7 +194,7 @@ def _load_file(path):
             for name, (dtype, shape, begin, end) in entries.items()}
 
 
-def _weight_map(path):
+def weight_map(path):
     """The index of a model in several files: {tensor: path of its file}. A name that leaves the folder is refused."""
     index = read_json(path, SafetensorsError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -217,7 +217,7 @@ def load_safetensors(path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.suffix != ".json":
         return _load_file(path)
-    home, tensors = _weight_map(path), {}
+    home, tensors = weight_map(path), {}
     for file in dict.fromkeys(home.values()):
         shard = _load_file(file)
         lost = [name for name in home if home[name] == file and name not in shard]
@@ -231,7 +231,7 @@ def load_safetensors(path) -> dict[str, torch.Tensor]:
 def read_metadata(path) -> dict[str, str]:
     """The `__metadata__` strings of a file, {} when it has none; for an index, those of all its files."""
     path = Path(path)
-    files = dict.fromkeys(_weight_map(path).values()) if path.suffix == ".json" else [path]
+    files = dict.fromkeys(weight_map(path).values()) if path.suffix == ".json" else [path]
     return {key: value for file in files for key, value in _open(file)[1].items()}
 
 
