@@ -370,6 +370,7 @@ class Batch:
     n_targets: int              # how many of them are to be predicted, here
     share: float = 1.0          # .. divided by the same count over the whole step: this batch's weight in its loss
     draw: torch.Tensor | None = None    # (8, B) random numbers in 0..1 that decide the augmentation: see image.augment
+    members: list | None = None         # which images these are
 
     def pin_memory(self):
         """Page-locked memory, from which a GPU copies while it computes. The loader calls this."""
@@ -452,7 +453,7 @@ class Batches(torch.utils.data.Dataset):
         out = []
         for members, flat, numbers in groups[self.rank::self.world]:
             n = n_targets(flat)
-            out.append(Batch(self.store.get(members), *pad_rows(flat, self.pad_to), n, n / total, numbers))
+            out.append(Batch(self.store.get(members), *pad_rows(flat, self.pad_to), n, n / total, numbers, members))
         return out
 
 
@@ -567,6 +568,8 @@ def check_options(c):
 def main():
     """Load, report, check every image, draw the sheet."""
     config = parse_config(SheetConfig, description="Prepare, verify and show a data set.")
+    if config.output and sum(map(bool, (config.features, config.text_embeddings, config.label))) > 1:
+        raise UserError("--output names one file: make features, text embeddings and labels one after the other")
     check_options(config)
     if config.dataset == "capsfusion":
         fetch_capsfusion(config)
@@ -594,7 +597,7 @@ def main():
                                 ("text-embeddings", config.text_embeddings, write_text_embeddings)):
         if source:
             grid = {"grid": config.grid} if kind == "features" else {}
-            name = f"{kind}-{Path(source).name}{'-grid' * config.grid}.safetensors"
+            name = f"{kind}-{Path(source).name}{'-grid' * (config.grid and kind == 'features')}.safetensors"
             path = config.output or folder / name
             write(source, dataset, path, batch_size=config.batch_size, device=config.device, **grid)
             print(f"now train on it: python train.py --dataset {config.dataset} --{kind} {path}")

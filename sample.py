@@ -312,6 +312,7 @@ def find(run, config):
         if not source:
             raise UserError("this model came without its text tower; --labels and --search need one that can read")
         reader = load_clip(source)                              # the tower that made the embeddings of its training
+        reader.to(config.device)
         run.model.text, run.model.text_head, run.tokenizer = reader.text, reader.text_head, reader.tokenizer
         run.model.config.text, run.model.config.end_token = reader.config.text, reader.config.end_token
     if config.search is not None:
@@ -344,17 +345,16 @@ def search_folder(run, config, clean):
         store = read_features(config.features)
         names = list(store)
         with torch.inference_mode():
-            image_emb = run.model.encode_image(torch.stack(list(store.values())).float())                 # (n, D)
+            image_emb = run.model.encode_image(torch.stack(list(store.values())).float().to(config.device)).cpu()  # (n, D)
     elif run.config.get("features"):
         raise UserError("this run sees through ready-made features: name their file with --features")
     elif config.images is None:
         raise UserError("--search needs --images, the folder to look through")
     else:
         home = Path(config.out_dir) if not config.pretrained else Path("out")
-        key = hashlib.sha256(str(Path(config.images).resolve()).encode()).hexdigest()[:12]
+        key = hashlib.sha256(f"{config.pretrained} {Path(config.images).resolve()}".encode()).hexdigest()[:12]
         names, image_emb = embed_folder(run.model, run.recipe, config.images, home / f"search-{key}.safetensors",
-                                        config.batch_size, config.device, rebuild=bool(config.pretrained),
-                                        say=lambda text: print(text, file=sys.stderr))
+                                        config.batch_size, config.device, say=lambda text: print(text, file=sys.stderr))
     start = time.perf_counter()
     text_emb = text_embeddings(run.model, run.tokenizer, [config.search], clean=clean)[0].cpu()           # (D,)
     scores, order = search(image_emb, text_emb, config.hits)                      # (k,), (k,)

@@ -19,9 +19,11 @@ import shlex
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from data import CLEAN, Texts, eval_batches, pad_rows
@@ -41,7 +43,7 @@ from tinyvlm.shapes import meaning
 from tinyvlm.tokenizer import BPETokenizer, WordTokenizer
 from tinyvlm.vit import ViT, ViTConfig
 from tinyvlm.vlm import LSTMConfig, VLMConfig, build
-from tinyvlm.vqa import (TAGS, encode_dialogue, rows_of, score_vqa, submission, to_sentence, to_short, to_targets)
+from tinyvlm.vqa import (SYSTEM, TAGS, encode_dialogue, rows_of, score_vqa, submission, to_sentence, to_short, to_targets)
 from tinyvlm.weights import atomic_write, load_safetensors, read_json, write_json
 
 END = "<|endoftext|>"               # ends every caption, and starts those of the cross model, as GPT-2 was trained
@@ -79,6 +81,11 @@ def make_tokenizer(c, texts):
     tokenizer = pretrained_tokenizer(c.tokenizer)               # BERT's WordPiece, or any other
     tokenizer.add_special_tokens([END, "<image>"])
     return tokenizer
+
+
+def exchanged(img, before):
+    """Every image for its neighbour's; a last batch of one image has none, and takes one of the batch before it."""
+    return before[-1:] if len(img) == 1 and before is not None else img.roll(1, dims=0)
 
 
 class Task:
@@ -123,8 +130,7 @@ class Task:
             if k % self.machine.world != self.machine.rank:     # each process takes its share
                 continue
             img, idx, targets = batch.to(self.machine.device, self.recipe)
-            alone = len(img) == 1 and before is not None        # the last batch may be one image, without a neighbour
-            other = before[-1:] if alone else img.roll(1, dims=0)                 # same shape as img
+            other = exchanged(img, before)
             with self.machine.autocast():
                 true += model(img, idx, targets)[1].item() * batch.n_targets
                 shuffled += model(other, idx, targets)[1].item() * batch.n_targets
@@ -166,12 +172,13 @@ class Captioning(Task):
         self.end = self.tokenizer.token_to_id(END)
         self.first = self.tokenizer.token_to_id("<image>") if c.model == "prefix" else self.end
         if None in (self.first, self.end):
-            raise UserError(f"the tokenizer of --text {c.text} knows no {END}; name a GPT-2")
+            raise UserError(f"the tokenizer of {c.text or c.init or c.out_dir} knows no {END}; name a GPT-2, or train one")
         self.texts = self.make_texts(clean)
 
     def words(self, clean):
-        """What a new tokenizer is trained on: the captions of the training split."""
-        return (clean(text) for i in self.run.dataset.splits["train"] for text in self.run.dataset.captions[i])
+        """What a new tokenizer is trained on: the captions of the training split, as strings."""
+        yield SYSTEM if self.config.model == "prefix" else ""   # a later --task vqa begins every dialogue with it
+        yield from (clean(text) for i in self.run.dataset.splits["train"] for text in self.run.dataset.captions[i])
 
     def make_texts(self, clean):
         """The captions as rows of ids; says how many had to be cut or hold unknown words."""
@@ -241,6 +248,47 @@ class Captioning(Task):
         c = self.config
         return {"first": self.first, "end": self.end, "max_tokens": c.max_tokens, "clean": c.clean}
 
+    @cached_property
+    def reward(self):
+        """CIDEr-D against the training captions, and the place of each image among them."""
+        members = self.run.store.usable("train")
+        self.place = {i: k for k, i in enumerate(members)}
+        return metrics.CiderD([[" ".join(metrics.tokenize(text)) for text in self.run.dataset.captions[i]] for i in members])
+
+    def backward(self, fast, batches):
+        return self.reinforce(fast, batches) if self.config.reinforce else super().backward(fast, batches)
+
+    def reinforce(self, fast, batches):
+        """Self-critical training: draw K captions of each image, and make the better ones likelier, the worse ones less.
+
+        "Self-critical sequence training" (Rennie et al. 2016, arXiv:1612.00563): cross-entropy asks for the next word of
+        somebody's caption, this for a high score of one's own. A caption's advantage is its CIDEr-D minus the mean of
+        the others of its image; the loss is minus the advantage times the caption's log-probability. Returns minus the
+        mean score.
+        """
+        model, machine, K, scores = getattr(fast, "module", fast), self.machine, self.config.reinforce, []
+        for k, batch in enumerate(batches):
+            img, B = batch.img.to(machine.device).repeat_interleave(K, dim=0), len(batch.img)
+            model.eval()
+            rows = generate(model, img, [[self.first]] * (B * K), self.config.max_tokens, 1.0, eos_id=self.end)
+            learning(model)
+            said = [" ".join(metrics.tokenize(self.tokenizer.decode(row))) for row in rows]
+            score = torch.tensor([self.reward.score(text, self.place[i])
+                                  for text, i in zip(said, np.repeat(batch.members, K))]).view(B, K)
+            advantage = (score - score.mean(dim=1, keepdim=True)) * K / (K - 1)   # (B, K): against the other K - 1
+            full = [row + [self.end] if len(row) < self.config.max_tokens else row for row in rows]
+            idx, targets = pad_rows([([self.first] + row[:-1], row) for row in full])
+            more = k + 1 < len(batches)
+            with fast.no_sync() if machine.world > 1 and more else nullcontext():
+                with machine.autocast():
+                    logits = fast(img, idx.to(machine.device))[0]                 # (B * K, T, V)
+                log_p = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets.to(machine.device),
+                                                           ignore_index=IGNORE, reduction="none").sum(dim=1)    # (B * K,)
+                loss = -(advantage.flatten().to(machine.device) * log_p).sum() / (self.config.batch_size * K)
+                machine.scaler.scale(loss * machine.world).backward()
+            scores.append(score.sum() / (self.config.batch_size * K))
+        return -torch.stack(scores).sum()
+
     def caption(self, model, members, **how):
         """What the model says of the images `members`, a string each; greedily, or as `how` (for generate) says."""
         model.eval()
@@ -254,22 +302,28 @@ class Captioning(Task):
         return said
 
     def look(self, model, step, best):
-        """Evaluate, caption a few, keep the model if its loss is the lowest so far. Returns (loss, exchanged, loss)."""
+        """Evaluate, caption a few, keep the model if its loss is the lowest so far. Returns (loss, exchanged, what is judged)."""
         run, say = self.run, self.machine.say
         val, shuffled = self.evaluate(model, "val", self.config.eval_images)
+        judged = val
         if not math.isfinite(val):
             raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
         if self.machine.main:
             members = run.members("val", 24)
             said = self.caption(model, members)
             perplexity = math.exp(min(val, 50))
+            if self.config.reinforce:                           # what is trained is the score, so it also decides
+                members = run.members("val", self.config.eval_images)
+                judged = -metrics.score_captions(self.caption(model, members), [run.dataset.captions[i] for i in members]
+                                                 )["CIDEr-D"]
+                say(f"step {step}: validation CIDEr-D {-judged:.3f}")
             say(f"step {step}: validation loss {val:.3f}, perplexity {perplexity:.2f}, with images exchanged "
                 f"{shuffled:.3f}; {len(set(said))} of {len(said)} sample captions are distinct")
             for i, text in list(zip(members, said))[:3]:
                 say(f"    {text!r}   truth: {run.dataset.captions[i][0]!r}")
-            if val < best:
+            if judged < best:
                 run.save(model, {"val_loss": val, "perplexity": perplexity, "shuffled_loss": shuffled, "step": step})
-        return val, shuffled, val
+        return val, shuffled, judged
 
     def finish(self, model):
         """Caption the test split with the best weights; print, score and draw the result, and say what to run next."""
@@ -650,10 +704,11 @@ class Answering(Captioning):
         super().__init__(run, saved)
 
     def words(self, clean):
-        """Questions, and answers as sentences, uncleaned: here digits and the question mark say something."""
-        dataset = self.run.dataset
-        return (text for i in dataset.splits["train"] for q in dataset.questions[i]
-                for text in (q.question, to_sentence(q.question, q.answer, q.question_type)))
+        """What a new tokenizer is trained on: questions and answers of the training split, and the system prompt."""
+        yield SYSTEM
+        for i in self.run.dataset.splits["train"]:
+            for q in self.run.dataset.questions[i]:
+                yield from (q.question, to_sentence(q.question, q.answer, q.question_type))
 
     def make_texts(self, clean):
         """Each image's dialogues as rows. Also sets `longest`, the room to speak: most trained tokens of a row."""
@@ -675,11 +730,11 @@ class Answering(Captioning):
         Blank is 0 after normalisation, the mean colour. how: for generate.
         """
         model.eval()
-        said = {}
+        said, before = {}, None
         for start in range(0, len(members), 64):
             part = members[start:start + 64]
             img = self.images(part)
-            img = {"true": img, "exchanged": img.roll(1, 0), "blank": torch.zeros_like(img)}[seen]
+            before, img = img, {"true": img, "exchanged": exchanged(img, before), "blank": torch.zeros_like(img)}[seen]
             with torch.no_grad(), self.machine.autocast():
                 feats = model.eyes(img)                                           # (b, N, C): once for all questions
             asked = [(k, q) for k, i in enumerate(part) for q in self.run.dataset.questions[i]]
@@ -725,7 +780,8 @@ class Answering(Captioning):
         config = read_json(out / "config.json")
         config["scores"].update({f"test {name}": value for name, value in scores.items() if isinstance(value, float)})
         write_json(out / "config.json", config)
-        asked = [run.dataset.questions[i][0] for i in members[:16]]
+        members = [i for i in members if run.dataset.questions[i]][:16]
+        asked = [run.dataset.questions[i][0] for i in members]
         draw_samples(run, members, [f"{q.question} {said[q.question_id]}" for q in asked])
         next_command(run, f" --prompt {shlex.quote(asked[0].question)}")
 

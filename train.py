@@ -82,6 +82,8 @@ class TrainConfig(DataConfig):
     max_tokens: int = option(40, "longest caption, in tokens; longer ones are cut, counted and reported")
     clean: str = option("none", "captions: as they are, lower-cased, or lower-cased words only", tuple(CLEAN))
     # the training
+    reinforce: int = option(0, "caption: draw this many captions of each image and reward the better ones (CIDEr-D), "
+                               "starting from --init")
     epochs: float = option(6, "passes over the training images")
     batch_size: int = option(32, "images a step, over all processes and micro-batches")
     captions_per_image: int = option(1, "captions of each image a step; the vision tower runs once for all of them")
@@ -132,6 +134,14 @@ PRESETS = {
     "lstm": dict(dataset="flickr8k", model="lstm", clean="words", tokenizer="words", n_layer=1, n_embd=256,
                  n_hidden=512, soft_attention=True, n_head=1, dropout=0.5, max_tokens=24, epochs=10, batch_size=64,
                  captions_per_image=5, accum=4, lr=2e-3, eval_interval=188, eval_images=1000),
+    # .. and after it: captions of one's own, rewarded by their score (--features FILE --init RUN)
+    "reward": dict(dataset="flickr8k", model="lstm", clean="words", max_tokens=24, reinforce=5, epochs=4, batch_size=64,
+                   lr=3e-4, warmup=0.1, eval_interval=94, eval_images=1000),
+    # pictures and sentences in one space, also on ready-made features (--features FILE)
+    "clip": dict(task="clip", dataset="flickr8k", clean="words", tokenizer="words", head="mlp", n_joint=512, n_embd=256,
+                 dropout=0.3, max_tokens=16, epochs=40, batch_size=256, lr=1e-3, eval_interval=94, eval_images=1000),
+    # questions and answers about drawn scenes
+    "vqa": dict(task="vqa", model="prefix", max_tokens=64, captions_per_image=4, epochs=4),
     # public weights: first the new cross-attention, then the decoder, then all, at gentle rates
     "public": dict(dataset="flickr8k", vision="google/vit-base-patch16-224-in21k", text="openai-community/gpt2",
                    max_tokens=40, dropout=0.1, epochs=8, batch_size=32, lr=1e-4, lr_decoder=0.3, lr_vision=0.1,
@@ -221,7 +231,9 @@ class Run:
         machine.say(report(self.dataset))
         self.feats = FeatureStore(config.features, self.dataset, machine.say) if config.features else None
         self.task = TASKS[config.task](self, saved)
-        self.store = self.feats or self.make_store(("train", "val", "test") if saved is None else (config.split,))
+        if not self.feats or config.stream:                     # on features: streamed only to show what was captioned
+            self.store = self.make_store(("train", "val", "test") if saved is None else (config.split,))
+        self.store = self.feats or self.store
         self.augment = Augment(config.crop, config.jitter, config.flip)
         if saved:
             return
@@ -241,7 +253,7 @@ class Run:
     def members(self, split, limit=None):
         """The images of a split that can be had, the first `limit` of them."""
         members = self.store.usable(split)[:limit]
-        members = self.store.present(members) if self.config.stream else members
+        members = self.store.present(members) if isinstance(self.store, StreamStore) else members
         if not members:
             raise UserError(f"none of the images of the {split} split can be had; the lines above say why")
         return members
@@ -249,7 +261,7 @@ class Run:
     def loader(self, start):
         """The steps from `start` on; made ahead by worker processes where there is decoding or a GPU to feed."""
         workers = self.config.workers if self.machine.cuda or not self.store.in_memory else 0
-        workers = 1 if self.config.stream else workers          # it has threads of its own, and one cache
+        workers = 1 if isinstance(self.store, StreamStore) else workers           # it has threads of its own, one cache
         # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
         return torch.utils.data.DataLoader(
             self.batches, batch_size=None, sampler=range(start, self.total_steps), num_workers=workers,
@@ -452,6 +464,9 @@ def check_options(c):
               (c.task != "vqa" or c.model == "prefix", "--task vqa is for --model prefix: give that too"),
               (c.task != "vqa" or not c.features, "--task vqa looks at pixels; drop --features"),
               (c.task != "classify" or not c.features, "--task classify teaches a vision tower; drop --features"),
+              (c.reinforce == 0 or c.reinforce > 1 and c.task == "caption" and c.init and c.captions_per_image == 1,
+               "--reinforce needs 2 or more, --task caption, --init RUN and --captions-per-image 1"),
+              (c.reinforce == 0 or c.features, "--reinforce is for runs on --features"),
               (c.shuffle == 1 or c.model == "prefix", "--shuffle is for --model prefix"),
               (c.shuffle > 0 and c.turns > 0 and c.n_joint > 0, "--shuffle, --turns and --n-joint must be above 0"),
               (not (c.show_batch and c.task in ("clip", "classify")), "--show-batch is for --task caption and vqa"),

@@ -144,10 +144,9 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     argv = ["--image", trained / "example.png", "--out-dir", tmp_path]
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "task": "clip"}))
-    run(sample, *argv, code=2)
-    assert "--task clip" in capsys.readouterr().err
-    for foreign in ({}, {**config, "sizes": {**config["sizes"], "model": "rnn"}}):
+    run(sample, *argv, "--labels", "a dog", code=2)                               # a checkpoint of another task
+    assert "was trained for --task caption; that option is for a run of --task clip" in capsys.readouterr().err
+    for foreign in ({**config, "task": "clip"}, {}, {**config, "sizes": {**config["sizes"], "model": "rnn"}}):
         (tmp_path / "config.json").write_text(json.dumps(foreign))
         run(sample, *argv, code=2)
         assert "config.json" in capsys.readouterr().err
@@ -265,7 +264,7 @@ def test_sample_a_public_captioner_and_an_exported_run(tmp_path, capsys):
     one, two = capsys.readouterr().out.splitlines()
     assert one == two
     run(sample, "--image", picture, "--pretrained", ROOT / "tests" / "reference" / "vit", code=2)
-    assert "not to caption" in capsys.readouterr().err
+    assert "was trained for --task classify" in capsys.readouterr().err
 
 
 def test_resume_equals_the_unbroken_run(trained, tmp_path, capsys):
@@ -347,6 +346,6 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_old_run(trained, tmp_path, caps
 
 def test_the_benchmark_compares_and_refuses(capsys):
     run(bench, "lstm", "--pairs", "1", "--threads", "1")
-    assert capsys.readouterr().out.count("ratio") == 4
+    assert capsys.readouterr().out.count("ratio") == 5
     run(bench, "warp", code=2)
     assert "decode" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from .cnn import VGG16, ResNet50
 from .config import UserError
 from .draw import progress
 from .image import Recipe, preprocess
+from .layouts import MAX_LOST
 from .pretrained import load_clip, load_pretrained
 from .search import text_embeddings
 from .vit import ViT
@@ -142,7 +143,7 @@ class FeatureStore:
     itself; `source`, `recipe`: the encoder and how it wants its images, None where the file does not tell; `feat_dim`,
     `n_tokens`: D and N.
     """
-    ready, in_memory, broken = True, True, {}
+    ready, in_memory = True, True
 
     def __init__(self, path, dataset, say=print):
         self.dataset, self.path = dataset, Path(path)
@@ -151,13 +152,15 @@ class FeatureStore:
         names = short_names(dataset.names)
         wanted = sorted({i for members in dataset.splits.values() for i in members})
         missing = [names[i] for i in wanted if names[i] not in by_name]
-        if missing:
+        if len(missing) > MAX_LOST * len(wanted):
             raise UserError(f"{path} has no features of {len(missing)} of the {len(wanted)} images of {dataset.name} "
-                            f"(such as {missing[0]}); it belongs to another data set, or was not finished: make it "
-                            "again")
+                            f"(such as {missing[0]}); it belongs to another data set, or was not finished: run "
+                            "data.py --features again")
+        if missing:
+            say(f"left out: {len(missing)} images that {path} has no features of, such as {missing[0]}")
         if self.meta.get("dataset", dataset.name) != dataset.name:
             raise UserError(f"{path} was made for {self.meta['dataset']}, not {dataset.name}; make it again")
-        self.feats = {i: by_name[names[i]] for i in wanted}
+        self.feats = {i: by_name[names[i]] for i in wanted if names[i] in by_name}
         shape = next(iter(self.feats.values())).shape                               # (D,) or (N, D)
         self.feat_dim, self.n_tokens = shape[-1], 1 if len(shape) == 1 else shape[0]
         say(f"{len(wanted)} images as {tuple(shape)} numbers each, by {self.meta.get('encoder', 'an unknown encoder')}")
@@ -173,7 +176,7 @@ class FeatureStore:
                 "grid": self.meta.get("grid") == "true"}
 
     def usable(self, split):
-        return list(self.dataset.splits[split])
+        return [i for i in self.dataset.splits[split] if i in self.feats]
 
     def get(self, members):
         """float32 (B, D) or (B, N, D) of the images `members`."""

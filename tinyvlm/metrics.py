@@ -185,37 +185,46 @@ def rouge_l(candidates, references):
     return total / len(candidates)
 
 
-def cider(candidates, references):
-    """CIDEr-D, mean over images, 0 to 10: cosine of tf-idf n-gram vectors, averaged over n = 1..4 and the references.
+class CiderD:
+    """CIDEr-D of one caption at a time, 0 to 10: cosine of tf-idf n-gram vectors, averaged over n = 1..4 and references.
 
     An n-gram weighs its count times log(images / images whose references use it), so a phrase that fits every image
     weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
-    (sigma 6) punishes a different length. Raises MetricError as bleu does.
+    (sigma 6) punishes a different length. references: per image a list of tokenised strings.
     """
-    _check_captions(candidates, references)
-    references = [[_ngrams(ref)[0] for ref in refs] for refs in references]
-    seen_in = Counter(gram for refs in references for gram in set().union(*refs))
-    log_images = math.log(len(references))
-    weight = {gram: log_images - math.log(images) for gram, images in seen_in.items()}
 
-    def vector(counts):
+    def __init__(self, references):
+        counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]
+        seen_in = Counter(gram for refs in counts for gram in set().union(*refs))
+        self.log_images = math.log(len(references))
+        self.weight = {gram: self.log_images - math.log(images) for gram, images in seen_in.items()}
+        self.references = [[self._vector(ref) for ref in refs] for refs in counts]
+
+    def _vector(self, counts):
         weights, norm, length = {}, [0.0] * 4, 0
         for gram, count in counts.items():
-            weights[gram] = value = count * weight.get(gram, log_images)
+            weights[gram] = value = count * self.weight.get(gram, self.log_images)
             norm[len(gram) - 1] += value * value
             length += count if len(gram) == 2 else 0                                # the official length counts bigrams
         return weights, norm, length
 
-    total = 0.0
-    for candidate, refs in zip(candidates, references):
-        weights, norm, length = vector(_ngrams(candidate)[0])
-        for ref_weights, ref_norm, ref_length in map(vector, refs):
+    def score(self, candidate, i):
+        """The tokenised string `candidate` against the references of image i."""
+        total, (weights, norm, length) = 0.0, self._vector(_ngrams(candidate)[0])
+        for ref_weights, ref_norm, ref_length in self.references[i]:
             dots = [0.0] * 4
             for gram in weights.keys() & ref_weights.keys():
                 dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]
             cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
-            total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2)) / len(refs)
-    return total / len(candidates)
+            total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2))
+        return total / len(self.references[i])
+
+
+def cider(candidates, references):
+    """CIDEr-D, mean over images (see CiderD). Raises MetricError as bleu does."""
+    _check_captions(candidates, references)
+    scorer = CiderD(references)
+    return sum(scorer.score(candidate, i) for i, candidate in enumerate(candidates)) / len(candidates)
 
 
 def score_captions(candidates, references):
