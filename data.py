@@ -36,7 +36,7 @@ from tinyvlm.layouts import Dataset, open_photos, photos
 from tinyvlm.pretrained import is_run, load_pretrained, load_run
 from tinyvlm.search import classify, label_embeddings
 from tinyvlm.shapes import ask, describe, draw_scene, labels, make_scene
-from tinyvlm.vqa import from_scene, vqav2
+from tinyvlm.vqa import export_csv, from_scene, vqav2
 from tinyvlm.web import Fetch, FetchError, ImageStream, caption_rows, dataset_rows, download_images, table_rows
 from tinyvlm.weights import atomic_write, read_json
 
@@ -73,6 +73,7 @@ class SheetConfig(DataConfig):
     rows: str | None = option(None, "capsfusion: csv or jsonl with image_url and capsfusion; else the Hub's first rows")
     size: int = option(128, "capsfusion: pixels a side; long thin images are padded, others cropped")
     retry_failed: bool = option(False, "capsfusion: ask again for images that could not be fetched")
+    export: str | None = option(None, "data sets with questions: write them, as dialogues, into this csv (image_id,text)")
     output: str | None = option(None, "with --features, --text-embeddings, --label: the file, else in the data folder")
     batch_size: int = option(32, "for the networks above: images or captions at once")
     device: str = option("cpu", "for the networks above: cpu, cuda or mps")
@@ -601,6 +602,11 @@ def main():
             path = config.output or folder / name
             write(source, dataset, path, batch_size=config.batch_size, device=config.device, **grid)
             print(f"now train on it: python train.py --dataset {config.dataset} --{kind} {path}")
+    if config.export:
+        if not hasattr(dataset, "questions"):
+            raise UserError(f"{dataset.name} holds no questions to export; --export is for shapes and vqav2")
+        export_csv([q for questions in dataset.questions for q in questions], config.export)
+        print(f"wrote {config.export}")
     if config.label:
         path = pseudo_labels(config, dataset, broken)
         print(f"now learn them: python train.py --task classify --dataset {config.dataset} --labels {path}")

@@ -193,6 +193,15 @@ def test_vqa_needs_questions(tmp_path, capsys):
     assert "holds no questions" in capsys.readouterr().err
 
 
+def test_questions_as_a_csv(tmp_path, capsys):
+    run(data, "--n-scenes", "20", "--export", tmp_path / "q.csv", "--sheet", tmp_path / "s.png")
+    rows = list(csv.DictReader(open(tmp_path / "q.csv")))
+    assert len(rows) == 24 and all(row["text"].count("<image>") == 1 and "<|assistant|>" in row["text"] for row in rows)
+    run(data, "--dataset", "folder", "--data-dir", album(tmp_path / "a"), "--export", tmp_path / "x.csv", "--sheet",
+        tmp_path / "s.png", code=2)
+    assert "holds no questions" in capsys.readouterr().err and not (tmp_path / "x.csv").exists()
+
+
 def test_pixel_shuffle_moves_neighbours_together():
     """A 4 x 4 grid numbered row by row, 2 x 2: the first token holds places 0, 1, 4, 5."""
     feats = torch.arange(16.0).view(1, 16, 1)
