@@ -128,6 +128,19 @@ def test_from_features_to_captions_and_scores(made, tmp_path, capsys, how):
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 3            # a header, and a row per search
 
 
+def test_own_captions_are_rewarded(made, tmp_path, capsys):
+    """--reinforce goes on from a run; without one, or together with what it cannot use, it is refused."""
+    where = ["--dataset", "folder", "--data-dir", made, "--features", made / "f.safetensors", "--model", "lstm", *SMALL]
+    run(train, *where, "--out-dir", tmp_path / "a")
+    own = [*where, "--captions-per-image", "1", "--reinforce", "3"]
+    run(train, *own, "--init", tmp_path / "a", "--out-dir", tmp_path / "b")
+    assert "validation CIDEr-D" in capsys.readouterr().out
+    a, b = (load_safetensors(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and any(not torch.equal(a[name], b[name]) for name in a)
+    run(train, *own, "--out-dir", tmp_path / "c", code=2)
+    assert "--reinforce needs" in capsys.readouterr().err
+
+
 def test_a_run_on_somebody_elses_features(made, tmp_path, capsys):
     """Features of a network we do not have: images are looked up by name, and the sentence says how."""
     ids = [f"{k}.jpg" for k in range(20)]

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tinyvlm.generate import generate
 from tinyvlm.gpt import IGNORE, GPT, GPTConfig, next_token_loss
 from tinyvlm.transformer import KVCache
 from tinyvlm.vit import ViT, ViTConfig, resize_positions
-from tinyvlm.vlm import VLMConfig, build, from_dict, to_dict
+from tinyvlm.vlm import LSTMConfig, VLMConfig, build, from_dict, to_dict
 
 V, IMAGE = 23, 22
 
@@ -210,3 +211,41 @@ def test_parts_cover_every_parameter_once():
         ids = [id(p) for part in net.parts().values() for p in part]
         assert sorted(ids) == sorted(id(p) for p in net.parameters())
         assert all(net.parts().values()), "a part is empty"
+
+
+# ----- the LSTM captioner
+
+@pytest.fixture(params=[(0, True, 1, 32), (4, False, 2, 32), (4, True, 1, 48)], ids=["plain", "attention untied", "narrow"])
+def speaker(request):
+    n_head, tied, n_layer, n_hidden = request.param
+    torch.manual_seed(0)
+    text = LSTMConfig(50, n_layer, 32, n_hidden, 0.1, tied, n_head)
+    return build(VLMConfig("lstm", None, text, feat_dim=20)).eval()
+
+
+def test_the_lstm_speaks_word_by_word_as_in_one_pass(speaker):
+    """prefill and step give the logits of the one pass over the whole caption: at words, and between K captions."""
+    img, idx = torch.randn(3, 20), torch.randint(0, 50, (6, 7))
+    whole, _ = speaker(img, idx)                                                  # K = 2 captions an image
+    assert torch.allclose(whole, speaker(img.repeat_interleave(2, 0), idx)[0], atol=1e-5)
+    logits, state = speaker.prefill(img.repeat_interleave(2, 0), idx[:, :3])
+    for t in range(3, 7):
+        assert torch.allclose(logits, whole[:, t - 1], atol=1e-5)
+        logits = speaker.step(idx[:, t], state)
+    assert from_dict(to_dict(speaker.config)) == speaker.config
+
+
+def test_lstm_prompts_of_different_length_decode_as_if_alone(speaker):
+    img, prompts = torch.randn(3, 4, 20), [[1], [1, 2], [3, 4, 5]]                # a grid of 4 places
+    together = generate(speaker, img, prompts, 5, num_beams=3, eos_id=0)
+    alone = [generate(speaker, img[k:k + 1], [p], 5, num_beams=3, eos_id=0)[0] for k, p in enumerate(prompts)]
+    assert together == alone
+
+
+def test_the_image_is_in_the_first_state_and_every_weight_learns(speaker):
+    speaker.train()
+    idx = torch.randint(0, 50, (3, 7))
+    img = torch.randn(3, 20, requires_grad=True)
+    speaker(img, idx, idx)[1].backward()
+    assert img.grad.abs().sum() > 0 and all(p.grad is not None for p in speaker.parameters())
+    assert sum(map(len, speaker.parts().values())) == len(list(speaker.parameters()))
