@@ -398,13 +398,14 @@ def add_to_table(path, row):
 
     Returns the whole table as lines of text.
     """
-    key, path = ("run", "split", "beams"), Path(path)
+    key, path = ("run", "split", "beams", "penalty"), Path(path)
+    row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [r for r in csv.DictReader(file) if [r.get(k) for k in key] != [str(row[k]) for k in key]]
+            rows = [r for r in csv.DictReader(file) if [r.get(k) for k in key] != [row[k] for k in key]]
     except FileNotFoundError:
         rows = []
-    rows.append({name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()})
+    rows.append(row)
     names = list(dict.fromkeys(name for r in rows for name in r))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")

@@ -536,7 +536,8 @@ def evaluate_run(config):
     machine.say(f"{config.split} split: {show(scores)}\nwith images exchanged: {show(shuffled)}")
     row = {"run": config.out_dir, "model": config.model, "features": saved.config.get("features", {}) and
            saved.config["features"]["encoder"][:24], "dataset": config.dataset, "split": config.split,
-           "beams": config.num_beams, "M params": sum(p.numel() for p in model.parameters()) / 1e6, **scores,
+           "beams": config.num_beams, "penalty": config.length_penalty,
+           "M params": sum(p.numel() for p in model.parameters()) / 1e6, **scores,
            **{f"{name} exchanged": shuffled[name] for name in ("BLEU-4", "CIDEr-D", "exact") if name in shuffled}}
     machine.say(f"\n{config.table}:\n" + "\n".join(add_to_table(config.table, row)))
 
