@@ -32,7 +32,7 @@ from tinyvlm.draw import caption_sheet, progress
 from tinyvlm.features import ENCODERS, write_features, write_text_embeddings
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Recipe, augment, normalise, preprocess, to_uint8
-from tinyvlm.layouts import Dataset, open_photos, photos
+from tinyvlm.layouts import MAX_LOST, Dataset, open_photos, photos
 from tinyvlm.pretrained import is_run, load_pretrained, load_run
 from tinyvlm.search import classify, label_embeddings
 from tinyvlm.shapes import ask, describe, draw_scene, labels, make_scene
@@ -73,7 +73,7 @@ class SheetConfig(DataConfig):
     rows: str | None = option(None, "capsfusion: csv or jsonl with image_url and capsfusion; else the Hub's first rows")
     size: int = option(128, "capsfusion: pixels a side; long thin images are padded, others cropped")
     retry_failed: bool = option(False, "capsfusion: ask again for images that could not be fetched")
-    export: str | None = option(None, "data sets with questions: write them, as dialogues, into this csv (image_id,text)")
+    export: str | None = option(None, "data sets with questions: write them as dialogues to this csv (image_id,text)")
     output: str | None = option(None, "with --features, --text-embeddings, --label: the file, else in the data folder")
     batch_size: int = option(32, "for the networks above: images or captions at once")
     device: str = option("cpu", "for the networks above: cpu, cuda or mps")
@@ -146,20 +146,40 @@ def load_dataset(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # From a data set to batches.
 
-def decode_all(dataset, members, recipe, label="decoding"):
-    """Decode the images `members` with all cores: uint8 (n, 3, S, S), and {image: fault} of the broken (left black)."""
-    pixels = torch.zeros(len(members), 3, recipe.size, recipe.size, dtype=torch.uint8)            # (n, 3, S, S)
+def each_image(dataset, members, use, label):
+    """Decode the images `members` with all cores and give each to `use(k, image)`; {image: fault} of the broken."""
     broken = {}
 
     def work(k):
         try:
-            pixels[k] = to_uint8(dataset.open(members[k]), recipe)                # (3, S, S)
+            use(k, dataset.open(members[k]))
         except UserError as error:
             broken[members[k]] = str(error)
     with ThreadPoolExecutor(os.cpu_count()) as pool:            # Pillow decodes outside Python's lock: threads suffice
         for done, _ in enumerate(pool.map(work, range(len(members))), 1):
             progress(done, len(members), label)
-    return pixels, broken
+    return broken
+
+
+def decode_all(dataset, members, recipe, label="decoding"):
+    """The pixels of the images `members`, uint8 (n, 3, S, S), and {image: fault} of the broken, which stay black."""
+    pixels = torch.zeros(len(members), 3, recipe.size, recipe.size, dtype=torch.uint8)            # (n, 3, S, S)
+
+    def keep(k, image):
+        pixels[k] = to_uint8(image, recipe)                                       # (3, S, S)
+    return pixels, each_image(dataset, members, keep, label)
+
+
+def check_images(dataset, members):
+    """{image: fault} of the images that do not decode. The pixels are thrown away."""
+    return each_image(dataset, members, lambda k, image: None, "checking images")
+
+
+def refuse_broken(dataset, broken, n, allow_broken):
+    """Raise UserError if too many of n images are broken and nobody has allowed it."""
+    if len(broken) > MAX_LOST * n and not allow_broken:
+        raise UserError(f"{len(broken)} of {n} images are broken, first {dataset.names[min(broken)]}; mend the data "
+                        "set, or go on without them with --allow-broken")
 
 
 class ImageStore:
@@ -187,10 +207,7 @@ class ImageStore:
             say(f"left out: {fault}")
         if self.broken:
             say(f"{len(self.broken)} of {len(members)} images are broken and left out")
-        if len(self.broken) > 0.01 * len(members) and not allow_broken:
-            raise UserError(f"{len(self.broken)} of {len(members)} images are broken, first "
-                            f"{dataset.names[min(self.broken)]}; mend the data set, or go on without them with "
-                            "--allow-broken")
+        refuse_broken(dataset, self.broken, len(members), allow_broken)
 
     def usable(self, split):
         return [i for i in self.dataset.splits[split] if i not in self.broken]
@@ -273,21 +290,6 @@ class StreamStore:
             self.announce(again)
         found = self.pixels | {i: to_uint8(self.picture(i), self.recipe) for i in again}
         return torch.stack([found[i] for i in members])                           # (B, 3, S, S)
-
-
-def check_images(dataset, members):
-    """{image: fault} of the images that do not decode. The pixels are thrown away."""
-    broken = {}
-
-    def work(i):
-        try:
-            dataset.open(i)
-        except UserError as error:
-            broken[i] = str(error)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.map(work, members), 1):
-            progress(done, len(members), "checking images")
-    return broken
 
 
 def free_memory():
@@ -610,8 +612,7 @@ def main():
     if config.label:
         path = pseudo_labels(config, dataset, broken)
         print(f"now learn them: python train.py --task classify --dataset {config.dataset} --labels {path}")
-    if len(broken) > 0.01 * len(dataset.names) and not config.allow_broken:
-        raise UserError(f"{len(broken)} of {n} images are broken; mend the data set, or use --allow-broken")
+    refuse_broken(dataset, broken, n, config.allow_broken)
 
 
 if __name__ == "__main__":

@@ -345,7 +345,8 @@ def search_folder(run, config, clean):
         store = read_features(config.features)
         names = list(store)
         with torch.inference_mode():
-            image_emb = run.model.encode_image(torch.stack(list(store.values())).float().to(config.device)).cpu()  # (n, D)
+            feats = torch.stack(list(store.values())).float().to(config.device)                 # (n, C) or (n, N, C)
+            image_emb = run.model.encode_image(feats).cpu()                                     # (n, D)
     elif run.config.get("features"):
         raise UserError("this run sees through ready-made features: name their file with --features")
     elif config.images is None:

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import CLEAN, Texts, eval_batches, pad_rows
 from tinyvlm import metrics
@@ -43,7 +44,8 @@ from tinyvlm.shapes import meaning
 from tinyvlm.tokenizer import BPETokenizer, WordTokenizer
 from tinyvlm.vit import ViT, ViTConfig
 from tinyvlm.vlm import LSTMConfig, VLMConfig, build
-from tinyvlm.vqa import (SYSTEM, TAGS, encode_dialogue, rows_of, score_vqa, submission, to_sentence, to_short, to_targets)
+from tinyvlm.vqa import (SYSTEM, TAGS, encode_dialogue, rows_of, score_vqa, submission, to_sentence, to_short,
+                         to_targets)
 from tinyvlm.weights import atomic_write, load_safetensors, read_json, write_json
 
 END = "<|endoftext|>"               # ends every caption, and starts those of the cross model, as GPT-2 was trained
@@ -172,7 +174,8 @@ class Captioning(Task):
         self.end = self.tokenizer.token_to_id(END)
         self.first = self.tokenizer.token_to_id("<image>") if c.model == "prefix" else self.end
         if None in (self.first, self.end):
-            raise UserError(f"the tokenizer of {c.text or c.init or c.out_dir} knows no {END}; name a GPT-2, or train one")
+            raise UserError(f"the tokenizer of {c.text or c.init or c.out_dir} knows no {END}; name a GPT-2, or train "
+                            "one")
         self.texts = self.make_texts(clean)
 
     def words(self, clean):
@@ -253,18 +256,19 @@ class Captioning(Task):
         """CIDEr-D against the training captions, and the place of each image among them."""
         members = self.run.store.usable("train")
         self.place = {i: k for k, i in enumerate(members)}
-        return metrics.CiderD([[" ".join(metrics.tokenize(text)) for text in self.run.dataset.captions[i]] for i in members])
+        captions = self.run.dataset.captions
+        return metrics.CiderD([[" ".join(metrics.tokenize(text)) for text in captions[i]] for i in members])
 
     def backward(self, fast, batches):
         return self.reinforce(fast, batches) if self.config.reinforce else super().backward(fast, batches)
 
     def reinforce(self, fast, batches):
-        """Self-critical training: draw K captions of each image, and make the better ones likelier, the worse ones less.
+        """Self-critical training: draw K captions of each image, make the better ones likelier and the worse ones less.
 
-        "Self-critical sequence training" (Rennie et al. 2016, arXiv:1612.00563): cross-entropy asks for the next word of
-        somebody's caption, this for a high score of one's own. A caption's advantage is its CIDEr-D minus the mean of
-        the others of its image; the loss is minus the advantage times the caption's log-probability. Returns minus the
-        mean score.
+        "Self-critical sequence training" (Rennie et al. 2016, arXiv:1612.00563): cross-entropy asks for the next word
+        of somebody's caption, this for a high score of one's own. A caption's advantage is its CIDEr-D minus the mean
+        of the others of its image; the loss is minus the advantage times the caption's log-probability. Returns minus
+        the mean score.
         """
         model, machine, K, scores = getattr(fast, "module", fast), self.machine, self.config.reinforce, []
         for k, batch in enumerate(batches):
@@ -282,8 +286,9 @@ class Captioning(Task):
             with fast.no_sync() if machine.world > 1 and more else nullcontext():
                 with machine.autocast():
                     logits = fast(img, idx.to(machine.device))[0]                 # (B * K, T, V)
-                log_p = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets.to(machine.device),
-                                                           ignore_index=IGNORE, reduction="none").sum(dim=1)    # (B * K,)
+                # cross_entropy wants (rows, V, T), and gives 0 where nothing was said: log_p is (B * K,)
+                log_p = -F.cross_entropy(logits.float().transpose(1, 2), targets.to(machine.device),
+                                         ignore_index=IGNORE, reduction="none").sum(dim=1)
                 loss = -(advantage.flatten().to(machine.device) * log_p).sum() / (self.config.batch_size * K)
                 machine.scaler.scale(loss * machine.world).backward()
             scores.append(score.sum() / (self.config.batch_size * K))
@@ -302,20 +307,18 @@ class Captioning(Task):
         return said
 
     def look(self, model, step, best):
-        """Evaluate, caption a few, keep the model if its loss is the lowest so far. Returns (loss, exchanged, what is judged)."""
+        """Evaluate, caption a few, keep the best model so far: that of the lowest loss or, rewarded, highest score."""
         run, say = self.run, self.machine.say
         val, shuffled = self.evaluate(model, "val", self.config.eval_images)
         judged = val
         if not math.isfinite(val):
             raise UserError(f"the validation loss at step {step} is not finite; lower --lr and start again")
         if self.machine.main:
-            members = run.members("val", 24)
+            members = run.members("val", self.config.eval_images if self.config.reinforce else 24)
             said = self.caption(model, members)
             perplexity = math.exp(min(val, 50))
             if self.config.reinforce:                           # what is trained is the score, so it also decides
-                members = run.members("val", self.config.eval_images)
-                judged = -metrics.score_captions(self.caption(model, members), [run.dataset.captions[i] for i in members]
-                                                 )["CIDEr-D"]
+                judged = -metrics.score_captions(said, [run.dataset.captions[i] for i in members])["CIDEr-D"]
                 say(f"step {step}: validation CIDEr-D {-judged:.3f}")
             say(f"step {step}: validation loss {val:.3f}, perplexity {perplexity:.2f}, with images exchanged "
                 f"{shuffled:.3f}; {len(set(said))} of {len(said)} sample captions are distinct")

@@ -340,7 +340,7 @@ def make_optimizer(model, config):
     """AdamW, a group per part (its own rate) and kind: matrices decay; norms, biases and embeddings do not."""
     factor = {"bridge": 1.0, "decoder": config.lr_decoder, "vision": config.lr_vision}
     names = (".wte.weight", ".wpe.weight", ".pos", ".cls")
-    tables = {id(p) for name, p in model.named_parameters() if name.endswith(names)}
+    tables = {id(p) for name, p in model.named_parameters() if f".{name}".endswith(names)}
     groups = []
     for part, params in model.parts().items():
         for decays in (True, False):
@@ -534,9 +534,9 @@ def evaluate_run(config):
         return                                                  # nothing to judge by; the task has said so
     shuffled = scores.pop("shuffled")
     machine.say(f"{config.split} split: {show(scores)}\nwith images exchanged: {show(shuffled)}")
-    row = {"run": config.out_dir, "model": config.model, "features": saved.config.get("features", {}) and
-           saved.config["features"]["encoder"][:24], "dataset": config.dataset, "split": config.split,
-           "beams": config.num_beams, "penalty": config.length_penalty,
+    row = {"run": config.out_dir, "model": config.model,
+           "features": (saved.config.get("features") or {}).get("encoder", "")[:24], "dataset": config.dataset,
+           "split": config.split, "beams": config.num_beams, "penalty": config.length_penalty,
            "M params": sum(p.numel() for p in model.parameters()) / 1e6, **scores,
            **{f"{name} exchanged": shuffled[name] for name in ("BLEU-4", "CIDEr-D", "exact") if name in shuffled}}
     machine.say(f"\n{config.table}:\n" + "\n".join(add_to_table(config.table, row)))

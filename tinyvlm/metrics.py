@@ -186,7 +186,7 @@ def rouge_l(candidates, references):
 
 
 class CiderD:
-    """CIDEr-D of one caption at a time, 0 to 10: cosine of tf-idf n-gram vectors, averaged over n = 1..4 and references.
+    """CIDEr-D of one caption at a time, 0 to 10: cosine of tf-idf n-gram vectors, mean over n = 1..4 and references.
 
     An n-gram weighs its count times log(images / images whose references use it), so a phrase that fits every image
     weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
