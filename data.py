@@ -16,6 +16,7 @@ import io
 import os
 import random
 import re
+import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -401,6 +402,7 @@ class Batches(torch.utils.data.Dataset):
         self.batch_size, self.accum, self.seed = batch_size, accum, seed
         self.K = min(K, max(map(len, texts.rows)))              # more rows than any image has captions would be empty
         self.rank, self.world, self.pad_to = rank, world, pad_to
+        self.end = sys.maxsize                                  # the run's last step: nothing beyond is fetched
         if batch_size % (accum * world):
             raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} "
                             "micro-batches")
@@ -415,7 +417,7 @@ class Batches(torch.utils.data.Dataset):
 
     def fetched(self, picks, step):
         """The step's images that can be had; one that cannot gives its place to another of the same batch."""
-        ahead = [self.members[k] for s in range(step + 1, step + 9)
+        ahead = [self.members[k] for s in range(step + 1, min(step + 9, self.end))
                  for k, _ in step_order(len(self.members), self.batch_size, s, self.seed)]
         self.store.announce([i for i, _ in picks] + ahead)
         there = set(self.store.present([i for i, _ in picks]))

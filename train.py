@@ -241,7 +241,7 @@ class Run:
         self.batches = Batches(self.store, self.task.texts, "train", config.batch_size, config.captions_per_image,
                                config.accum, config.seed, machine.rank, machine.world, pad_to)
         self.steps_per_epoch = len(self.batches.members) / config.batch_size
-        self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
+        self.total_steps = self.batches.end = max(1, round(config.epochs * self.steps_per_epoch))
 
     def make_store(self, splits):
         """Pixels: in memory, decoded when needed, or fetched when needed."""

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from servers import Host
+
 ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "tests" / "reference"            # tiny public checkpoints: make_reference_checkpoints.py
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # many tiny models: threads would only wait for one another
 
@@ -14,3 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # many tiny models: threads 
 def no_user_caches(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def host():
+    """A web server for this test alone."""
+    with Host() as made:
+        yield made

@@ -5,7 +5,6 @@ injected `sleep`, so back-off takes no time.
 """
 import csv
 import gzip
-import http.server
 import io
 import json
 import re
@@ -17,12 +16,12 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from servers import Host, answer, in_turn, send
 from tinyvlm import web as module
 from tinyvlm.config import UserError
 from tinyvlm.image import RECIPES, load_image, to_pil, to_uint8
@@ -42,64 +41,6 @@ def noise(side=64, seed=0):
     file, made = io.BytesIO(), Image.effect_noise((side, side), 60 + seed)
     made.convert("RGB").save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-class Host:
-    """A server on a free port. pages: path -> function(handler); asked: how often each path; most: requests at once."""
-
-    def __init__(self):
-        self.pages, self.asked, self.heads, self.now, self.most, host = {}, Counter(), [], 0, 0, self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-
-            def do_GET(self):
-                host.asked[self.path] += 1
-                host.heads.append(dict(self.headers))
-                host.now += 1
-                host.most = max(host.most, host.now)
-                try:
-                    host.pages.get(self.path.partition("?")[0], send(b"nothing", 404))(self)
-                except (BrokenPipeError, ConnectionResetError):         # the client has had enough: often the point
-                    pass
-                host.now -= 1
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads, self.server.handle_error = True, lambda *args: None
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-
-def send(body=b"", status=200, length=True, **headers):
-    def page(handler):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        if length:
-            handler.send_header("Content-Length", str(len(body) if length is True else length))
-        else:
-            handler.send_header("Connection", "close")
-            handler.close_connection = True
-        handler.end_headers()
-        handler.wfile.write(body)
-    return page
-
-
-def in_turn(*pages):
-    """The first request gets the first page and so on; the last page stays."""
-    rest = list(pages)
-    return lambda handler: (rest.pop(0) if len(rest) > 1 else rest[0])(handler)
-
-
-@pytest.fixture
-def host():
-    made = Host()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 @pytest.fixture
@@ -127,7 +68,7 @@ def test_bytes_and_image_come_with_our_name_and_no_packing(host, how):
     host.pages["/a b.png"] = host.pages["/a%20b.png"] = send(picture(kind="PNG"), Content_Type="text/html")
     data, image = fetch_image(f"{host.url}/a b.png#part", how)
     assert data == picture(kind="PNG") and image.mode == "RGB" and image.size == (40, 30)
-    assert "tinyvlm" in host.heads[0]["User-Agent"] and host.heads[0]["Accept-Encoding"] == "identity"
+    assert "tinyvlm" in host.gets("User-Agent")[0] and host.gets("Accept-Encoding") == ["identity"]
 
 
 def test_private_addresses_are_refused_however_they_are_written(host):
@@ -213,12 +154,12 @@ def test_a_body_beyond_the_limit_is_cut_off_announced_or_not(host, how):
     sent = []
 
     def endless(handler):
-        send(b"\xff\xd8", length=False)(handler)
+        answer(handler, 200, b"\xff\xd8", Content_Length=None)
         while True:
             handler.wfile.write(bytes(10_000))
             sent.append(10_000)
 
-    host.pages.update({"/announced": send(b"x", length=10**10), "/endless": endless})
+    host.pages.update({"/announced": send(b"x", Content_Length=10**10), "/endless": endless})
     assert reason(f"{host.url}/announced", small) == "too large"
     assert reason(f"{host.url}/endless", small) == "too large"
     assert sum(sent) < 20_000_000, "the rest of an endless body fits in the buffers of the two sockets at most"
@@ -250,7 +191,6 @@ def test_what_may_pass_is_tried_again_and_what_not_is_not(host, how, naps):
     host.pages["/500"] = send(status=500)
     assert reason(f"{host.url}/500", how) == "HTTP 500" and host.asked["/500"] == 3
     assert reason(f"{host.url}/gone", how) == "HTTP 404" and host.asked["/gone"] == 1
-    host.pages["/cut"] = send(picture(), length=10_000)
     host.pages["/cut"] = in_turn(lambda handler: setattr(handler, "close_connection", True), send(picture()))
     assert fetch_image(f"{host.url}/cut", how)[0] == picture()
     with socket.socket() as nobody:
@@ -261,7 +201,7 @@ def test_what_may_pass_is_tried_again_and_what_not_is_not(host, how, naps):
 def test_a_body_shorter_than_announced_is_no_image(host, how):
     def short(handler):
         handler.close_connection = True
-        send(picture(), length=len(picture()) + 5)(handler)
+        answer(handler, 200, picture(), Content_Length=len(picture()) + 5)
     host.pages["/short"] = short
     assert reason(f"{host.url}/short", how) == "connection broke" and host.asked["/short"] == 3
 
@@ -303,7 +243,7 @@ def test_tls_checks_the_name_and_keeps_to_the_time(host, how, tmp_path, monkeypa
     context, names, found = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), [], socket.getaddrinfo
     context.load_cert_chain(tmp_path / "pem")
     context.sni_callback = lambda sock, name, context: names.append(name)
-    host.server.socket = context.wrap_socket(host.server.socket, server_side=True, do_handshake_on_connect=False)
+    host.socket = context.wrap_socket(host.socket, server_side=True, do_handshake_on_connect=False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *a, **k: found("127.0.0.1", *a, **k))
     host.pages["/x"] = send(picture())
     host.pages["/drip"] = lambda handler: [(handler.wfile.write(b"x"), time.sleep(0.05)) for _ in range(60)]
@@ -311,7 +251,7 @@ def test_tls_checks_the_name_and_keeps_to_the_time(host, how, tmp_path, monkeypa
     assert reason(f"https://tls.example:{port}/x", how) == "TLS fails", "nobody vouches for this certificate"
     monkeypatch.setattr(module.requests.certs, "where", lambda: str(tmp_path / "pem"))
     assert fetch_image(f"https://tls.example:{port}/x", how)[0] == picture() and set(names) == {"tls.example"}
-    assert host.heads[-1]["Host"] == f"tls.example:{port}"
+    assert host.gets("Host")[-1] == f"tls.example:{port}"
     assert reason(f"https://other.example:{port}/x", how) == "TLS fails", "the certificate is for another name"
     began = time.monotonic()
     assert reason(f"https://tls.example:{port}/drip", Fetch(**{**vars(how), "max_seconds": 0.4})) == "timeout"
@@ -420,14 +360,21 @@ def test_limit_keeps_the_first_good_ones_and_reads_no_further(host, how, tmp_pat
 
 
 def test_a_slow_host_gets_few_requests_at_once_and_does_not_stop_the_others(host, tmp_path, naps):
-    other, gate = Host(), threading.Event()
     how = Fetch(allow_private=True, threads=4, per_host=2, sleep=naps.append)
-    host.pages["/x"] = lambda handler: (gate.wait(5), send(picture())(handler))
-    other.pages["/x"] = lambda handler: (other.asked["/x?9"] and gate.set(), send(picture())(handler))
-    rows = [(f"{one.url}/x?{k}", "a", {}) for one in (host, other) for k in range(10)]
-    assert download_images(rows, tmp_path, how=how, say=str)["good"] == 20
-    assert gate.is_set() and host.most == 2, "the quick host was served while the slow one held only two threads"
-    other.server.shutdown()
+    gate, inside, most = threading.Event(), [], []
+
+    def slow(handler):
+        inside.append(handler)
+        most.append(len(inside))
+        gate.wait(5)
+        inside.remove(handler)
+        answer(handler, 200, picture())
+    with Host() as other:
+        host.pages["/x"] = slow
+        other.pages["/x"] = lambda handler: (other.asked["/x?9"] and gate.set(), answer(handler, 200, picture()))
+        rows = [(f"{one.url}/x?{k}", "a", {}) for one in (host, other) for k in range(10)]
+        assert download_images(rows, tmp_path, how=how, say=str)["good"] == 20
+    assert gate.is_set() and max(most) == 2, "the quick host was served while the slow one held only two threads"
 
 
 def test_an_unforeseen_fault_ends_the_run_and_is_not_hidden(host, how, tmp_path, monkeypatch):
@@ -536,7 +483,7 @@ def test_pages_of_rows_are_tried_again_kept_and_cut_to_the_wish(host, tmp_path, 
     assert ask() == rows and len(naps) == 2 and sum(host.asked.values()) == 5
     assert ask(start=90, limit=15) == rows[90:105] and ask(start=120) == rows[120:] and ask(limit=0) == []
     assert ask(start=300, limit=5) == [] and ask(start=249) == rows[249:] and sum(host.asked.values()) == 6
-    host.server.shutdown()
+    host.shutdown()
     assert ask() == rows, "all pages come from the folder"
     assert next(caption_rows(rows, "it")) == ("http://h/0", "text 0", {"laion_2b": 0})
 
@@ -634,7 +581,7 @@ def test_the_cache_keeps_to_its_limit_and_survives_a_restart(host, stream, tmp_p
     (tmp_path / "cache" / "notes.txt").write_text("mine")
     two = stream(8, max_cache_bytes=3 * size, ahead=1)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"notes.txt", *two.cache.sizes}
-    host.asked.clear()
+    host.seen.clear()
     assert [two.get(i).getpixel((0, 0))[0] for i in (0, 5, 6)] == [0, 5, 6] and not host.asked
     two.get(1)
     assert host.asked == {"/1": 1} and len(two.cache.sizes) == 3

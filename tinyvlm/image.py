@@ -57,8 +57,8 @@ RECIPES = {
 }
 
 
-def load_image(source, name=None):
-    """Open a path or bytes as an upright RGB PIL image.
+def load_image(source, name=None, formats=None):
+    """Open a path or bytes as an upright RGB PIL image. formats: only these of Pillow's, for images of strangers.
 
     Grey, palette, CMYK and 16-bit images become 8-bit RGB, transparency is laid on white, of an animation the first
     frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the file and the fault.
@@ -67,7 +67,7 @@ def load_image(source, name=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{name} is {image.width}x{image.height} pixels, more than this program will decode")
             image.load()

@@ -4,6 +4,7 @@ A `Dataset` is images by number, captions by image number, and three splits. The
 (Kaggle's zip, the original text files, Karpathy's json, COCO's json, a folder of one's own) into one, and say aloud
 what they decided or left out. `open_photos` chooses among them; data.py makes batches.
 """
+import contextlib
 import csv
 import gc
 import io
@@ -57,6 +58,15 @@ SPLITS = ("train", "val", "test")
 MAX_LOST = 0.01                 # the share of images or annotations that may be missing without --allow-broken
 
 
+@contextlib.contextmanager
+def _layout(path, wanted, remedy="mend it or fetch it again"):
+    """Whatever goes wrong in taking a file apart is one UserError: `PATH is not WANTED (what was wrong); REMEDY`."""
+    try:
+        yield
+    except (OSError, csv.Error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not {wanted} ({error!r}); {remedy}") from None
+
+
 def list_files(folder):
     """["a/b.jpg", ..]: every file in a folder, shallow ones first. One walk: the 123,287 images of COCO take a second.
 
@@ -89,29 +99,26 @@ def read_captions(path, notes=None):
     `name.jpg<TAB>caption`, `name.jpg| 2| caption` with a header (Flickr30k at Kaggle), or one json object a line with
     image/file_name and caption/captions/text. The list `notes` hears of rows that were mended.
     """
-    try:
+    with _layout(path, "a readable file of captions"):
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the captions in {path}: {error}") from None
     captions, bad = {}, 0
     if text.partition("\n")[0].count("|") == 2:     # `2199200615.jpg| 4   A dog runs ..`: the second bar was forgotten
         text, mended = re.subn(r"(?m)^([^|\n]+\|[ \t]*\d+)[ \t]+(?![|\s])", r"\1| ", text)
         if mended and notes is not None:
             notes.append(f"{mended} rows of {path.name} lacked the bar before the caption and were mended")
-    try:
+    with _layout(path, "a proper CSV", "a quote left open is the usual cause"):
         for name, caption in _jsonl_rows(text, path) if path.suffix == ".jsonl" else _table_rows(text, path):
             if name.strip() and caption.strip():
                 captions.setdefault(name.strip(), []).append(" ".join(caption.split()))
             else:
                 bad += 1
-    except csv.Error as error:
-        raise UserError(f"{path} is no proper CSV ({error}); a quote left open is the usual cause") from None
     if not captions:
         raise UserError(f"{path} holds no captions; each line should name an image and say what it shows")
     return captions, bad
 
 
 def _table_rows(text, path):
+    """`a.jpg#0<TAB>a dog`, or, below a header `image,caption`, `a.jpg,"a dog, asleep"` -> ("a.jpg", caption)."""
     head = text.partition("\n")[0]
     if "\t" in head:
         for number, line in enumerate(text.splitlines()):
@@ -132,23 +139,21 @@ def _table_rows(text, path):
         if len(row) > len(header) and caption != len(header) - 1:
             raise UserError(f"line {rows.line_num} of {path} has more cells than the header; put quotes round commas")
         if row:             # commas without quotes split a caption that stands last; cutting it there would be silent
-            yield row[name] if len(row) > name else "", ", ".join(row[caption:] if caption + 1 == len(header) else
-                                                                  row[caption:caption + 1])
+            end = None if caption + 1 == len(header) else caption + 1
+            yield row[name] if len(row) > name else "", ", ".join(row[caption:end])
 
 
 def _jsonl_rows(text, path):
+    """`{"image": "a.jpg", "captions": ["a dog", "a pet"]}` -> ("a.jpg", "a dog"), ("a.jpg", "a pet")."""
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        try:
+        with _layout(f"line {number} of {path}", 'like {"image": "a.jpg", "caption": "a dog"}', "mend it"):
             row = json.loads(line)
             name = row.get("image") or row["file_name"]
             texts = row.get("captions") or [row.get("caption") or row["text"]]
             if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            wanted = '{"image": "a.jpg", "caption": "a dog"}'
-            raise UserError(f"line {number} of {path} should be like {wanted}") from None
+                raise TypeError("the name and each caption should be a text")
         for caption in texts:
             yield name, caption
 
@@ -156,6 +161,7 @@ def _jsonl_rows(text, path):
 def find_images(folder, names, unique=False):
     """{name: path within folder} of the named images that are there: by path, by the end of a path, or by file name.
 
+    "val/7.jpg" is found at val/7.jpg, else at all/val/7.jpg, else at pictures/7.jpg; of several there an error tells.
     unique: the publisher gave no two images one name, so of several copies the first will do.
     """
     by_path, by_name = set(), {}
@@ -181,14 +187,13 @@ def karpathy(path, name=None):
     COCO's images have their folder in the name, val2014/COCO_val2014_000000000042.jpg, and its `restval`, the part of
     the official val that he tests nothing on, is for training. name: which data set it should be, to tell a mix-up.
     """
-    collecting = gc.isenabled()
+    captions, lists = {}, {}
     gc.disable()                    # searching COCO's 8 million words for circular rubbish takes longer than reading
     try:
-        content, captions, lists = read_json(path), {}, {}
+        content = read_json(path)
     finally:
-        if collecting:
-            gc.enable()
-    try:
+        gc.enable()
+    with _layout(path, "in the layout of Karpathy's splits", "mend or remove it"):
         theirs = content.get("dataset", name)
         if name in DATASETS and name != "folder" and theirs != name:
             raise UserError(f"{path} is the split of {theirs}, not of {name}; put dataset_{name}.json there instead")
@@ -196,8 +201,6 @@ def karpathy(path, name=None):
             image = "/".join([x[key] for key in ("filepath", "filename") if key in x or key == "filename"])
             captions[image] = [" ".join(sentence["raw"].split()) for sentence in x.get("sentences", [])]
             lists.setdefault("train" if x["split"] == "restval" else x["split"], set()).add(image)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not in the layout of Karpathy's splits ({error!r}); mend or remove it") from None
     return captions, lists
 
 
@@ -205,10 +208,8 @@ def read_split_files(folder, name=None):
     """The official split, {"train": {name, ..}, ..}: Flickr8k's three lists, or Karpathy's json, or None."""
     paths = find_files(folder, ["Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.testImages.txt"])
     if len(paths) == 3:
-        try:
+        with _layout(paths[0], "the list of a split (or one beside it is not)", "mend or remove it"):
             return {split: set(path.read_text().split()) for split, path in zip(SPLITS, paths)}
-        except UnicodeDecodeError as error:
-            raise UserError(f"{paths[0]} is no list of a split ({error}); mend or remove it") from None
     paths = find_files(folder, (f"dataset_{name}.json", *KARPATHY_FILES))
     return karpathy(paths[0], name)[1] if paths else None
 
@@ -270,18 +271,14 @@ def _assemble(name, folder, where, captions, lists, notes, seed, allow_broken, u
 
 def _hub_table(path):
     """flickr_annotations_30k.csv: a row an image, with its captions as a json list -> what karpathy() returns."""
-    captions, lists = {}, {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
-                texts = json.loads(row["raw"])
-                if not isinstance(texts, list):                 # the letters of a string could be looped over, too
-                    raise TypeError(f"raw is {texts!r}")
-                captions[row["filename"]] = [" ".join(text.split()) for text in texts]
-                lists.setdefault(row["split"], set()).add(row["filename"])
-    except (OSError, csv.Error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not the hub's table of Flickr30k, with the columns raw (a json list), split and "
-                        f"filename ({error}); fetch it again") from None
+    captions, lists, wanted = {}, {}, "the hub's table of Flickr30k, with columns raw (a json list), split and filename"
+    with _layout(path, wanted), open(path, newline="", encoding="utf-8-sig") as file:
+        for row in csv.DictReader(file):
+            texts = json.loads(row["raw"])
+            if not isinstance(texts, list):                     # the letters of a string could be looped over, too
+                raise TypeError(f"raw is {texts!r}")
+            captions[row["filename"]] = [" ".join(text.split()) for text in texts]
+            lists.setdefault(row["split"], set()).add(row["filename"])
     return captions, lists
 
 
@@ -307,9 +304,7 @@ def photos(name, folder, seed=0, allow_broken=False):
     return _assemble(name, folder, where, captions, lists, notes, seed, allow_broken, unique=name != "folder")
 
 
-def flickr30k(folder, seed=0, allow_broken=False):
-    """Flickr30k as the hub, Kaggle, its authors or Karpathy give it. His json also splits the captions of others."""
-    return photos("flickr30k", folder, seed, allow_broken)
+flickr30k = partial(photos, "flickr30k")        # as the hub, Kaggle, its authors or Karpathy give it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,7 +336,8 @@ def read_coco(path, notes, allow_broken=False):
     """One captions_*.json -> {"val2014/COCO_val2014_000000000042.jpg": [caption, ..]} and {the same: url or None}."""
     content, captions, urls, by_id, unknown = read_json(path), {}, {}, {}, []
     subset = re.search(r"(train|val|test)(20\d\d)?", path.stem)
-    try:
+    with _layout(path, "in the layout of COCO's captions, {images: [id, file_name], annotations: [image_id, caption]}",
+                 "is it captions_train2014.json or the like?"):
         for image in content["images"]:
             file, url = image["file_name"], image.get("coco_url") or ""
             own = re.search(r"(train|val)20\d\d", file) or subset
@@ -354,9 +350,6 @@ def read_coco(path, notes, allow_broken=False):
                 captions[by_id[note["image_id"]]].append(" ".join(note["caption"].split()))
             else:
                 unknown.append(note["image_id"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not in the layout of COCO's captions, with images (id, file_name) and annotations "
-                        f"(image_id, caption): {error!r}; is it captions_train2014.json or the like?") from None
     if unknown:
         notes.append(f"{len(unknown)} of {len(content['annotations'])} annotations in {path} have an image_id that it "
                      f"does not list, such as {unknown[0]}")
@@ -412,57 +405,57 @@ def coco(folder, seed=0, allow_broken=False, stream=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Downloads, and the table of all that is here.
 
+def _fetch_zip(url, folder, name):
+    """Unpack the zip at `url` as folder/name, unless that is there. A download that was broken off leaves its part."""
+    zip_path = folder / "zips" / f"{name}.zip"
+    if not (folder / name).is_dir():
+        extract_zip(download(url, zip_path), folder / name)
+        zip_path.unlink()
+
+
 def fetch_flickr8k(folder):
-    """Download Flickr8k: the two zips of the text layout, or else Kaggle's copy of it. About 1.1 GB.
+    """Download Flickr8k (1.1 GB): the two zips of the text layout, or else Kaggle's copy of it.
 
     The captions come last: where they are, the images are whole, and nothing is asked for again. Lengths are
     checked against what the server announced, contents by the zips' own checksums; the publishers give no others.
     """
     if find_files(folder, CAPTION_FILES):
         return
-    zips = folder / "zips"
     try:
-        for name in ("Flickr8k_Dataset.zip", "Flickr8k_text.zip"):
-            extract_zip(download(GITHUB_FLICKR8K + name, zips / name), folder / name[:-4])
+        for name in ("Flickr8k_Dataset", "Flickr8k_text"):
+            _fetch_zip(f"{GITHUB_FLICKR8K}{name}.zip", folder, name)
     except UserError as first:
         print(f"{first}\ntrying the next mirror")
         try:
-            extract_zip(download(KAGGLE_FLICKR8K, zips / "flickr8k.zip"), folder / "flickr8k")
+            _fetch_zip(KAGGLE_FLICKR8K, folder, "flickr8k")
         except UserError as second:
             raise UserError(f"no mirror of Flickr8k answered: {first}; {second}") from None
-    shutil.rmtree(zips)
+    shutil.rmtree(folder / "zips", ignore_errors=True)
 
 
 def fetch_flickr30k(folder):
     """Download Flickr30k from the hub: 4.4 GB of images, then, as for fetch_flickr8k, the captions."""
-    name, table = "flickr30k-images", FLICKR30K_FILES[0]
     if not find_files(folder, (*FLICKR30K_FILES, *CAPTION_FILES, "dataset_flickr30k.json")):
-        if not (folder / name).is_dir():
-            extract_zip(download(f"{HUB_FLICKR30K}{name}.zip", folder / "zips" / f"{name}.zip"), folder / name)
-        download(HUB_FLICKR30K + table, folder / table)
+        _fetch_zip(HUB_FLICKR30K + "flickr30k-images.zip", folder, "flickr30k-images")
+        download(HUB_FLICKR30K + FLICKR30K_FILES[0], folder / FLICKR30K_FILES[0])
         shutil.rmtree(folder / "zips", ignore_errors=True)
 
 
 def fetch_coco(folder, annotations_only=False, year=None):
     """Download what is not there of COCO: 19 GB of images, unless annotations_only, and the captions.
 
-    year: 2014 or 2017; by default that of the images that are there, else 2014, as in published numbers.
+    year: 2014 or 2017; by default that of the images that are there, else 2014, as in published numbers. While there is
+    a folder `zips`, a download was broken off, so images that are there may not be all.
     """
-    zips, files = folder / "zips", list_files(folder)           # while there are zips, a download was broken off
+    zips, files = folder / "zips", list_files(folder)
     there, by_year = _years(files), _caption_json(files)
     year = str(year or max(there, default=2014))
-
-    def unpack(address, piece):
-        if not (folder / piece).is_dir():
-            zip_path = download(f"{COCO}{address}/{piece}.zip", zips / f"{piece}.zip")
-            extract_zip(zip_path, folder / piece)
-            zip_path.unlink()
-
     if not annotations_only and (year not in there or zips.is_dir()):
-        unpack("zips", f"train{year}")
-        unpack("zips", f"val{year}")
+        for piece in (f"train{year}", f"val{year}"):
+            _fetch_zip(f"{COCO}zips/{piece}.zip", folder, piece)
     if not find_files(folder, ["dataset_coco.json"]) and not by_year.keys() & {year, ""}:
-        unpack("annotations", f"annotations_trainval{year}")
+        piece = f"annotations_trainval{year}"
+        _fetch_zip(f"{COCO}annotations/{piece}.zip", folder, piece)
     if zips.is_dir() and not any(zips.iterdir()):
         zips.rmdir()
 
@@ -474,9 +467,11 @@ DATASETS = {"flickr8k": (fetch_flickr8k, partial(photos, "flickr8k")), "flickr30
 def open_photos(config):
     """A config with dataset, data_dir, seed, allow_broken and perhaps stream -> Dataset, downloaded if no data_dir."""
     fetch, reader = DATASETS[config.dataset]
-    folder, stream = Path(config.data_dir or f"data/{config.dataset}"), getattr(config, "stream", False)
-    if stream and config.dataset != "coco":
-        raise UserError(f"--stream fetches the images of coco one by one; leave it out for {config.dataset}")
+    folder = Path(config.data_dir or f"data/{config.dataset}")
+    if getattr(config, "stream", False):
+        if config.dataset != "coco":
+            raise UserError(f"--stream fetches the images of coco one by one; leave it out for {config.dataset}")
+        fetch, reader = partial(fetch_coco, annotations_only=True), partial(coco, stream=True)
     if fetch and not config.data_dir:
-        fetch(folder, **({"annotations_only": True} if stream else {}))
-    return reader(folder, config.seed, config.allow_broken, **({"stream": True} if stream else {}))
+        fetch(folder)
+    return reader(folder, config.seed, config.allow_broken)

@@ -6,7 +6,8 @@
 
 Strangers wrote the links, so each is a request they make from inside your network (server-side request forgery): we
 connect to public addresses only, and to the very address that was checked. What comes is an image if it decodes as
-one, whatever its name says. Left out: proxies (they look names up, so nothing could be checked), robots.txt, cookies.
+one, whatever its name says. Each protection is marked `Guard:` where it stands; when to try again is download.py's
+rule. Left out: proxies (they look names up, so nothing could be checked), robots.txt, cookies.
 """
 import contextlib
 import csv
@@ -30,18 +31,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import quote, urlencode, urljoin
 
 import requests
 from PIL import Image, UnidentifiedImageError
 
 from .config import UserError
-from .download import _locked, _number, download
+from .download import Fault, Limits, download, locked, may_pass, number, origin, persist
 from .image import adaptive_square, load_image
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")     # Pillow would hand an EPS to Ghostscript: not these
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")     # Guard: Pillow would hand an EPS to Ghostscript
 HEADERS = {"User-Agent": "tinyvlm/0.1 (collects training images)", "Accept": "image/*", "Accept-Encoding": "identity"}
-PORTS = {"http": 80, "https": 443}
 AHEAD = 2048                            # rows read before their turn, so that one slow host leaves work for the others
 REPORT = ["url", "file", "status", "width", "height", "fit", "caption", "extras"]
 URL_COLUMNS, CAPTION_COLUMNS = ("image_url", "url"), ("capsfusion", "caption", "text")
@@ -62,18 +62,14 @@ class Fetch:
     sleep: object = time.sleep          # tests put a list's append here and never wait
 
 
-class FetchError(UserError):
-    """Why there is no image, in a few words for a report. again: it may pass; wait: seconds the server asked for."""
-
-    def __init__(self, reason, again=False, wait=None):
-        super().__init__(reason)
-        self.again, self.wait = again, wait
+class FetchError(Fault):
+    """Why there is no image, in a few words for a report."""
 
 
 # One connection, to an address that was checked, with an end in time.
 
 class _Timed(socket.socket):
-    """Every read ends by `deadline`; a timeout alone starts anew with each byte of a server that drips."""
+    """Guard: every read ends by `deadline`. A timeout alone starts anew with each byte of a server that drips."""
     deadline, pause = math.inf, 10.0
 
     def clock(self):
@@ -105,9 +101,9 @@ def is_public(address):
 class _Line(http.client.HTTPConnection):
     """http.client's connection to a checked address; the name still goes into Host: and against the certificate."""
 
-    def __init__(self, origin, web):
-        super().__init__(*origin[1:])
-        self.origin, self.web, self.default_port = origin, web, PORTS[origin[0]]
+    def __init__(self, place, web):
+        super().__init__(*place[1:])
+        self.place, self.web, self.default_port = place, web, {"http": 80, "https": 443}[place[0]]
 
     def ask(self, target, deadline):
         self.deadline = deadline
@@ -117,7 +113,7 @@ class _Line(http.client.HTTPConnection):
         return self.getresponse()
 
     def connect(self):
-        """Look the name up once: asked a second time, it could lead to another address (DNS rebinding)."""
+        """Guard: the name is looked up once. A second look-up could give another address, unchecked (DNS rebinding)."""
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError) as error:
@@ -128,7 +124,7 @@ class _Line(http.client.HTTPConnection):
             try:
                 self.sock = self.timed(_Timed(family, kind, protocol))
                 self.sock.connect(address)
-                if self.origin[0] == "https":
+                if self.place[0] == "https":
                     self.sock = self.timed(self.web.tls.wrap_socket(self.sock, server_hostname=self.host))
                 return
             except OSError as error:
@@ -141,6 +137,18 @@ class _Line(http.client.HTTPConnection):
         sock.deadline, sock.pause = self.deadline, self.web.how.timeout
         sock.clock()
         return sock
+
+
+def _target(url):
+    """((scheme, host, port), what to ask for), in ASCII: "http://a.b/ä?x#y" -> (("http", "a.b", 80), "/%C3%A4?x")."""
+    prepared = requests.PreparedRequest()
+    try:
+        prepared.prepare_url(url, None)
+        return origin(prepared.url), prepared.path_url
+    except (requests.RequestException, ValueError):
+        raise FetchError("bad address") from None
+    except Fault:
+        raise FetchError("not http or https") from None
 
 
 class _Web:
@@ -157,7 +165,7 @@ class _Web:
         return context
 
     def get(self, url, deadline):
-        """The body at `url`, after at most five redirects, each checked like the first. Raises FetchError."""
+        """The body at `url`. Guard: of at most five redirects, each is checked like the first. Raises FetchError."""
         body = None
         try:
             for _ in range(6):
@@ -170,8 +178,7 @@ class _Web:
             else:
                 raise FetchError("too many redirects")
             if answer.status != 200:
-                again = answer.status == 429 or answer.status >= 500
-                raise FetchError(f"HTTP {answer.status}", again, _number(answer.getheader("Retry-After", "").strip()))
+                raise FetchError(f"HTTP {answer.status}", *may_pass(answer.status, answer.headers))
             body = self.read(answer)
             return body
         except TimeoutError:
@@ -184,13 +191,13 @@ class _Web:
 
     def open(self, url, deadline):
         """Ask over this thread's last connection if it leads there; if the server has closed it since, over a new."""
-        origin, target = _origin(url)
+        place, target = _target(url)
         line = getattr(self.mine, "line", None)
-        if line and line.origin == origin:
+        if line and line.place == place:
             with contextlib.suppress(http.client.BadStatusLine, ConnectionError):
                 return line.ask(target, deadline)
         self.hang_up()
-        self.mine.line = _Line(origin, self)
+        self.mine.line = _Line(place, self)
         return self.mine.line.ask(target, deadline)
 
     def hang_up(self):
@@ -198,15 +205,15 @@ class _Web:
             line.close()
 
     def read(self, answer):
-        """The body, unpacked if it came packed unasked. Both sizes are watched: 20 kB of gzip can hold 20 MB."""
+        """The body, unpacked if it came packed unasked. Guard: both sizes are watched; 20 kB of gzip can hold 20 MB."""
         packed, limit = answer.getheader("Content-Encoding", "").strip().lower(), self.how.max_bytes
         if packed not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise FetchError(f"packed as {packed[:20]}")
         unpack = zlib.decompressobj(47).decompress if packed not in ("", "identity") else lambda chunk, most: chunk
-        body, came, announced = bytearray(), 0, _number(answer.getheader("Content-Length")) or 0
+        body, came, announced = bytearray(), 0, number(answer.getheader("Content-Length")) or 0
         while max(came, announced, len(body)) <= limit and (chunk := answer.read(1 << 16)):
             came += len(chunk)
-            body += unpack(chunk, limit + 1 - len(body))
+            body += unpack(chunk, limit + 1 - len(body))        # no more than that is ever in memory
         if max(came, announced, len(body)) > limit:
             raise FetchError("too large")
         if answer.length:               # bytes that were announced and did not come
@@ -214,7 +221,7 @@ class _Web:
         return bytes(body)
 
     def decode(self, data):
-        """Bytes -> upright RGB PIL image. Raises FetchError."""
+        """Bytes -> upright RGB PIL image. Guard: few bytes can be many pixels, so the head is read first."""
         try:
             with self.decoding:
                 with Image.open(io.BytesIO(data), formats=FORMATS) as head:
@@ -223,7 +230,7 @@ class _Web:
                     raise FetchError("too many pixels")
                 if max(w, h) > 50 * min(w, h):                  # padded to a square, such a strip would be gigabytes
                     raise FetchError("too long and thin")
-                return load_image(data, "it")
+                return load_image(data, "it", FORMATS)
         except FetchError:
             raise
         except UnidentifiedImageError:
@@ -234,40 +241,24 @@ class _Web:
             raise FetchError("truncated image" if "truncat" in str(error).lower() else "damaged image") from None
 
 
-def _origin(url):
-    """((scheme, host, port), what to ask for), in ASCII: "http://a.b/ä?x#y" -> (("http", "a.b", 80), "/%C3%A4?x")."""
-    prepared = requests.PreparedRequest()
-    try:
-        prepared.prepare_url(url, None)
-        parts = urlsplit(prepared.url)
-        port = parts.port or PORTS.get(parts.scheme)
-    except (requests.RequestException, ValueError):
-        raise FetchError("bad address") from None
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise FetchError("not http or https")
-    return (parts.scheme, parts.hostname, port), (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-
-
 def fetch_image(url, how=Fetch(), web=None):
     """The bytes at `url` and the upright RGB PIL image that they are. Raises FetchError; Fetch has the limits.
 
-    A Retry-After (in seconds) is obeyed if it ends within how.max_seconds. web: shared by the requests of a crowd.
+    A Retry-After is obeyed if it ends within how.max_seconds. web: shared by the requests of a crowd.
     """
     web, deadline = web or _Web(how), time.monotonic() + how.max_seconds
-    for k in range(how.retries + 1):
-        try:
-            data = web.get(url, deadline)
-            return data, web.decode(data)
-        except FetchError as error:
-            wait = 0.5 * 2**k if error.wait is None else error.wait
-            if not error.again or k == how.retries or time.monotonic() + wait > deadline:
-                raise
-        how.sleep(wait)
+
+    def attempt():
+        data = web.get(url, deadline)
+        return data, web.decode(data)
+    patience = Limits(tries=how.retries + 1, max_wait=math.inf, sleep=how.sleep, show=False)
+    return persist(attempt, patience, deadline)
 
 
 # A folder of small square images. Its report is a journal, one line per finished address: a kill loses none.
 
 def _name(url):
+    """What the file of an address is called. Guard: nothing of the address is in it, so it cannot lead elsewhere."""
     return hashlib.sha256(url.encode()).hexdigest()[:20]
 
 
@@ -277,7 +268,7 @@ def _plain(text, gap):
 
 
 def _write(path, data):
-    """The name appears with the whole file behind it."""
+    """Guard: the name appears with the whole file behind it. A kill leaves a .part, which the next run removes."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     os.replace(part, path)
@@ -287,6 +278,19 @@ def _csv(rows):
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
+
+
+@contextlib.contextmanager
+def _long_cells():
+    """Python's csv refuses cells over 131,072 characters, and an address may be `data:` and a whole image.
+
+    The limit is the process's, and others rely on it to notice a quote left open: so it is put back.
+    """
+    before = csv.field_size_limit(1 << 30)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_report(path):
@@ -300,8 +304,7 @@ def _read_report(path):
             raise UserError(f"{captions if foreign else path} was not made by this program; choose another folder")
         if not file.truncate(data.rfind(b"\n") + 1):
             file.write(head)
-    csv.field_size_limit(1 << 30)       # an address may be `data:` and a whole image
-    with open(path, encoding="utf-8", newline="") as file:
+    with _long_cells(), open(path, encoding="utf-8", newline="") as file:
         return {_name(row[0]): row for row in list(csv.reader(file))[1:] if len(row) == len(REPORT)}
 
 
@@ -332,11 +335,11 @@ def _finish_report(folder):
 def _in_parallel(jobs, work, how, room):
     """Yield work(job) of (host, job) pairs as they finish: at most room() unfinished, how.per_host running per host.
 
-    The jobs of a full host wait here, outside the pool, so a slow host never holds more than its share of threads.
-    (None, None) is no job, only a reason to ask room() again.
+    The jobs of a full host wait here, outside the pool, so a slow host never holds more than its share of threads: with
+    per_host=1 and rows a1 a2 b1, a1 and b1 run at once. (None, None) is no job, only a reason to ask room() again.
     """
     pool, done, busy, waiting = ThreadPoolExecutor(how.threads), SimpleQueue(), Counter(), defaultdict(deque)
-    unfinished, pair = 0, True
+    unfinished, pair = 0, True          # pair: the latest taken from jobs; None once there are no more
 
     def start(host, job):
         pool.submit(work, job).add_done_callback(lambda future: done.put((host, future)))
@@ -371,17 +374,18 @@ def _shrink(image, size):
 
 def _keep(url, caption, extras, folder, size, web):
     """Fetch, shrink and save one image -> its row in the report."""
-    file, w, h, fit = f"{_name(url)}.jpg", "", "", ""
+    told, jpeg = [caption, json.dumps(extras, default=str)], io.BytesIO()
     try:
         if not 0 < len(caption) < 10_000:
             raise FetchError("caption too long" if caption else "no caption")
-        image, status, jpeg = fetch_image(url, web.how, web)[1], "ok", io.BytesIO()
-        (w, h), (small, fit) = image.size, _shrink(image, size)
-        small.save(jpeg, "JPEG", quality=95)
-        _write(folder / file, jpeg.getvalue())
+        _, image = fetch_image(url, web.how, web)
     except FetchError as error:
-        file, status = "", str(error)
-    return [url, file, status, w, h, fit, caption, json.dumps(extras, default=str)]
+        return [url, "", str(error), "", "", "", *told]
+    w, h = image.size                   # before _shrink, which shrinks a huge image in place
+    small, fit = _shrink(image, size)
+    small.save(jpeg, "JPEG", quality=95)
+    _write(folder / f"{_name(url)}.jpg", jpeg.getvalue())
+    return [url, f"{_name(url)}.jpg", "ok", w, h, fit, *told]
 
 
 def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, retry_failed=False):
@@ -390,15 +394,17 @@ def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, 
     report.csv gets a line per URL with the reason of each failure; captions.csv makes the folder one that
     layouts.photos reads. What an earlier run finished is not asked for again (failures are with retry_failed).
     Rows are started in order, and never more than could still be needed for `limit` good images: so these are the
-    first `limit` good ones, however threads and kills fall. Returns counts of the folder: good, failed, reasons,
-    cropped, padded, as is. Raises UserError if the folder holds images of another size.
+    first `limit` good ones, however threads and kills fall. With limit 7 and every third link dead, 11 are asked.
+    Returns counts of the folder: good, failed, reasons, cropped, padded, as is. Raises UserError if the folder holds
+    images of another size.
     """
-    folder, web, good, new, fine = Path(folder), _Web(how), 0, 0, 0
+    folder, web = Path(folder), _Web(how)
     limit, began, said = math.inf if limit is None else limit, time.monotonic(), time.monotonic()
+    kept = new = fine = 0               # good from earlier runs, as far as read; asked for now; good among these
     folder.mkdir(parents=True, exist_ok=True)
 
     def jobs():                         # what no earlier run, and no earlier row of this one, has finished
-        nonlocal good
+        nonlocal kept
         asked = set()
         for url, caption, extras in rows:
             name = _name(url := _plain(url, ""))
@@ -406,7 +412,7 @@ def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, 
                 host = re.split("[/?#]", url.partition("//")[2])[0].lower()
                 yield host, (url, " ".join(_plain(caption, " ").split()), extras)
             elif name not in asked and earlier[name]:
-                good += 1
+                kept += 1
                 yield None, None
             asked.add(name)
 
@@ -414,21 +420,21 @@ def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, 
         rate = new / (time.monotonic() - began + 1e-9)
         return f"{new} addresses at {rate:.0f}/s, {fine / max(1, new):.0%} gave an image"
 
-    with _locked(folder / ".lock"):
+    with locked(folder / ".lock"):      # two runs in one folder would tear each other's report
         for left in folder.glob("*.part"):
             left.unlink()
         earlier = _earlier(folder, size, retry_failed)
         try:
             with open(folder / "report.csv", "ab") as report:
                 for row in _in_parallel(jobs(), lambda job: _keep(*job, folder, size, web), how,
-                                        lambda: min(AHEAD, limit - good)):
+                                        lambda: min(AHEAD, limit - kept - fine)):
                     report.write(_csv([row]))
                     report.flush()
-                    good, new, fine = good + bool(row[1]), new + 1, fine + bool(row[1])
+                    new, fine = new + 1, fine + bool(row[1])
                     if time.monotonic() > said + 10:
                         said = time.monotonic()
                         say(pace())
-        finally:
+        finally:                        # ctrl-C, too, leaves a folder that can be trained on
             counts = _finish_report(folder)
     why = ", ".join(f"{count} {reason}" for reason, count in list(counts["reasons"].items())[:5])
     say(f"{pace()}; {folder} holds {counts['good']} images ({counts['cropped']} cropped, {counts['padded']} padded, "
@@ -449,7 +455,6 @@ def dataset_rows(dataset, config, split, start=0, limit=None, endpoint=ROWS, cac
     offset, total, end = start // 100 * 100, math.inf, math.inf if limit is None else start + limit
     while offset < min(total, end):
         query = urlencode(dict(dataset=dataset, config=config, split=split, offset=offset, length=100))
-        folder.mkdir(parents=True, exist_ok=True)
         path = download(f"{endpoint}?{query}", folder / f"{offset:09d}.json", **limits)
         try:
             page = json.loads(path.read_text("utf-8"))
@@ -463,10 +468,13 @@ def dataset_rows(dataset, config, split, start=0, limit=None, endpoint=ROWS, cac
 
 
 def caption_rows(rows, where):
-    """Row dicts -> (url, caption, {other columns}). Raises UserError, naming `where`, if the columns are others."""
+    """Row dicts -> (url, caption, {other columns}). Raises UserError, naming `where`, if the columns are others.
+
+    {"url": "http://a/1", "text": "a dog", "id": 7} -> ("http://a/1", "a dog", {"id": 7}). Where the rows service signs
+    its links, the url is a dict with the address under "src".
+    """
     for row in rows:
-        url = next((column for column in URL_COLUMNS if column in row), None)
-        caption = next((column for column in CAPTION_COLUMNS if column in row), None)
+        url, caption = (next((name for name in names if name in row), None) for names in (URL_COLUMNS, CAPTION_COLUMNS))
         if url is None or caption is None:
             raise UserError(f"{where} has the columns {', '.join(map(str, row))[:100]}; it needs image_url (or url) "
                             "and capsfusion (or caption, or text)")
@@ -477,14 +485,13 @@ def caption_rows(rows, where):
 def table_rows(path):
     """A local .csv (with a header) or .jsonl -> (url, caption, {other columns}), read as it goes. Raises UserError."""
     path = Path(path)
-    csv.field_size_limit(1 << 30)
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"{path} should be a .csv or .jsonl file; export other formats (say, parquet) as one of these")
 
     def dicts():
         row = 0
         try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
+            with _long_cells(), open(path, encoding="utf-8-sig", newline="") as file:
                 lines = filter(str.strip, file) if path.suffix.lower() == ".jsonl" else csv.DictReader(file)
                 for row, found in enumerate(lines, 1):
                     found = json.loads(found) if isinstance(found, str) else found
@@ -547,6 +554,8 @@ class ImageStream:
     stream.failed                   # {reason: how many addresses}, after all second tries
     stream.close()
 
+    An address goes from `plan` (announced) to `coming` (fetched or being fetched) to the caller of get(). With ahead=6
+    and prefetch(range(50)), ten calls of get() have made 16 requests.
     Once more than fail_share of the latest 500 addresses (and at least 50) failed, get() raises one UserError. The
     data set is taken to lie on one host made for it, so how.threads counts here and not how.per_host. Any number of
     threads may call; processes need a cache folder each.
@@ -579,9 +588,9 @@ class ImageStream:
             if not future and url in self.plan:                 # what was announced before it was passed over
                 while self.plan.popitem(last=False)[0] != url:
                     pass
-                for oldest in list(self.coming)[:1]:
-                    if self.coming[oldest].done():
-                        del self.coming[oldest]
+                oldest = next(iter(self.coming), None)          # may be of the passed over: make room, one a call
+                if oldest and self.coming[oldest].done():
+                    del self.coming[oldest]
             self.feed()
         try:
             return future.result() if future else self.load(url)
@@ -589,6 +598,7 @@ class ImageStream:
             self.check()
 
     def check(self):
+        """Guard: one dead link is left out, but a run on a tenth of its data must not look like a good one."""
         with self.lock:
             bad, tried = sum(self.latest), len(self.latest)
             if tried >= 50 and bad > self.fail_share * tried:

@@ -1,0 +1,79 @@
+"""A web server inside the test: each test writes what it answers, and reads afterwards what it was asked.
+
+A page is a function of the request's handler. `send` makes one from a body, `in_turn` one from several, and `answer` is
+for those written by hand. Headers are keywords with _ for -: send(b"..", ETag='"v1"', Retry_After="7").
+"""
+import http.server
+import sys
+import threading
+from collections import Counter
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = property(lambda self: self.server.protocol)
+    disable_nagle_algorithm = True      # head and body are written apart: the second would wait for the first's ACK
+
+    def do_GET(self):
+        self.server.seen.append((self.command, self.path, dict(self.headers)))
+        self.server.pages.get(self.path.partition("?")[0], self.server.otherwise)(self)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+class Host(http.server.ThreadingHTTPServer):
+    """Serves on a free port of 127.0.0.1, at `url`, until the `with` ends.
+
+    pages: path (without its query) -> page; seen: every (method, path, headers) that came, in order.
+    protocol: HTTP/1.1 keeps connections, HTTP/1.0 ends each after its answer; otherwise: the page of all other paths.
+    """
+
+    def __init__(self, protocol="HTTP/1.1", otherwise=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.protocol, self.otherwise, self.pages, self.seen = protocol, otherwise or send(status=404), {}, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __exit__(self, *args):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, address):
+        if not isinstance(sys.exc_info()[1], OSError):          # a client that hangs up is often the point
+            super().handle_error(request, address)
+
+    @property
+    def asked(self):
+        """How often each path was asked for, with its query."""
+        return Counter(path for _, path, _ in self.seen)
+
+    def gets(self, header=None):
+        """The headers of each GET request so far, or what each had in one header."""
+        heads = [headers for method, _, headers in self.seen if method == "GET"]
+        return [h.get(header) for h in heads] if header else heads
+
+
+def answer(handler, status=200, body=b"", **headers):
+    """One answer. Content_Length=None announces no length: then the end of the connection ends the body."""
+    headers = {"Content_Length": len(body), **headers}
+    if headers["Content_Length"] is None:
+        headers["Connection"] = "close"
+    handler.send_response(status)
+    for name, value in headers.items():
+        if value is not None:
+            handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    if handler.command == "GET":
+        handler.wfile.write(body)
+
+
+def send(body=b"", status=200, **headers):
+    return lambda handler: answer(handler, status, body, **headers)
+
+
+def in_turn(*pages):
+    """The first request gets the first page and so on; the last page stays."""
+    rest = list(pages)
+    return lambda handler: (rest.pop(0) if len(rest) > 1 else rest[0])(handler)
