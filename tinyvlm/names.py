@@ -1,0 +1,207 @@
+"""Whose weight is whose: the name tables of public checkpoints, read from right to left to load, back to export.
+
+A checkpoint is a bag of named arrays. Whoever trained it chose the names and, here and there, the layout: GPT-2 keeps
+its matrices transposed, Hugging Face's ViT keeps q, k and v apart. Below, the first column holds our name and each
+other one the same weight in another dialect, as transformers, timm, torchvision or OpenAI save it.
+
+    ln_f.                   a dot at the end: the pair ln_f.weight and ln_f.bias; bn1.* adds running_mean and _var
+    blocks.{i}.             {i} is a layer's number; blocks.{i}. on its own: the six lines of BLOCK, in every layer
+    [q+k+v]_proj.           several of their tensors, one below the other, make one of ours
+    c_fc.^T  x^1  x^V       theirs is transposed, gets an axis in front, or takes our shape, to become ours
+    head.?                  a file that has none of it is a model without it; - in a column: none of those models has it
+
+Worked example. GPT-2's cross-attention, q from the text and k, v from the image, C = 768 channels, in layer 0:
+
+    ours    blocks.{i}.cross.qkv.                   theirs  h.{i}.crossattention.[q+c]_attn.^T
+    blocks.0.cross.qkv.weight (2304, 768)  =  h.0.crossattention.q_attn.weight (768, 768), transposed,
+                                    on top of h.0.crossattention.c_attn.weight (768, 1536), transposed
+    blocks.0.cross.qkv.bias   (2304,)      =  q_attn.bias (768,) on top of c_attn.bias (1536,)
+"""
+import re
+
+import torch
+
+from .weights import Source
+
+
+# ---- what may be done to their tensors, beyond the words that copy_weights knows
+
+def transposed_joined(*matrices):
+    """Several (in, out) matrices -> one (sum of outs, in)."""
+    return torch.cat([matrix.t() for matrix in matrices])
+
+
+def unsqueezed(table):
+    """(C,) or (N, C) -> (1, 1, C) or (1, N, C): ours keep an axis for the batch in front."""
+    return table[None, None] if table.dim() == 1 else table[None]
+
+
+def zeros(*weights):
+    """The bias of layers published without one, a zero for each of their outputs: ours always have it."""
+    return torch.zeros(sum(map(len, weights)))
+
+
+MARKS = {"": "copied", "T": "transposed", "1": unsqueezed, "V": "viewed"}
+PARTS = {".": ("weight", "bias"), "*": ("weight", "bias", "running_mean", "running_var")}
+
+
+# ---- the tables
+
+def _columns(text):
+    """A table as text -> {title of a column: {our name: theirs}}."""
+    titles, *rows = [line.split() for line in text.strip().splitlines()]
+    return {title: {row[0]: row[k] for row in rows if row[k] != "-"} for k, title in enumerate(titles) if k}
+
+
+# One transformer block. GPT-2's Conv1D computes x @ W and so keeps W as (in, out); its columns are q, k, v as our rows.
+BLOCK = _columns("""
+ours       gpt2           vit                                    timm       clip                    openai
+ln_1.      ln_1.          layernorm_before.                      norm1.     layer_norm1.            ln_1.
+attn.qkv.  attn.c_attn.^T attention.attention.[query+key+value]. attn.qkv.  self_attn.[q+k+v]_proj. attn.in_proj_
+attn.proj. attn.c_proj.^T attention.output.dense.                attn.proj. self_attn.out_proj.     attn.out_proj.
+ln_2.      ln_2.          layernorm_after.                       norm2.     layer_norm2.            ln_2.
+mlp.fc.    mlp.c_fc.^T    intermediate.dense.                    mlp.fc1.   mlp.fc1.                mlp.c_fc.
+mlp.proj.  mlp.c_proj.^T  output.dense.                          mlp.fc2.   mlp.fc2.                mlp.c_proj.
+""")
+
+# A text tower around its blocks. Only the GPT-2 of a captioner looks at an image.
+TEXT = _columns("""
+ours                    gpt2                              clip                                  openai
+wte.weight              wte.weight                        embeddings.token_embedding.weight     token_embedding.weight
+wpe.weight              wpe.weight                        embeddings.position_embedding.weight  positional_embedding
+blocks.{i}.             h.{i}.                            encoder.layers.{i}.         transformer.resblocks.{i}.
+blocks.{i}.ln_cross.?   h.{i}.ln_cross_attn.              -                                     -
+blocks.{i}.cross.qkv.?  h.{i}.crossattention.[q+c]_attn.^T    -                                 -
+blocks.{i}.cross.proj.? h.{i}.crossattention.c_proj.^T    -                                     -
+ln_f.                   ln_f.                             final_layer_norm.                     ln_final.
+""")
+
+# An image tower. "pre_layrnorm" is how they spell it; CLIP's patches have no bias.
+VISION = _columns("""
+ours          vit                                      timm
+cls           embeddings.cls_token                     cls_token
+pos           embeddings.position_embeddings           pos_embed
+patch.        embeddings.patch_embeddings.projection.  patch_embed.proj.
+blocks.{i}.   encoder.layer.{i}.                       blocks.{i}.
+ln_f.         layernorm.                               norm.
+""") | _columns("""
+ours          clip                                     openai
+cls           embeddings.class_embedding^1             class_embedding^1
+pos           embeddings.position_embedding.weight^1   positional_embedding^1
+patch.weight  embeddings.patch_embedding.weight        conv1.weight
+ln_pre.       pre_layrnorm.                            ln_pre.
+blocks.{i}.   encoder.layers.{i}.                      transformer.resblocks.{i}.
+ln_f.         post_layernorm.                          ln_post.
+""")
+
+# Stage {s}, which torchvision counts from one, {t}; convolution {k} of a block, which transformers counts from zero.
+RESNET = _columns("""
+ours                            torchvision                   transformers
+conv1.weight                    conv1.weight                  embedder.embedder.convolution.weight
+bn1.*                           bn1.*                         embedder.embedder.normalization.*
+stages.{s}.{i}.conv{k}.weight   layer{t}.{i}.conv{k}.weight   encoder.stages.{s}.layers.{i}.layer.{j}.convolution.weight
+stages.{s}.{i}.bn{k}.*          layer{t}.{i}.bn{k}.*          encoder.stages.{s}.layers.{i}.layer.{j}.normalization.*
+stages.{s}.0.shortcut.0.weight? layer{t}.0.downsample.0.weight encoder.stages.{s}.layers.0.shortcut.convolution.weight
+stages.{s}.0.shortcut.1.*?      layer{t}.0.downsample.1.*     encoder.stages.{s}.layers.0.shortcut.normalization.*
+""")
+
+# VGG's convolutions are numbered alike everywhere. timm keeps fc1 and fc2 as convolutions, (4096, 512, 7, 7).
+VGG = _columns("""
+ours    timm                torchvision
+fc1.    pre_logits.fc1.^V   classifier.0.^V
+fc2.    pre_logits.fc2.^V   classifier.3.^V
+head.?  head.fc.            classifier.6.
+""")
+
+
+# ---- families: each is a list of namings, {our line: their line}, one for each way its files are found written
+
+def _tower(table, dialect, ours="", theirs=""):
+    """One column of a table, its blocks filled in, one level down on both sides: ln_f. = ln_post. under visual."""
+    lines = {}
+    for left, right in table[dialect].items():
+        inner = BLOCK[dialect] if left == "blocks.{i}." else {"": ""}
+        lines |= {ours + left + a: theirs + right + b for a, b in inner.items()}
+    return lines
+
+
+def _resnet(dialect, head, lead=""):
+    at = [dict(s=s, t=s + 1, k=k, j=k - 1, i="{i}") for s in range(4) for k in (1, 2, 3)]
+    return {a.format(**n): lead + b.format(**n) for n in at for a, b in RESNET[dialect].items()} | {"head.?": head}
+
+
+def _openai(text):
+    return (_tower(VISION, "openai", "vision.", "visual.") | _tower(TEXT, "openai", "text.", text) |
+            {"image_head.weight": "visual.proj^T", "text_head.weight": text + "text_projection^T",      # used as x @ P
+             "logit_scale": "logit_scale^V"})
+
+
+FEATURES = {f"features.{n}.?": f"features.{n}." for n in range(100)}
+NAMINGS = {     # a model saved from inside its task's class has a word in front; of several namings the best fit counts
+    "gpt2": [_tower(TEXT, "gpt2", "", lead) for lead in ("transformer.", "")],
+    "vit": [_tower(VISION, "vit", "", lead) | {"head.?": "classifier."} for lead in ("vit.", "deit.", "")] +
+           [_tower(VISION, "timm") | {"head.?": "head."}],
+    "clip": [_tower(VISION, "clip", "vision.", "vision_model.") | _tower(TEXT, "clip", "text.", "text_model.") |
+             {"image_head.weight": "visual_projection.weight", "text_head.weight": "text_projection.weight",
+              "logit_scale": "logit_scale^V"},
+             _openai(""), _openai("text.")],                    # open_clip's newer files put the text tower there
+    "resnet50": [_resnet("transformers", "classifier.1.", lead) for lead in ("resnet.", "")] +
+                [_resnet("torchvision", "fc.")],
+    "vgg16": [FEATURES | VGG["timm"], FEATURES | VGG["torchvision"]],
+    "vit_gpt2": [_tower(VISION, "vit", "vision.", "encoder.") | _tower(TEXT, "gpt2", "text.", "decoder.transformer.") |
+                 {"bridge.proj.?": "enc_to_dec_proj."}]}        # only between towers of different width
+
+
+# ---- reading a naming
+
+def write_out(naming, names, ours=False):
+    """A naming with all its layers and parts written out for one model: {our name: Source}.
+
+    names: a collection of the names at hand, which tells how many layers there are and which lines with "?" apply. It
+    is the file's, or, with ours=True (to export), our model's.
+    """
+    rules = {}
+    for left, right in naming.items():
+        left, optional, _ = left.partition("?")
+        right, _, mark = right.partition("^")
+        stem, layered, _ = (left if ours else right).partition("{i}")
+        digits = re.compile(re.escape(stem) + r"(\d+)\.")
+        n_layer = len({m[1] for m in map(digits.match, names) if m}) if layered else 1
+        lines = {}
+        for i in range(n_layer):
+            for part in PARTS.get(left[-1], ("",)):
+                a, b = (side.replace("{i}", str(i)).rstrip("*") + part for side in (left, right))
+                lines[a] = _source(b, MARKS["" if part == "bias" else mark])    # a bias has nothing to transpose
+        if not optional or any(name in names for a, rule in lines.items() for name in ([a] if ours else rule.names)):
+            rules |= lines
+    return rules
+
+
+def _source(theirs, op):
+    """"layers.0.self_attn.[q+k+v]_proj.bias" -> Source of three names, joined."""
+    head, _, rest = theirs.partition("[")
+    words, _, tail = rest.partition("]")
+    if words:
+        op = transposed_joined if op == "transposed" else "joined"
+    return Source(*(head + word + tail for word in words.split("+")), op=op)
+
+
+def best_naming(names, families=NAMINGS):
+    """The naming that finds the largest share of its names among `names`: (that share, its family, it written out)."""
+    found = []
+    for family in families:
+        for rules in (write_out(naming, names) for naming in NAMINGS[family]):
+            theirs = {name for rule in rules.values() for name in rule.names}
+            found.append((len(theirs & set(names)) / len(theirs), family, rules))
+    return max(found, key=lambda fit: fit[0])
+
+
+def outward(naming, state):
+    """The way back: {their name: tensor}, made of our `state` dict by undoing what each line does."""
+    tensors = {}
+    for ours, rule in write_out(naming, state, ours=True).items():
+        C = len(state[ours]) // 3                               # ours is q, k and v; theirs those, or q and k with v
+        pieces = {1: [len(state[ours])], 2: [C, 2 * C], 3: [C, C, C]}[len(rule.names)]
+        for name, piece in zip(rule.names, state[ours].split(pieces)):
+            tensors[name] = piece.t() if rule.op in ("transposed", transposed_joined) else piece
+    return tensors
