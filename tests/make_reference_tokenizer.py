@@ -20,9 +20,9 @@ def make_texts():
     """Captions, traps, and seeded random strings from letters, spaces, tags, accents, CJK, emoji and controls."""
     rng = random.Random(0)
     atoms = [*"aeghnorst AB ,.!'09", " ", "  ", "\n", "\t", "\xa0", "\u3000", "'s", "'LL", "é", "É", "e\u0301", "ß",
-             "Σ", "ΟΔΟΣ ", "İ", "的", "日本", "😀", "👍🏽", "½", "٣", "\x00", "\u200d", "\ufffd", "…", "¿", "$", "dog",
-             " the", "<image>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|user|>", "<imag", "[MASK]", "<SOS>", "<mark>",
-             "a<mark>b", " <mark> "]
+             "Σ", "ΟΔΟΣ ", "İ", "的", "日本", "😀", "👍🏽", "½", "٣", "\x00", "\u200d", "\ufffd",
+             "…", "¿", "$", "dog", " the", "<image>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|user|>", "<imag",
+             "[MASK]", "<SOS>", "<mark>", "a<mark>b", " <mark> "]
     fixed = ["", " ", "A dog runs.", "a" * 150, "the dog " * 4, "Hello  world\n\n  it's 2024!", "x" * 101, "dogs" * 20]
     return fixed + ["".join(rng.choices(atoms, k=rng.randint(1, 14))) for _ in range(60)]
 

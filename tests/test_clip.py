@@ -94,6 +94,7 @@ def test_text_is_read_at_its_end_and_padding_changes_nothing(end_token):
 
 
 def test_an_end_token_that_is_not_the_largest_id():
+    """The text is read off at config.end_token: what follows it, here a larger id, changes nothing."""
     model = tiny(end_token=4)
     row, longer = torch.tensor([[1, 5, 4]]), torch.tensor([[1, 5, 4, END]])
     torch.testing.assert_close(model.encode_text(row), model.encode_text(longer))
@@ -233,6 +234,7 @@ def test_a_new_class_token_does_not_drown_the_gradient():
 
 
 def test_one_chunk_is_the_plain_forward():
+    """Without any cutting up, the chunked step is the ordinary one, batch norm included."""
     one, other, chunk = batch_norm_clip(), batch_norm_clip(), pairs(4)
     loss = other(*chunk)[1]
     loss.backward()

@@ -32,16 +32,17 @@ def test_defaults_presets_flags_in_that_order_of_authority():
 
 
 def test_every_kind_of_field():
-    config = parse("--lr", "0.5", "--no-fast", "--compile", "--top-k", "7", "--image", "a.jpg", "b c.jpg", "--model", "prefix")
+    config = parse("--lr", "0.5", "--no-fast", "--compile", "--top-k", "7", "--image", "a.jpg", "b c.jpg",
+                   "--model", "prefix")
     assert config == Options(0.5, 2, False, True, 7, ["a.jpg", "b c.jpg"], "prefix")
     assert parse("--no-compile").compile is False and parse().compile is None
     assert parse().image is not parse().image                                     # no list shared between configs
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--n-layers", "3"], "did you mean --n-layer?"), (["--n-layer", "x"], "invalid int"), (["--model", "rnn"], "cross"),
-    (["--preset", "huge"], "big"), (["--n-lay", "3"], "unrecognized"), (["stray"], "unrecognized"), (["--fast", "False"], "False"),
-    (["--lr"], "expected one argument")])
+    (["--n-layers", "3"], "did you mean --n-layer?"), (["--n-layer", "x"], "invalid int"),
+    (["--model", "rnn"], "cross"), (["--preset", "huge"], "big"), (["--n-lay", "3"], "unrecognized"),
+    (["stray"], "unrecognized"), (["--fast", "False"], "False"), (["--lr"], "expected one argument")])
 def test_mistakes_are_one_sentence(argv, words):
     with pytest.raises(UserError, match=words.replace("?", r"\?")) as error:
         parse(*argv)
@@ -52,7 +53,8 @@ def test_help_lists_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and all(s in text for s in ("--no-fast", "100% yours [0.001]", "--top-k TOP_K limit", "--preset"))
+    assert stop.value.code == 0
+    assert all(s in text for s in ("--no-fast", "100% yours [0.001]", "--top-k TOP_K limit", "--preset"))
 
 
 def test_a_preset_of_a_field_that_does_not_exist_is_our_own_bug():
@@ -61,8 +63,8 @@ def test_a_preset_of_a_field_that_does_not_exist_is_our_own_bug():
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (UserError("no such dog"), 2, "error: no such dog\n"), (OSError(28, "No space left on device", "/x/y"), 2, "cannot use /x/y"),
-    (KeyboardInterrupt(), 130, "")])
+    (UserError("no such dog"), 2, "error: no such dog\n"),
+    (OSError(28, "No space left on device", "/x/y"), 2, "cannot use /x/y"), (KeyboardInterrupt(), 130, "")])
 def test_run_script_ends_with_a_sentence_and_a_code(error, code, words, capsys):
     def main():
         raise error

@@ -1,6 +1,7 @@
 """Data sets, splits, batches: what is in them, in which order, and what happens when they are not as they should be."""
 import json
 import random
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from tinyvlm.layouts import Dataset, photos
 from tinyvlm.config import UserError
 from tinyvlm.image import Recipe
 from tinyvlm.shapes import COLORS, OPPOSITE, SHAPES, Thing, ask, describe, draw_scene, make_scene, meaning
+from tinyvlm.tokenizer import BPETokenizer
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ def test_held_out_captions_are_never_training_captions(shapes):
 
 def test_captions_name_everything(shapes):
     words = " ".join(c[0] for c in shapes.captions)
-    assert all(w in words for w in (*COLORS, *SHAPES, "small", "large", *OPPOSITE, "top left", "middle", "bottom right"))
+    places = ("top left", "middle", "bottom right")
+    assert all(w in words for w in (*COLORS, *SHAPES, "small", "large", *OPPOSITE, *places))
     for scene, (caption,) in zip(shapes.scenes, shapes.captions):
         things, facts = meaning(caption)
         assert len(facts) == max(1, len(scene) - 1) and {tuple(str(t).split()) for t in scene} == things
@@ -87,7 +90,7 @@ def test_questions_are_right_and_balanced():
     assert kinds == {"color", "size", "shape", "count", "relation", "yes/no"} and 160 < yes < 240
 
 
-# -- photographs ---------------------------------------------------------------------------------------------------------
+# -- photographs -------------------------------------------------------------------------------------------------------
 
 def album(folder, n=20, captions=True):
     """n little images and a Kaggle-style captions.txt, with commas, quotes and five captions an image."""
@@ -100,12 +103,18 @@ def album(folder, n=20, captions=True):
     return folder
 
 
+def from_folder(folder):
+    """The flags of a run on an album."""
+    return ["--dataset", "folder", "--data-dir", folder]
+
+
 def test_kaggle_layout_commas_and_quotes(tmp_path):
     ds = photos("folder", album(tmp_path / "a"))
     assert len(ds.names) == 20 and ds.captions[3][1] == 'a dog, number 3, says "wau" 1 .'
     assert ds.open(3).size == (15, 10) and sorted(sum(ds.splits.values(), [])) == list(range(20))
     assert any("no official split" in note for note in ds.notes)
-    assert photos("folder", tmp_path / "a", seed=0).splits == ds.splits != photos("folder", tmp_path / "a", seed=1).splits
+    same, other = (photos("folder", tmp_path / "a", seed=seed) for seed in (0, 1))
+    assert same.splits == ds.splits != other.splits
 
 
 def test_original_text_layout_with_official_split(tmp_path):
@@ -113,7 +122,8 @@ def test_original_text_layout_with_official_split(tmp_path):
     (folder / "Images").rename(folder / "Flicker8k_Dataset")
     text = folder / "Flickr8k_text"
     text.mkdir()
-    lines = [f"{k}.jpg#{j}\tA dog , number {k} ." for k in range(20) for j in range(5)] + ["2258277193_586949ec62.jpg.1#0\tnone"]
+    lines = [f"{k}.jpg#{j}\tA dog , number {k} ." for k in range(20) for j in range(5)]
+    lines.append("2258277193_586949ec62.jpg.1#0\tnone")                           # stands so in the real file
     (text / "Flickr8k.token.txt").write_text("\n".join(lines))
     for name, members in (("train", range(10)), ("dev", range(10, 14)), ("test", range(14, 18))):
         (text / f"Flickr_8k.{name}Images.txt").write_text("\n".join(f"{k}.jpg" for k in members) + "\n")
@@ -124,9 +134,9 @@ def test_original_text_layout_with_official_split(tmp_path):
 
 def test_jsonl_and_tab_layouts(tmp_path):
     folder = album(tmp_path / "a", captions=False)
-    (folder / "captions.jsonl").write_text("\n".join(
-        json.dumps({"file_name": f"{k}.jpg", "captions": ["one", "two"]} if k % 2 else {"image": f"{k}.jpg", "text": "a"})
-        for k in range(20)))
+    rows = [{"file_name": f"{k}.jpg", "captions": ["one", "two"]} if k % 2 else {"image": f"{k}.jpg", "text": "a"}
+            for k in range(20)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert photos("folder", folder).captions[1] == ["one", "two"]
     (folder / "captions.jsonl").unlink()
     (folder / "captions.txt").write_text("\n".join(f"{k}.jpg\ta dog, {k}" for k in range(20)))
@@ -135,7 +145,8 @@ def test_jsonl_and_tab_layouts(tmp_path):
 
 def test_unquoted_commas_do_not_cut_captions(tmp_path):
     folder = album(tmp_path / "a", captions=False)
-    (folder / "captions.txt").write_text("image,caption\n" + "\n".join(f"{k}.jpg,a dog, a cat and {k}" for k in range(20)))
+    rows = [f"{k}.jpg,a dog, a cat and {k}" for k in range(20)]
+    (folder / "captions.txt").write_text("image,caption\n" + "\n".join(rows))
     assert photos("folder", folder).captions[4] == ["a dog, a cat and 4"]
     (folder / "captions.txt").write_text("caption,image\na dog, a cat,4.jpg\n")
     with pytest.raises(UserError, match="line 2 of .* more cells"):
@@ -160,11 +171,14 @@ def test_the_same_file_name_in_two_folders(tmp_path):
 def test_captions_cannot_speak_special_tokens():
     tokenizer = data_tokenizer()
     texts = Texts([["a <image> b <|endoftext|> c"]], tokenizer, 1, 2, 99)
-    assert not {tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<|endoftext|>")} & set(texts.rows[0][0][0][1:] + texts.rows[0][0][1][:-1])
+    special = {tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<|endoftext|>")}
+    ids, targets = texts.rows[0][0]                             # of a row, the first id and the last target are ours
+    assert not special & {*ids[1:], *targets[:-1]}
 
 
 @pytest.mark.parametrize("name, content", [
-    ("captions.txt", 'image,caption\n0.jpg,"open\n' + "x" * 200_000), ("captions.jsonl", '{"image": "0.jpg", "captions": [3, null]}'),
+    ("captions.txt", 'image,caption\n0.jpg,"open\n' + "x" * 200_000),
+    ("captions.jsonl", '{"image": "0.jpg", "captions": [3, null]}'),
     ("captions.jsonl", '{"image": "0.jpg", "captions": "a dog"}'), ("captions.txt", "image,caption\n0.jpg\n"),
     ("captions.txt", b"\xff\xfe\x00"), ("dataset.json", "{}"), ("dataset.json", "{")])
 def test_damaged_tables_are_a_sentence(tmp_path, name, content):
@@ -214,7 +228,6 @@ def test_memory_and_on_demand_give_the_same_pixels(tmp_path):
 
 def test_flickr8k_tries_the_mirrors_in_order(tmp_path, monkeypatch):
     """Without a network: the first mirror fails, the second serves Kaggle's zip, and it is used from then on."""
-    import zipfile
     source = album(tmp_path / "source")
     asked = []
 
@@ -255,7 +268,6 @@ class Letters:
 
 
 def data_tokenizer():
-    from tinyvlm.tokenizer import BPETokenizer
     return BPETokenizer.train(["a b c"], 300)
 
 
@@ -297,7 +309,8 @@ def test_all_captions_take_their_turn():
 def test_processes_and_micro_batches_share_one_step():
     """2 processes x 2 micro-batches of 2 are the 8 images of the one-process step; their weights add up to one."""
     whole = toy(n=20, K=2, batch_size=8)[5][0]
-    parts = [part for m in range(2) for rank in range(2) for part in [toy(n=20, K=2, batch_size=8, world=2, accum=2, rank=rank)[5][m]]]
+    ranks = [toy(n=20, K=2, batch_size=8, world=2, accum=2, rank=rank)[5] for rank in (0, 1)]
+    parts = [ranks[rank][m] for m in (0, 1) for rank in (0, 1)]
     assert torch.equal(torch.cat([p.img for p in parts]), whole.img)
     assert torch.equal(torch.cat([p.draw for p in parts], 1), whole.draw)         # same augmentation, however split
     assert sum(p.share for p in parts) == pytest.approx(1) and whole.share == 1

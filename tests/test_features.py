@@ -1,4 +1,4 @@
-"""Ready-made features: the cache file, its refusals, and runs that see through it, from the first command to the last."""
+"""Ready-made features: the cache file, its refusals, and runs that see through it, from first command to last."""
 import json
 
 import pytest
@@ -7,7 +7,8 @@ import torch
 import data
 import sample
 import train
-from test_data import album
+from conftest import REFERENCE
+from test_data import album, from_folder
 from test_scripts import run
 from tinyvlm.clip import CLIP
 from tinyvlm.config import UserError
@@ -16,10 +17,9 @@ from tinyvlm.image import preprocess
 from tinyvlm.layouts import photos
 from tinyvlm.weights import load_safetensors, read_metadata, save_safetensors
 
-REFERENCE = __file__.rpartition("/")[0] + "/reference"
-VIT = REFERENCE + "/vit"
-SMALL = ["--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--vocab-size", "320", "--epochs", "2", "--batch-size", "8",
-         "--eval-interval", "2", "--log-interval", "1", "--eval-images", "4", "--captions-per-image", "2"]
+VIT = str(REFERENCE / "vit")
+SMALL = ["--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--vocab-size", "320", "--captions-per-image", "2",
+         "--batch-size", "8", "--epochs", "2", "--eval-interval", "2", "--log-interval", "1", "--eval-images", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,11 @@ def test_the_file_holds_what_the_encoder_says_of_each_image(made):
     assert store.source == VIT and store.recipe == encoder.recipe and store.n_tokens == 1
 
 
-@pytest.mark.parametrize("source, grid, dims", [(VIT, True, 3), (REFERENCE + "/clip_gelu", False, 2),
-                                                (REFERENCE + "/clip_gelu", True, 3), (REFERENCE + "/vit_gpt2", False, 2)])
-def test_encoders_of_every_kind(made, source, grid, dims):
-    dataset, encoder = photos("folder", made), Encoder(source, grid)
+@pytest.mark.parametrize("name, grid, dims", [("vit", True, 3), ("clip_gelu", False, 2), ("clip_gelu", True, 3),
+                                              ("vit_gpt2", False, 2)])
+def test_encoders_of_every_kind(made, name, grid, dims):
+    """One vector an image, or a grid of them: of unit length from CLIP, without the class token in a grid."""
+    dataset, encoder = photos("folder", made), Encoder(str(REFERENCE / name), grid)
     feats = encoder([dataset.open(i) for i in range(3)])
     assert feats.dim() == dims and len(feats) == 3 and feats.isfinite().all()
     if isinstance(encoder.model, CLIP) and not grid:
@@ -58,6 +59,7 @@ def test_encoders_of_every_kind(made, source, grid, dims):
 
 
 def test_an_unfinished_file_is_continued_not_begun_again(made, tmp_path, monkeypatch):
+    """Of twenty rows twelve are there: eight images are encoded, and the file is the one of an unbroken run."""
     dataset, path = photos("folder", made), tmp_path / "f.safetensors"
     write_features(VIT, dataset, path, say=lambda text: None)
     whole, about = load_safetensors(path)["features"].clone(), read_metadata(path)
@@ -100,7 +102,7 @@ def test_files_that_do_not_fit_are_refused(made, tmp_path, tensors, metadata, wo
 
 def test_another_encoder_does_not_continue_the_file(made):
     with pytest.raises(UserError, match="made with another encoder"):
-        write_features(REFERENCE + "/vit_pooler", photos("folder", made), made / "f.safetensors")
+        write_features(str(REFERENCE / "vit_pooler"), photos("folder", made), made / "f.safetensors")
 
 
 def test_names_without_folders_only_where_they_are_unique():
@@ -113,7 +115,7 @@ def test_names_without_folders_only_where_they_are_unique():
                                  ["--model", "cross"], ["--model", "prefix"]])
 def test_from_features_to_captions_and_scores(made, tmp_path, capsys, how):
     """The whole path: encode, train, sample a new image through the same encoder, score, and a row of the table."""
-    out, where = tmp_path / "out", ["--dataset", "folder", "--data-dir", made]
+    out, where = tmp_path / "out", from_folder(made)
     run(data, *where, "--features", VIT, "--output", tmp_path / "f.safetensors", "--sheet", tmp_path / "s.png")
     run(train, *where, *SMALL, *how, "--features", tmp_path / "f.safetensors", "--out-dir", out)
     run(sample, "--image", made / "Images" / "5.jpg", "--out-dir", out, "--num-beams", "2")
@@ -130,9 +132,9 @@ def test_from_features_to_captions_and_scores(made, tmp_path, capsys, how):
 
 def test_own_captions_are_rewarded(made, tmp_path, capsys):
     """--reinforce goes on from a run; without one, or together with what it cannot use, it is refused."""
-    where = ["--dataset", "folder", "--data-dir", made, "--features", made / "f.safetensors", "--model", "lstm", *SMALL]
-    run(train, *where, "--out-dir", tmp_path / "a")
-    own = [*where, "--captions-per-image", "1", "--reinforce", "3"]
+    argv = [*from_folder(made), *SMALL, "--model", "lstm", "--features", made / "f.safetensors"]
+    run(train, *argv, "--out-dir", tmp_path / "a")
+    own = [*argv, "--captions-per-image", "1", "--reinforce", "3"]
     run(train, *own, "--init", tmp_path / "a", "--out-dir", tmp_path / "b")
     assert "validation CIDEr-D" in capsys.readouterr().out
     a, b = (load_safetensors(tmp_path / name / "model.safetensors") for name in "ab")
@@ -146,16 +148,15 @@ def test_a_run_on_somebody_elses_features(made, tmp_path, capsys):
     ids = [f"{k}.jpg" for k in range(20)]
     save_safetensors({"features": torch.randn(20, 6).half()}, tmp_path / "f.safetensors",
                      {"ids": json.dumps(ids), "encoder": "their network"})
-    out = tmp_path / "out"
-    run(train, "--dataset", "folder", "--data-dir", made, *SMALL, "--model", "lstm", "--features", tmp_path / "f.safetensors",
-        "--out-dir", out)
+    out, theirs = tmp_path / "out", ["--features", tmp_path / "f.safetensors"]
+    run(train, *from_folder(made), *SMALL, "--model", "lstm", *theirs, "--out-dir", out)
     printed = capsys.readouterr().out
     assert f"--features {tmp_path}/f.safetensors" in printed.splitlines()[-1]     # the command to run next
-    run(sample, "--image", "5.jpg", "--out-dir", out, "--features", tmp_path / "f.safetensors")
+    run(sample, "--image", "5.jpg", "--out-dir", out, *theirs)
     assert "5.jpg: " in capsys.readouterr().out
     run(sample, "--image", made / "Images" / "5.jpg", "--out-dir", out, code=2)
     assert "features of 'their network', a network that is not at hand" in capsys.readouterr().err
-    run(sample, "--image", "nobody.jpg", "--out-dir", out, "--features", tmp_path / "f.safetensors", code=2)
+    run(sample, "--image", "nobody.jpg", "--out-dir", out, *theirs, code=2)
     assert "holds nothing for nobody.jpg" in capsys.readouterr().err
 
 
@@ -164,10 +165,10 @@ def test_a_run_on_somebody_elses_features(made, tmp_path, capsys):
     (["--features", "x", "--vision", "y"], "drop --vision or --features"),
     (["--model", "lstm", "--text", "gpt2"], "--model lstm has none")])
 def test_options_that_do_not_go_together(made, tmp_path, capsys, argv, words):
-    run(train, "--dataset", "folder", "--data-dir", made, *argv, "--out-dir", tmp_path / "out", code=2)
+    run(train, *from_folder(made), *argv, "--out-dir", tmp_path / "out", code=2)
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_eval_only_keeps_what_was_trained(made, tmp_path, capsys):
+def test_eval_only_needs_a_trained_run(tmp_path, capsys):
     run(train, "--eval-only", "--out-dir", tmp_path / "none", code=2)
     assert "holds no trained model" in capsys.readouterr().err

@@ -162,6 +162,7 @@ def test_sampling_follows_temperature():
 
 
 def test_seed_repeats_and_differs():
+    """A sampled caption can be had again by its seed, and another seed gives another."""
     net, img = tiny(), torch.randn(2, 3, 16, 16)
     draw = lambda seed: generate(net, img, [[1]] * 2, 8, temperature=1.0, seed=seed)
     assert draw(1) == draw(1) and draw(1) != draw(2)

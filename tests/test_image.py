@@ -81,9 +81,10 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    for mode, name in (("L", "a.png"), ("P", "b.png"), ("1", "c.png"), ("CMYK", "d.jpg"), ("RGBA", "e.png"), ("LA", "f.png"),
-                       ("P", "g.gif"), ("YCbCr", "h.jpg")):
-        assert load_image(saved(tmp_path, noise(9, 7, "L").convert(mode) if mode == "LA" else noise(9, 7, mode), name)).mode == "RGB"
+    for mode, name in (("L", "a.png"), ("P", "b.png"), ("1", "c.png"), ("CMYK", "d.jpg"), ("RGBA", "e.png"),
+                       ("LA", "f.png"), ("P", "g.gif"), ("YCbCr", "h.jpg")):
+        image = noise(9, 7, "L").convert("LA") if mode == "LA" else noise(9, 7, mode)
+        assert load_image(saved(tmp_path, image, name)).mode == "RGB", mode
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert load_image(saved(tmp_path, clear, "clear.png")).getpixel((0, 0)) == (255, 255, 255)
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
@@ -96,7 +97,8 @@ def test_bad_files_are_one_sentence_naming_the_file(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(good[:len(good) // 2])
     (tmp_path / "page.jpg").write_bytes(b"<html>not here</html>")
     (tmp_path / "empty.png").write_bytes(b"")
-    for name, words in (("cut.jpg", "damaged"), ("page.jpg", "not an image"), ("empty.png", "not an image"), ("no.jpg", "no image")):
+    for name, words in (("cut.jpg", "damaged"), ("page.jpg", "not an image"), ("empty.png", "not an image"),
+                        ("no.jpg", "no image")):
         with pytest.raises(UserError, match=words) as error:
             load_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
@@ -145,7 +147,8 @@ def test_flip_mirrors_exactly_the_images_it_should():
 def test_random_crop_shows_a_window_of_the_image():
     """On an image whose red is x and green is y, the corners of the result tell which window was taken."""
     ramp = (torch.arange(64) + 0.5) / 64
-    img = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])[None].expand(50, -1, -1, -1)
+    img = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])
+    img = img[None].expand(50, -1, -1, -1)
     out = augment(img, Augment(crop=0.5), torch.rand(8, 50, generator=torch.Generator().manual_seed(0)))
     width, height = out[:, 0, 32, -1] - out[:, 0, 32, 0], out[:, 1, -1, 32] - out[:, 1, 0, 32]
     area = width * height * (64 / 63) ** 2
@@ -155,5 +158,5 @@ def test_random_crop_shows_a_window_of_the_image():
 def test_jitter_worked_example():
     img, draw = torch.full((1, 3, 2, 2), 0.5), torch.full((8, 1), 0.5)
     torch.testing.assert_close(augment(img, Augment(jitter=0.2), draw), img)      # 0.5 is the middle: all factors 1
-    draw[5] = 1.0
-    torch.testing.assert_close(augment(img, Augment(jitter=0.2), draw), torch.full((1, 3, 2, 2), 0.6))    # 1.2 x brighter
+    draw[5] = 1.0                                                                 # 1.2 times as bright
+    torch.testing.assert_close(augment(img, Augment(jitter=0.2), draw), torch.full((1, 3, 2, 2), 0.6))

@@ -87,6 +87,7 @@ def test_missing_splits_are_held_out_and_said():
 
 
 def test_an_opener_takes_the_place_of_the_file():
+    """How a streamed set gives its images: no file is looked for."""
     ds = Dataset("toy", ["a"], [["b"]], {"train": [0]}, urls=["https://x/a"], opener=lambda i: f"image {i}")
     assert ds.open(0) == "image 0" and ds.urls == ["https://x/a"]
 
@@ -221,6 +222,7 @@ def test_official_layout_wherever_the_images_lie(tmp_path, year, where):
 
 
 def test_only_the_official_val(tmp_path):
+    """A small download, only val2014: it is split by seed, and a note says so."""
     folder = official(tmp_path / "a", n_val=20)
     (folder / "annotations" / "captions_train2014.json").unlink()
     ds = coco(folder)
@@ -302,6 +304,7 @@ def test_annotations_of_both_years(tmp_path):
 
 
 def test_streaming_needs_addresses_and_no_images(tmp_path):
+    """coco_url where it leads somewhere, else the address built from the file name; no image on disk."""
     folder = official(tmp_path / "a")
     content = annotations(range(4), "train2014")
     for image, url in zip(content["images"], ("http://127.0.0.1:8000/a.jpg", "http://mscoco.org/images/1", None)):
@@ -320,6 +323,7 @@ def test_streaming_needs_addresses_and_no_images(tmp_path):
 
 
 def test_missing_images_and_unknown_ids(tmp_path):
+    """Up to one in a hundred may be missing and is counted; more needs --allow-broken."""
     folder = official(tmp_path, n_train=200, n_val=30)
     for k in (5, 6):
         (folder / "train2014" / file_of(k, "train2014")).unlink()

@@ -62,6 +62,7 @@ def test_untrained_loss_is_the_logarithm_of_the_vocabulary():
 
 
 def test_loss_ignores_what_it_should():
+    """A mean over the targets that count, not a mean of rows, and not one with zeros for the rest."""
     logits, targets = torch.randn(2, 3, V), torch.tensor([[1, 2, IGNORE], [3, IGNORE, IGNORE]])
     kept = torch.cat([logits[0, :2], logits[1, :1]])
     torch.testing.assert_close(next_token_loss(logits, targets), F.cross_entropy(kept, torch.tensor([1, 2, 3])))
@@ -95,6 +96,7 @@ def test_patches_are_read_row_by_row():
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_vit_contract(stem):
+    """(B, 3, H, W) -> (B, N, C) with the class token first and the final norm applied; only its own image size."""
     vit, img = ViT(tiny_vit(stem=stem, n_class=5)).eval(), torch.randn(2, 3, 16, 16)
     feats = vit(img)
     assert feats.shape == (2, 17, 12) and vit.classify(img).shape == (2, 5) and len(vit.layers(img)) == 2
@@ -111,8 +113,10 @@ def test_position_table_resizing():
 
 @pytest.mark.parametrize("model, more", [("cross", {}), ("cross", {"wiring": "lockstep"}), ("prefix", {})])
 def test_one_contract(model, more):
+    """Every captioner: (img, idx, targets) -> (logits, loss), sees its image, and is rebuilt from config.json."""
     net, img = tiny(model, **more), torch.randn(2, 3, 16, 16)
-    idx = torch.tensor([[IMAGE, 1, 2, 3], [IMAGE, 4, 5, 0]]) if model == "prefix" else torch.tensor([[0, 1, 2, 3], [0, 4, 5, 0]])
+    first = IMAGE if model == "prefix" else 0
+    idx = torch.tensor([[first, 1, 2, 3], [first, 4, 5, 0]])
     targets = torch.tensor([[1, 2, 3, 0], [4, 5, 0, IGNORE]])
     logits, loss = net(img, idx, targets)
     assert logits.shape == (2, 4, V) and loss.shape == () and net(img, idx, None)[1] is None
@@ -215,7 +219,8 @@ def test_parts_cover_every_parameter_once():
 
 # ----- the LSTM captioner
 
-@pytest.fixture(params=[(0, True, 1, 32), (4, False, 2, 32), (4, True, 1, 48)], ids=["plain", "attention untied", "narrow"])
+@pytest.fixture(params=[(0, True, 1, 32), (4, False, 2, 32), (4, True, 1, 48)],
+                ids=["plain", "attention untied", "narrow"])
 def speaker(request):
     n_head, tied, n_layer, n_hidden = request.param
     torch.manual_seed(0)

@@ -4,12 +4,10 @@ The reference folders were made by make_reference_checkpoints.py. The other nami
 same tensors renamed here, by hand and not by the tables under test; their answers must not change.
 """
 import hashlib
-import http.server
 import json
 import re
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import REFERENCE
+from servers import Host, answer
 from tinyvlm import pretrained
 from tinyvlm.config import UserError
 from tinyvlm.generate import generate
@@ -29,9 +29,6 @@ from tinyvlm.tokenizer import BPETokenizer
 from tinyvlm.vit import ViTConfig
 from tinyvlm.vlm import VLMConfig, build, to_dict
 from tinyvlm.weights import load_safetensors, save_safetensors, write_json
-
-REFERENCE = Path(__file__).with_name("reference")
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def config_of(name):
@@ -420,6 +417,7 @@ def test_each_tensor_of_wrong_shape_is_named(tmp_path, name):
 
 @pytest.mark.parametrize("name", list(LOAD))
 def test_an_extra_tensor_is_named(tmp_path, name):
+    """Weights that nothing reads are a sign of another model, so they are no detail to pass over."""
     with pytest.raises(UserError, match="unused in the file: h.0.extra.weight"):
         LOAD[name](folder(tmp_path / "x", tensors_of(name) | {"h.0.extra.weight": torch.ones(3)}, config_of(name)))
 
@@ -458,6 +456,7 @@ def test_the_wrong_family_is_one_error():
 @pytest.mark.parametrize("name, family", [("gpt2", "gpt2"), ("vit", "vit"), ("vit_pooler", "vit"),
                                           ("clip_gelu", "clip"), ("vit_gpt2", "cross")])
 def test_the_family_is_found_out(name, family):
+    """A folder tells itself what it holds; a pooler, or two models in one, must not confuse that."""
     assert load_pretrained(REFERENCE / name).config["model"] == family
 
 
@@ -533,42 +532,26 @@ def hub(monkeypatch, tmp_path):
     """A web server as the Hub answers: files[(repo, revision, name)] = bytes; asked: what was requested, in order."""
     files, asked = {}, []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            repo, _, rest = self.path[1:].partition("/resolve/")
-            revision, _, name = rest.partition("/")
-            body = files.get((repo, revision.replace("%2F", "/"), name))
-            asked.append((self.command, repo, revision, name))
-            known = any(key[:2] == (repo, revision.replace("%2F", "/")) for key in files)
-            self.send_response(200 if body is not None else 404)
-            if known:
-                self.send_header("X-Repo-Commit", hashlib.sha1(revision.encode()).hexdigest())
-            if body is None:
-                self.send_header("X-Error-Code", "EntryNotFound" if known else "RevisionNotFound")
-            else:
-                self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
-            self.send_header("Content-Length", str(len(body or b"")))
-            self.end_headers()
-            if self.command == "GET" and body:
-                self.wfile.write(body)
+    def page(handler):
+        repo, _, rest = handler.path[1:].partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        asked.append((handler.command, repo, revision, name))
+        branch = revision.replace("%2F", "/")
+        body, known = files.get((repo, branch, name)), any(key[:2] == (repo, branch) for key in files)
+        commit = hashlib.sha1(revision.encode()).hexdigest() if known else None
+        if body is None:
+            error = "EntryNotFound" if known else "RevisionNotFound"
+            return answer(handler, 404, X_Repo_Commit=commit, X_Error_Code=error)
+        answer(handler, 200, body, X_Repo_Commit=commit, ETag=f'"{hashlib.sha256(body).hexdigest()}"')
 
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield files, asked
-    server.shutdown()
-    server.server_close()
+    with Host("HTTP/1.0", otherwise=page) as host:
+        monkeypatch.setenv("HF_ENDPOINT", host.url)
+        yield files, asked
 
 
 def upload(files, repo, revision, path, names=None):

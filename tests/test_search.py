@@ -108,6 +108,7 @@ def album(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_embedded_once(album):
+    """The second time only the broken image is tried again; every row is its own image's."""
     folder, cache, opened = album
     model, said = tiny(), []
     names, emb = embed_folder(model, RECIPE, folder, cache, batch_size=2, say=said.append)

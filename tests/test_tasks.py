@@ -10,7 +10,8 @@ import torch
 import data
 import sample
 import train
-from test_data import album
+from conftest import REFERENCE
+from test_data import album, from_folder
 from test_scripts import TINY, losses, run
 from tinyvlm.clip import contrastive_loss
 from tinyvlm.pretrained import load_run
@@ -18,16 +19,27 @@ from tinyvlm.tokenizer import WordTokenizer
 from tinyvlm.vlm import PrefixVLM, VLMConfig, pixel_shuffle
 from tinyvlm.weights import load_safetensors
 
-REFERENCE = __file__.rpartition("/")[0] + "/reference"
+CLIP = [*TINY, "--task", "clip", "--n-joint", "16", "--stem", "patch", "--class-token"]
+VQA = [*TINY, "--task", "vqa", "--model", "prefix", "--max-tokens", "80"]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """The tiny reference CLIP, and a tokenizer for it: its folder has none."""
     folder = tmp_path_factory.mktemp("public") / "clip"
-    shutil.copytree(REFERENCE + "/clip_gelu", folder)
-    WordTokenizer.train(["a dog number says large small red blue circle square"], 1, special_tokens=()).save(folder / "tokenizer.json")
+    shutil.copytree(REFERENCE / "clip_gelu", folder)
+    words = WordTokenizer.train(["a dog number says large small red blue circle square"], 1, special_tokens=())
+    words.save(folder / "tokenizer.json")
     return folder
+
+
+def same_weights(a, b, rows_added=False):
+    """Model b has every weight of a; not the batch statistics, which move at any rate of learning."""
+    b = b.state_dict()
+    for name, tensor in a.state_dict().items():
+        if "running" not in name and "batches" not in name:
+            theirs = b[name][:len(tensor)] if rows_added and tensor.dim() else b[name]
+            assert torch.allclose(tensor, theirs, atol=1e-4), name
 
 
 # ----- clip
@@ -35,28 +47,29 @@ def clip(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("clip") / "out"
-    run(train, *TINY, "--task", "clip", "--out-dir", out, "--n-joint", "16", "--stem", "patch", "--class-token")
+    run(train, *CLIP, "--out-dir", out)
     return out
 
 
 def test_clip_trains_searches_and_labels(clip_run, tmp_path, capsys):
+    example, where = ["--image", clip_run / "example.png"], ["--out-dir", clip_run]
     config = json.loads((clip_run / "config.json").read_text())
     assert {"test image to text R@1", "test text to image R@10"} <= config["scores"].keys()
     assert (clip_run / "similarity.png").exists() and losses(clip_run)[1] > 0
     album(tmp_path, n=5, captions=False)
     (tmp_path / "Images" / "broken.jpg").write_bytes(b"no")
-    found = ["--search", "a red circle", "--images", tmp_path / "Images", "--out-dir", clip_run, "--sheet", tmp_path / "s.png"]
-    run(sample, *found)
+    search = ["--search", "a red circle", "--images", tmp_path / "Images", "--sheet", tmp_path / "s.png", *where]
+    run(sample, *search)
     first = capsys.readouterr()
     assert len(first.out.splitlines()) == 5 and "broken.jpg" in first.err         # named and left out, the others found
     assert (tmp_path / "s.png").exists() and len(list(clip_run.glob("search-*.safetensors"))) == 1
-    run(sample, *found, "--json")
+    run(sample, *search, "--json")
     assert all(set(json.loads(line)) == {"image", "score"} for line in capsys.readouterr().out.splitlines())
-    run(sample, "--image", clip_run / "example.png", "--labels", "a red circle", "a blue square", "--json", "--out-dir", clip_run)
+    run(sample, *example, "--labels", "a red circle", "a blue square", "--json", *where)
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert set(labels) == {"a red circle", "a blue square"} and sum(labels.values()) == pytest.approx(1)
     (tmp_path / "texts.txt").write_text("a red circle\n\na blue square\n")
-    run(sample, "--image", clip_run / "example.png", "--captions", tmp_path / "texts.txt", "--out-dir", clip_run)
+    run(sample, *example, "--captions", tmp_path / "texts.txt", *where)
     assert "a red circle" in capsys.readouterr().out
 
 
@@ -75,34 +88,35 @@ def test_clip_mistakes_are_a_sentence(clip_run, tmp_path, capsys, monkeypatch, a
 
 
 def test_micro_batches_do_not_change_a_contrastive_run(clip_run, tmp_path):
-    """All pairs of a step are each other's wrong answers, however the step is cut up; nothing here is random but the cut."""
-    same = [*TINY, "--task", "clip", "--n-joint", "16", "--stem", "patch", "--class-token", "--dropout", "0"]
-    run(train, *same, "--out-dir", tmp_path / "a")
-    run(train, *same, "--out-dir", tmp_path / "b", "--accum", "2")
+    """All pairs of a step are each other's wrong answers, however the step is cut up; nothing else differs here."""
+    run(train, *CLIP, "--dropout", "0", "--out-dir", tmp_path / "a")
+    run(train, *CLIP, "--dropout", "0", "--out-dir", tmp_path / "b", "--accum", "2")
     a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert all(a[step] == pytest.approx(b[step], abs=2e-4) for step in a)
 
 
 def test_clip_on_ready_made_features_and_texts(clip, tmp_path, capsys):
-    """The frozen tower's embeddings, made once, and images as features: only the head is trained, and both are found."""
-    folder, where = album(tmp_path / "a"), ["--dataset", "folder", "--data-dir", tmp_path / "a"]
-    run(data, *where, "--text-embeddings", clip, "--output", tmp_path / "t.safetensors", "--sheet", tmp_path / "s.png")
-    run(data, *where, "--features", clip, "--output", tmp_path / "f.safetensors", "--sheet", tmp_path / "s.png")
-    emb = load_safetensors(tmp_path / "t.safetensors")["embeddings"]
-    assert emb.dtype == torch.float16 and len(emb) == 100 and torch.allclose(emb.float().norm(dim=1), torch.ones(100), atol=2e-3)
-    small = ["--epochs", "2", "--batch-size", "8", "--eval-interval", "2", "--log-interval", "1", "--eval-images", "2"]
-    run(train, *where, *small, "--task", "clip", "--features", tmp_path / "f.safetensors", "--text-embeddings",
-        tmp_path / "t.safetensors", "--head", "mlp", "--out-dir", tmp_path / "out")
+    """The frozen tower's embeddings, made once, and images as features: only the head learns, and both are found."""
+    folder, where = album(tmp_path / "a"), from_folder(tmp_path / "a")
+    texts, images = tmp_path / "t.safetensors", tmp_path / "f.safetensors"
+    run(data, *where, "--text-embeddings", clip, "--output", texts, "--sheet", tmp_path / "s.png")
+    run(data, *where, "--features", clip, "--output", images, "--sheet", tmp_path / "s.png")
+    emb = load_safetensors(texts)["embeddings"]
+    assert emb.dtype == torch.float16 and len(emb) == 100
+    assert torch.allclose(emb.float().norm(dim=1), torch.ones(100), atol=2e-3)
+    argv = [*where, "--task", "clip", "--text-embeddings", texts, "--batch-size", "8", "--epochs", "2",
+            "--eval-interval", "2", "--log-interval", "1", "--eval-images", "2"]
+    run(train, *argv, "--features", images, "--head", "mlp", "--out-dir", tmp_path / "out")
     assert load_run(tmp_path / "out").model.text is None
     (folder / "captions.txt").write_text((folder / "captions.txt").read_text().replace("wau", "miau"))
-    run(train, *where, *small, "--task", "clip", "--text-embeddings", tmp_path / "t.safetensors", "--out-dir", tmp_path / "x", code=2)
+    run(train, *argv, "--out-dir", tmp_path / "x", code=2)
     assert "other captions" in capsys.readouterr().err
 
 
 def test_public_towers_go_into_one_clip(clip, tmp_path):
     """--vision and --text from a public CLIP: before any step the new model is that CLIP, to the last digit."""
-    run(train, *TINY, "--task", "clip", "--vision", clip, "--text", clip, "--out-dir", tmp_path / "o", "--epochs", "0.2",
-        "--lr", "1e-12", "--dropout", "0", "--crop", "0", "--jitter", "0")
+    run(train, *TINY, "--task", "clip", "--vision", clip, "--text", clip, "--lr", "1e-12", "--dropout", "0",
+        "--crop", "0", "--jitter", "0", "--epochs", "0.2", "--out-dir", tmp_path / "o")
     ours, theirs = load_run(tmp_path / "o").model, sample.load_clip(clip)
     img = torch.randn(3, 3, theirs.config.vision.image_size, theirs.config.vision.image_size)
     idx = torch.randint(0, theirs.config.text.vocab_size, (3, 6))
@@ -113,28 +127,29 @@ def test_public_towers_go_into_one_clip(clip, tmp_path):
 # ----- classify
 
 def test_classify_then_a_captioner_with_its_eyes(tmp_path, capsys):
+    """The command printed by the first run begins a second one whose vision is the first one's."""
     run(train, *TINY, "--task", "classify", "--out-dir", tmp_path / "c")
     printed = capsys.readouterr().out
     assert "color" in printed and "shape" in printed and (tmp_path / "c" / "confusion-color.png").exists()
     command = re.search(r"python train.py (.+)", printed)[1].split()
     assert command[:4] == ["--dataset", "shapes", "--vision", str(tmp_path / "c")]
     run(train, *TINY, *command, "--out-dir", tmp_path / "o", "--lr", "1e-12", "--epochs", "0.2")
-    eyes, begun = load_run(tmp_path / "c").model.vision.state_dict(), load_run(tmp_path / "o").model.vision.state_dict()
-    assert all(torch.allclose(eyes[name], begun[name], atol=1e-4) for name in eyes if "running" not in name and "batches" not in name)
+    same_weights(load_run(tmp_path / "c").model.vision, load_run(tmp_path / "o").model.vision)
     run(sample, "--image", "x.png", "--out-dir", tmp_path / "c", code=2)
     assert "--task classify" in capsys.readouterr().err
 
 
 def test_pseudo_labels_from_clip_teach_a_classifier(clip, tmp_path, capsys):
-    where = ["--dataset", "folder", "--data-dir", album(tmp_path / "a")]
+    where = from_folder(album(tmp_path / "a"))
     (tmp_path / "l.json").write_text('{"kind": ["a dog", "a cat", "a boat"], "place": ["a beach", "a street"]}')
     run(data, *where, "--label", tmp_path / "l.json", "--labeler", clip, "--margin", "0", "--sheet", tmp_path / "s.png")
     rows = list(csv.DictReader(open(tmp_path / "a" / "labels.csv")))
     assert len(rows) == 40 and {row["category"] for row in rows} == {"kind", "place"}
     assert all(row["label"] and 0 < float(row["probability"]) <= 1 for row in rows)
-    run(train, *TINY, *where, "--task", "classify", "--labels", tmp_path / "a" / "labels.csv", "--out-dir", tmp_path / "o")
+    classify = [*TINY, *where, "--task", "classify"]
+    run(train, *classify, "--labels", tmp_path / "a" / "labels.csv", "--out-dir", tmp_path / "o")
     assert set(load_run(tmp_path / "o").config["labels"]) == {"kind", "place"}
-    run(train, *TINY, *where, "--task", "classify", "--out-dir", tmp_path / "x", code=2)
+    run(train, *classify, "--out-dir", tmp_path / "x", code=2)
     assert "has no labels of its own" in capsys.readouterr().err
 
 
@@ -143,18 +158,20 @@ def test_pseudo_labels_from_clip_teach_a_classifier(clip, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def vqa_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("vqa") / "out"
-    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--out-dir", out, "--max-tokens", "80", "--captions-per-image", "2")
+    run(train, *VQA, "--captions-per-image", "2", "--out-dir", out)
     return out
 
 
 def test_vqa_trains_scores_and_answers(vqa_run, capsys, monkeypatch):
+    """One answer for each question, be they in --prompt or typed in --chat, where an empty line ends the talk."""
+    asked = ["what color is it?", "is it red?"]
     results = json.loads((vqa_run / "results.json").read_text())
     assert all(set(row) == {"question_id", "answer"} for row in results) and len(results) > 4
     scores = json.loads((vqa_run / "scores.json").read_text())
     assert {"overall", "exchanged", "blank", "answer_type", "question_type"} <= scores.keys()
-    run(sample, "--image", vqa_run / "example.png", "--prompt", "what color is it?", "is it red?", "--out-dir", vqa_run)
+    run(sample, "--image", vqa_run / "example.png", "--prompt", *asked, "--out-dir", vqa_run)
     assert len(capsys.readouterr().out.splitlines()) == 2
-    monkeypatch.setattr("builtins.input", lambda prompt, lines=iter(["what color is it?", "is it red?", ""]): next(lines))
+    monkeypatch.setattr("builtins.input", lambda prompt, lines=iter([*asked, ""]): next(lines))
     run(sample, "--image", vqa_run / "example.png", "--chat", "--out-dir", vqa_run)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -170,26 +187,23 @@ def test_several_images_in_one_prompt(vqa_run, capsys):
 def test_the_next_stage_starts_where_the_last_one_ended(vqa_run, tmp_path):
     """caption, then vqa: --init takes every weight, and the tokenizer."""
     run(train, *TINY, "--model", "prefix", "--out-dir", tmp_path / "c", "--epochs", "0.4")
-    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--init", tmp_path / "c", "--out-dir", tmp_path / "v", "--max-tokens",
-        "80", "--lr", "1e-12", "--epochs", "0.2")
+    run(train, *VQA, "--init", tmp_path / "c", "--lr", "1e-12", "--epochs", "0.2", "--out-dir", tmp_path / "v")
     a, b = (load_run(tmp_path / name) for name in "cv")
     assert a.tokenizer.encode("a red circle") == b.tokenizer.encode("a red circle")
-    for name, tensor in a.model.state_dict().items():
-        if "running" not in name and "batches" not in name:
-            assert torch.allclose(tensor, b.model.state_dict()[name][:len(tensor)] if tensor.dim() else tensor, atol=1e-4), name
+    same_weights(a.model, b.model, rows_added=True)
 
 
-def test_only_the_assistants_words_are_trained(vqa_run, capsys):
-    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--max-tokens", "80", "--show-batch", "--out-dir", vqa_run.parent / "none")
-    assert not (vqa_run.parent / "none").exists()
+def test_only_the_assistants_words_are_trained(tmp_path, capsys):
+    """--show-batch prints what is trained and what is not, and leaves no run behind."""
+    run(train, *VQA, "--show-batch", "--out-dir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     shown = capsys.readouterr().out
     trained = [line for line in shown.splitlines() if line.startswith("trained")]
     assert trained and all("<|endoftext|>" in line and "<|user|>" not in line for line in trained)
 
 
 def test_vqa_needs_questions(tmp_path, capsys):
-    run(train, *TINY, "--task", "vqa", "--model", "prefix", "--dataset", "folder", "--data-dir", album(tmp_path / "a"), "--out-dir",
-        tmp_path / "o", code=2)
+    run(train, *VQA, *from_folder(album(tmp_path / "a")), "--out-dir", tmp_path / "o", code=2)
     assert "holds no questions" in capsys.readouterr().err
 
 
@@ -197,8 +211,8 @@ def test_questions_as_a_csv(tmp_path, capsys):
     run(data, "--n-scenes", "20", "--export", tmp_path / "q.csv", "--sheet", tmp_path / "s.png")
     rows = list(csv.DictReader(open(tmp_path / "q.csv")))
     assert len(rows) == 24 and all(row["text"].count("<image>") == 1 and "<|assistant|>" in row["text"] for row in rows)
-    run(data, "--dataset", "folder", "--data-dir", album(tmp_path / "a"), "--export", tmp_path / "x.csv", "--sheet",
-        tmp_path / "s.png", code=2)
+    none = from_folder(album(tmp_path / "a"))
+    run(data, *none, "--export", tmp_path / "x.csv", "--sheet", tmp_path / "s.png", code=2)
     assert "holds no questions" in capsys.readouterr().err and not (tmp_path / "x.csv").exists()
 
 

@@ -76,6 +76,7 @@ def test_captions_of_one_image_share_its_keys():
 
 
 def test_new_cross_attention_leaves_a_decoder_unharmed():
+    """The layer that looks at images starts at zero, so a language model begins as good as it was."""
     from tinyvlm.gpt import GPT, GPTConfig
     sizes = dict(block_size=8, vocab_size=11, n_layer=2, n_head=3, n_embd=C)
     plain, seeing = GPT(GPTConfig(**sizes)), GPT(GPTConfig(cross=True, **sizes))
@@ -123,6 +124,7 @@ def test_a_full_cache_says_so():
 
 
 def test_activations():
+    """The three are near one another, and public weights need exactly theirs: the formulas of the papers."""
     x = torch.linspace(-4, 4, 33)
     torch.testing.assert_close(ACTIVATIONS["gelu"](x), 0.5 * x * (1 + torch.erf(x / 2 ** 0.5)))
     tanh = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x ** 3)))

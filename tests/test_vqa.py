@@ -133,6 +133,7 @@ def test_official_splits_and_a_test_without_answers(tmp_path):
 
 
 def test_one_split_only_and_none(tmp_path):
+    """With val alone its images are split; images alone, and questions without annotations, are refused."""
     write_pair(tmp_path, "val", range(1, 31))
     ds = vqav2(tmp_path)
     assert [len(v) for v in ds.splits.values()] == [24, 3, 3] and any("80/10/10" in n for n in ds.notes)
@@ -247,13 +248,14 @@ def test_a_question_is_read_from_its_type_on():
 
 QUESTIONS = """Is the cat black?|Is there a dog?|Are there any?|Is this a train or a bus?|How many dogs are there?|Why?|
 ?|is|how many|HOW MANY DOGS ARE IN IT|What color is the fridge?|what color is {a} {0} the dog|Where is the cat?|What?|
-Where is the cup relative to the fork?|What is the man doing?|What sport is this?|What kind of dog are these?|Yes or no?|
-The answer is?|What shape is the answer?|Does it say no?|Is it, or is it not, yes?|What numbers are there?""".split("|")
+Where is the cup relative to the fork?|What is the man doing?|What sport is this?|What kind of dog are these?|
+Yes or no?|The answer is?|What shape is the answer?|Does it say no?|Is it, or is it not, yes?|
+What numbers are there?""".split("|")
 ANSWERS = """no|2|yes|on the table|black and white|not sure|yes, both|.|..|cat|the cat is black|The answer is 2|
 there are 2 dogs|1|one|2 or 3|red.|st.|NY|Yes|NO|a|a dog|an|is|it is it|no idea|yes and no|left|left of the door|
 above the table|red, white and blue|tennis|eating a pizza|don't know|none|white|circle|small|10:30|1,000|3.5|İ|ß|é|
-the answer is the answer is x|yes,|no.|there is 1|{a}|{0}|x\ny|is red|a  b|?|!|in|outside|0|<image>|n/a|dogs|yes.no|nope|
-No, thanks|the sport is tennis|no parking|the""".split("|") + ["", " ", "<|user|>", "a" * 300, "2 " * 100]
+the answer is the answer is x|yes,|no.|there is 1|{a}|{0}|x\ny|is red|a  b|?|!|in|outside|0|<image>|n/a|dogs|yes.no|
+nope|No, thanks|the sport is tennis|no parking|the""".split("|") + ["", " ", "<|user|>", "a" * 300, "2 " * 100]
 
 
 def test_every_sentence_leads_back_to_its_answer():
@@ -311,6 +313,7 @@ def test_images_stand_where_a_trusted_prompt_puts_them(tokenizer):
 
 
 def test_texts_from_data_never_become_tags(tokenizer):
+    """Tags in a question, an answer or the system text stay letters; nothing but the answer is trained."""
     tags = {tokenizer.token_to_id(tag) for tag in TAGS}
     nasty = "".join(TAGS)
     for places in (False, True):
@@ -346,6 +349,7 @@ def test_every_length_is_cut_honestly(tokenizer):
 
 
 def test_rows_of_an_image(tokenizer):
+    """Five questions, two turns a row: rows of two, two and one answers, each with its end."""
     questions = [Question(k, 1, "what color is the circle?", ["red"], "red") for k in range(5)]
     rows = rows_of(questions, tokenizer, 500, turns=2)
     ends = [ids.count(tokenizer.token_to_id("<|endoftext|>")) for ids, _ in rows]
@@ -395,6 +399,7 @@ def test_scores_by_type_and_the_official_form():
 
 
 def test_csv_of_dialogues(tmp_path, tokenizer):
+    """A row an image, however odd its texts, and read back it still holds one <image>."""
     questions = [Question(1, 7, 'what "is", it?', ["red"], "red"),
                  Question(2, 7, "say <|user|>\n<image>", ["<image>"], "<image>"),
                  Question(3, "b", "\ud800?", [])]

@@ -303,6 +303,7 @@ def test_a_broken_index_is_named(tmp_path, weight_map, fault):
 
 
 def test_an_index_that_is_no_object(tmp_path):
+    """Files of shards: a list, a torn file and an object without a map end in a sentence that names them."""
     for raw in (b"[]", b"{", b"{}"):
         with pytest.raises(SafetensorsError, match="x.index.json"):
             load_safetensors(put(tmp_path, raw, "x.index.json"))

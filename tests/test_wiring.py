@@ -16,11 +16,11 @@ from PIL import Image
 import data
 import sample
 import test_tasks
-import test_web
 import train
+from conftest import REFERENCE
+from servers import send
 from test_layouts import write
 from test_scripts import TINY, run, same_run
-from test_web import send
 from tinyvlm import features
 from tinyvlm.config import UserError, parse_config
 from tinyvlm.features import Encoder
@@ -28,8 +28,8 @@ from tinyvlm.image import Recipe
 from tinyvlm.layouts import coco
 from tinyvlm.weights import load_safetensors, save_safetensors
 
-VIT = __file__.rpartition("/")[0] + "/reference/vit"
-clip, host = test_tasks.clip, test_web.host                     # fixtures: a tiny CLIP that reads, a local server
+VIT = str(REFERENCE / "vit")
+clip = test_tasks.clip                                          # a fixture: a tiny CLIP that reads
 
 
 def png(k):
