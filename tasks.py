@@ -179,9 +179,16 @@ class Captioning(Task):
         self.texts = self.make_texts(clean)
 
     def words(self, clean):
-        """What a new tokenizer is trained on: the captions of the training split, as strings."""
-        yield SYSTEM if self.config.model == "prefix" else ""   # a later --task vqa begins every dialogue with it
-        yield from (clean(text) for i in self.run.dataset.splits["train"] for text in self.run.dataset.captions[i])
+        """What a new tokenizer is trained on: the training captions, as strings; for a prefix model also the dialogues.
+
+        It keeps its tokenizer through all stages, and one that has never seen "what" would ask letter by letter.
+        """
+        dataset = self.run.dataset
+        yield from (clean(text) for i in dataset.splits["train"] for text in dataset.captions[i])
+        if self.config.model == "prefix":
+            yield SYSTEM
+            for q in (q for i in dataset.splits["train"] for q in getattr(dataset, "questions", {i: ()})[i]):
+                yield from (q.question, to_sentence(q.question, q.answer, q.question_type))
 
     def make_texts(self, clean):
         """The captions as rows of ids; says how many had to be cut or hold unknown words."""
@@ -706,13 +713,6 @@ class Answering(Captioning):
         if not hasattr(run.dataset, "questions"):
             raise UserError(f"{run.dataset.name} holds no questions; --task vqa needs --dataset shapes or vqav2")
         super().__init__(run, saved)
-
-    def words(self, clean):
-        """What a new tokenizer is trained on: questions and answers of the training split, and the system prompt."""
-        yield SYSTEM
-        for i in self.run.dataset.splits["train"]:
-            for q in self.run.dataset.questions[i]:
-                yield from (q.question, to_sentence(q.question, q.answer, q.question_type))
 
     def make_texts(self, clean):
         """Each image's dialogues as rows. Also sets `longest`, the room to speak: most trained tokens of a row."""

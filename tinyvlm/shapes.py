@@ -170,6 +170,7 @@ def ask(scene, rng):
     thing = f"{'an' if color[0] in 'aeiou' else 'a'} {color} thing"
     add("yes/no", f"is there {thing}?", f"yes, there is {thing}." if yes else f"no, there is not {thing}.",
         "yes" if yes else "no")
+    rng.shuffle(out)                        # in a dialogue any kind may come first, as when a stranger asks
     return out
 
 
