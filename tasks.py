@@ -500,11 +500,18 @@ class Contrastive(Task):
         chunks = [lambda batch=batch: self.pairs(batch, self.run.augment) for batch in batches]
         return contrastive_step(fast, chunks, self.machine.autocast, self.machine.scaler.scale)
 
+    def members(self, split, limit=None):
+        """The images to search among. Of drawn scenes with one caption only the first: no words tell them apart."""
+        if self.run.dataset.name != "shapes":
+            return self.run.members(split, limit)
+        first = {self.run.dataset.captions[i][0]: i for i in reversed(self.run.members(split))}
+        return sorted(first.values())[:limit]
+
     @torch.no_grad()
     def embed(self, model, split, limit=None):
         """All images (n, D) and all their captions (m, D) of a split, with the owner (m,) of each caption."""
         model.eval()
-        members, image_emb, text_emb, owner = self.run.members(split, limit), [], [], []
+        members, image_emb, text_emb, owner = self.members(split, limit), [], [], []
         for start in range(0, len(members), 64):
             part = members[start:start + 64]
             with self.machine.autocast():
@@ -552,7 +559,7 @@ class Contrastive(Task):
         """Recall on the test split by the best weights; samples.png and similarity.png, and what to run next."""
         run, out = self.run, self.run.out
         model.load_state_dict(load_safetensors(out / "model.safetensors"))
-        members = run.members("test", self.config.test_images)
+        members = self.members("test", self.config.test_images)
         image_emb, text_emb, owner = self.embed(model, "test", self.config.test_images)
         recall = metrics.recall_at_k(image_emb, text_emb, owner)
         sim = image_emb @ text_emb.t()                                            # (n, m)

@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import sample
 import train
 from conftest import REFERENCE
 from test_data import album, from_folder
+from tasks import Captioning
 from test_scripts import TINY, losses, run
 from tinyvlm.clip import contrastive_loss
 from tinyvlm.pretrained import load_run
@@ -228,3 +230,25 @@ def test_a_shuffled_prefix_model_trains(tmp_path):
     run(train, *TINY, "--model", "prefix", "--shuffle", "2", "--epochs", "0.4", "--out-dir", tmp_path / "o")
     model = load_run(tmp_path / "o").model
     assert isinstance(model, PrefixVLM) and model.n_image_tokens == 1 and isinstance(model.config, VLMConfig)
+
+
+def test_a_prefix_captioner_knows_the_words_of_later_questions():
+    """Its tokenizer is for all stages: one made from captions alone would ask "w|h|a|t" letter by letter."""
+    dataset = data.Shapes(2, 50, 0)
+    question = dataset.questions[dataset.splits["train"][0]][0]
+
+    def words(model):
+        task = SimpleNamespace(run=SimpleNamespace(dataset=dataset), config=SimpleNamespace(model=model))
+        return list(Captioning.words(task, str))
+    assert question.question in words("prefix") and question.question not in words("cross")
+    assert set(words("cross")) == {dataset.captions[i][0] for i in dataset.splits["train"]} < set(words("prefix"))
+
+
+def test_nothing_is_fetched_ahead_of_the_last_step():
+    """A streamed run announces the images of the next eight steps, but none that no step will ask for."""
+    announced = []
+    store = SimpleNamespace(announce=announced.extend, present=lambda members: members)
+    batches = SimpleNamespace(members=list(range(20)), batch_size=2, seed=0, store=store, end=3)
+    picks = [(i, 0) for i, _ in data.step_order(20, 2, 0, 0)]
+    assert data.Batches.fetched(batches, picks, 0) == picks
+    assert announced == [i for step in range(3) for i, _ in data.step_order(20, 2, step, 0)]
