@@ -16,6 +16,7 @@ import io
 import os
 import random
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
@@ -186,16 +187,17 @@ def refuse_broken(dataset, broken, n, allow_broken):
 class ImageStore:
     """The images of some splits as uint8 tensors. In memory if they fit, else decoded when asked for.
 
-    cache: "memory", "none", or "auto" (memory if the pixels take less than half of what is free). `broken`: {image:
-    fault}; usable(split): the split without them. Raises UserError when over 1% are broken, unless allow_broken.
+    cache: "memory", "none", or "auto" (memory if the pixels take less than half of what is free; each process of
+    torchrun has pixels of its own). `broken`: {image: fault}; usable(split): the split without them. Raises UserError
+    when over 1% are broken, unless allow_broken.
     """
     ready = False               # get() gives pixels, not features
 
     def __init__(self, dataset, splits, recipe, cache="auto", allow_broken=False, say=print):
         self.dataset, self.recipe = dataset, recipe
         members = sorted({i for split in splits for i in dataset.splits[split]})
-        bytes_needed = len(members) * 3 * recipe.size ** 2
-        self.in_memory = cache == "memory" or (cache == "auto" and bytes_needed < free_memory() / 2)
+        bytes_needed, here = len(members) * 3 * recipe.size ** 2, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.in_memory = cache == "memory" or (cache == "auto" and bytes_needed * here < free_memory() / 2)
         self.row = {i: k for k, i in enumerate(members)}        # image i is pixels[row[i]]
         self.pixels, self.broken = None, {}
         if self.in_memory:
@@ -378,7 +380,9 @@ class Batch:
 
     def pin_memory(self):
         """Page-locked memory, from which a GPU copies while it computes. The loader calls this."""
-        self.img, self.idx, self.targets = self.img.pin_memory(), self.idx.pin_memory(), self.targets.pin_memory()
+        for name in ("img", "idx", "targets", "draw"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).pin_memory())
         return self
 
     def to(self, device, recipe, how=None):
@@ -598,6 +602,7 @@ def main():
     atomic_write(config.sheet, lambda file: sheet.save(file, format="PNG"))
     print(f"wrote {config.sheet}")
     folder = Path(config.data_dir or f"data/{config.dataset}")
+    where = f"--dataset {config.dataset}" + (f" --data-dir {shlex.quote(config.data_dir)}" if config.data_dir else "")
     for kind, source, write in (("features", config.features, write_features),
                                 ("text-embeddings", config.text_embeddings, write_text_embeddings)):
         if source:
@@ -605,7 +610,8 @@ def main():
             name = f"{kind}-{Path(source).name}{'-grid' * (config.grid and kind == 'features')}.safetensors"
             path = config.output or folder / name
             write(source, dataset, path, batch_size=config.batch_size, device=config.device, **grid)
-            print(f"now train on it: python train.py --dataset {config.dataset} --{kind} {path}")
+            task = "" if kind == "features" else "--task clip "
+            print(f"now train on it: python train.py {task}{where} --{kind} {shlex.quote(str(path))}")
     if config.export:
         if not hasattr(dataset, "questions"):
             raise UserError(f"{dataset.name} holds no questions to export; --export is for shapes and vqav2")
@@ -613,7 +619,7 @@ def main():
         print(f"wrote {config.export}")
     if config.label:
         path = pseudo_labels(config, dataset, broken)
-        print(f"now learn them: python train.py --task classify --dataset {config.dataset} --labels {path}")
+        print(f"now learn them: python train.py --task classify {where} --labels {shlex.quote(str(path))}")
     refuse_broken(dataset, broken, n, config.allow_broken)
 
 

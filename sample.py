@@ -67,6 +67,8 @@ class SampleConfig:
     top_p: float | None = option(None, "draw only among the likeliest words that together have this probability")
     num_beams: int = option(1, "search this many sentences at once for the likeliest whole; 3 is a good value")
     length_penalty: float = option(1.0, "beams: above 1 favours long captions, below 1 short ones")
+    guidance: float | None = option(None, "captions: above 0 says more of what is particular to the image; default: as "
+                                          "the run was trained to")
     max_tokens: int | None = option(None, "longest caption; default, and most: as in training")
     seed: int | None = option(None, "makes drawing repeatable (for the same --batch-size)")
     batch_size: int = option(16, "images captioned together")
@@ -211,6 +213,7 @@ def check_options(c):
             (c.batch_size > 0, f"--batch-size must be above 0, not {c.batch_size}"),
             (c.max_tokens is None or c.max_tokens > 0, f"--max-tokens must be above 0, not {c.max_tokens}"),
             (abs(c.length_penalty) < 100, f"--length-penalty must be an ordinary number, not {c.length_penalty}"),
+            (c.guidance is None or 0 <= c.guidance < 100, f"--guidance must be 0 or a little above, not {c.guidance}"),
             (c.seed is None or 0 <= c.seed < 2 ** 32, f"--seed must be between 0 and 2^32, not {c.seed}"),
             (not (draws and c.num_beams > 1), "beam search does not draw: give --num-beams or --temperature, not both"),
             (draws or (c.top_k is None and c.top_p is None), "--top-k and --top-p need a --temperature above 0"),
@@ -228,17 +231,18 @@ def speak(run, config):
     prompt = start_of(run, config.prompt[0] if config.prompt else "")
     # the user's words are part of the longest caption; prompt[0], the start token, is not
     max_tokens = min(config.max_tokens or run.config["max_tokens"], run.config["max_tokens"] + 1 - len(prompt))
+    guidance = config.guidance if config.guidance is not None else run.config.get("options", {}).get("guidance", 0.0)
     look = Features(run, config) if run.config.get("features") else Pixels(run)
     for start, batch in enumerate(open_batches(gather(config.image), config.batch_size, bool(config.features))):
         img = look(batch).to(config.device)                                       # (B, 3, S, S), or features
         rows = generate(run.model, img, [prompt] * len(batch), max_tokens, config.temperature, config.top_k,
                         config.top_p, config.num_beams, run.config["end"], config.length_penalty,
-                        None if config.seed is None else config.seed + start)
+                        None if config.seed is None else config.seed + start, guidance)
         for (name, _), ids in zip(batch, rows):
             caption = run.tokenizer.decode(prompt[1:] + ids).strip()
             print(json.dumps({"image": name, "caption": caption}) if config.json else f"{name}: {caption}")
         if config.attention and start == 0:
-            draw_attention(run, img[:1], prompt[1:] + rows[0], config.attention)
+            draw_attention(run, img[:1], prompt[1:] + rows[0] or [run.config["end"]], config.attention)
 
 
 def reply(run, config, img, turns):
@@ -381,11 +385,20 @@ def main():
         load_run(config.out_dir)
     where, task = config.pretrained or config.out_dir, run.config["task"]
     if task not in MODES:
-        raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; --vision {where} "
-                        "starts a captioner from it")
+        flag = "--text" if task == "gpt" else "--vision"
+        raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; train.py {flag} "
+                        f"{where} starts a captioner from it")
     wants = "clip" if config.labels or config.captions or config.search is not None else "vqa" if config.chat else task
     if wants != task:
         raise UserError(f"{where} was trained for --task {task}; that option is for a run of --task {wants}")
+    if config.features and not run.config.get("features"):
+        raise UserError(f"{where} looks at pixels itself: drop --features")
+    if config.attention and task != "caption":
+        raise UserError(f"{where} was trained for --task {task}; --attention draws a captioner's")
+    if config.guidance is not None and task != "caption":
+        raise UserError(f"{where} was trained for --task {task}; --guidance is for captions")
+    if config.prompt and task == "clip":
+        raise UserError(f"{where} was trained for --task clip; --prompt is for captions and questions")
     run.model.to(config.device)
     MODES[task](run, config)
 

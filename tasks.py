@@ -38,6 +38,7 @@ from tinyvlm.features import TextEmbeddings, short_names
 from tinyvlm.generate import generate
 from tinyvlm.gpt import IGNORE, GPTConfig
 from tinyvlm.image import Recipe, normalise
+from tinyvlm.lstm import LSTM
 from tinyvlm.pretrained import is_run, load_clip, load_gpt2, load_pretrained, load_run, pretrained_tokenizer
 from tinyvlm.search import similarity_picture, text_rows
 from tinyvlm.shapes import meaning
@@ -46,8 +47,11 @@ from tinyvlm.vit import ViT, ViTConfig
 from tinyvlm.vlm import LSTMConfig, VLMConfig, build
 from tinyvlm.vqa import (SYSTEM, TAGS, encode_dialogue, rows_of, score_vqa, submission, to_sentence, to_short,
                          to_targets)
-from tinyvlm.weights import atomic_write, load_safetensors, read_json, write_json
+from tinyvlm.weights import atomic_write, load_safetensors, write_json
 
+# options that are a model's or its tokenizer's own: a stage that goes on from --init cannot change them
+MADE_WITH = ("image_size", "patch_size", "stem", "class_token", "n_layer", "n_head", "n_embd", "n_hidden", "shuffle",
+             "wiring", "tied", "soft_attention", "tokenizer", "vocab_size", "min_count")
 END = "<|endoftext|>"               # ends every caption, and starts those of the cross model, as GPT-2 was trained
 
 
@@ -160,6 +164,11 @@ class Captioning(Task):
             if self.init.config["model"] != c.model or self.init.config["task"] not in ("caption", "vqa"):
                 raise UserError(f"--init {c.init} holds a {self.init.config['task']} run of --model "
                                 f"{self.init.config['model']}; a {c.model} model goes on from a {c.model} model")
+            then = self.init.config["options"]
+            for name in MADE_WITH:
+                if name in getattr(c, "given", ()) and getattr(c, name) != then.get(name):
+                    raise UserError(f"--init {c.init} was made with --{name.replace('_', '-')} {then.get(name)}, which "
+                                    f"stays: drop the flag, or train anew without --init")
         elif not saved:
             # public weights bring their own picture size and tokenizer; from scratch these are ours to choose
             self.eyes = load_eyes(c.vision) if c.vision else None
@@ -167,6 +176,12 @@ class Captioning(Task):
                 raise UserError(f"--vision {c.vision} is no ViT; for a captioner on a CNN, use its --features")
             new = TAGS if c.task == "vqa" else ("<image>",) if c.model == "prefix" else ()
             self.gpt = load_gpt2(c.text, special_tokens=new) if c.text else None
+        for source in filter(None, (saved, self.init)):
+            has, wants = run.feats and run.feats.feat_dim, source.model.config.feat_dim
+            if has != wants:
+                raise UserError(f"{c.init or c.out_dir} sees {f'features of {wants} numbers' if wants else 'pixels'}; "
+                                + (f"name their file with --features, not one of {has or 'none'}" if wants else
+                                   "drop --features"))
         start = saved or self.init or self.eyes
         self.recipe = start.recipe if start else Recipe(size=c.image_size)
         clean = CLEAN[c.clean]
@@ -187,7 +202,8 @@ class Captioning(Task):
         yield from (clean(text) for i in dataset.splits["train"] for text in dataset.captions[i])
         if self.config.model == "prefix":
             yield SYSTEM
-            for q in (q for i in dataset.splits["train"] for q in getattr(dataset, "questions", {i: ()})[i]):
+            questions = getattr(dataset, "questions", None) or [()] * len(dataset.names)
+            for q in (q for i in dataset.splits["train"] for q in questions[i]):
                 yield from (q.question, to_sentence(q.question, q.answer, q.question_type))
 
     def make_texts(self, clean):
@@ -230,6 +246,9 @@ class Captioning(Task):
                 block_size=room, vocab_size=self.tokenizer.vocab_size, smoothing=c.smoothing, **sizes)
             if text.block_size < room:
                 raise UserError(f"--text {c.text} reads only {text.block_size} tokens; image and caption need {room}")
+        if c.wiring == "lockstep" and vision.n_layer != text.n_layer:
+            raise UserError(f"--wiring lockstep pairs the layers of both towers, but they have {vision.n_layer} and "
+                            f"{text.n_layer}; use --wiring final, or give --n-layer")
         model = build(VLMConfig(model=c.model, vision=vision, text=text, wiring=c.wiring, shuffle=c.shuffle,
                                 feat_dim=feats.feat_dim if feats else None,
                                 image_token=self.first if c.model == "prefix" else None))
@@ -247,12 +266,19 @@ class Captioning(Task):
         if self.config.model != "lstm":
             text = model.text
             text.grow_vocab(max(text.config.vocab_size, self.tokenizer.vocab_size))
-            n_image = model.n_image_tokens if self.config.model == "prefix" else 0
-            text.grow_context(max(text.config.block_size, self.config.max_tokens + 2 + n_image))
+            text.grow_context(max(text.config.block_size, self.config.max_tokens + 2 + self.n_image(model.config)))
         for module in model.modules():                          # this stage's dropout, not the last one's
             if isinstance(module, torch.nn.Dropout):
                 module.p = self.config.dropout
+            elif isinstance(module, LSTM):
+                module.dropout = self.config.dropout
+        model.config.text.smoothing = self.config.smoothing
         return model
+
+    def n_image(self, config):
+        """How many tokens an image takes among the words; config: the model's (VLMConfig)."""
+        n = config.vision.n_patches if config.vision else self.run.feats.n_tokens
+        return n // config.shuffle ** 2 if config.model == "prefix" else 0
 
     def about(self):
         c = self.config
@@ -308,7 +334,8 @@ class Captioning(Task):
         for start in range(0, len(members), 64):
             img = self.images(members[start:start + 64])
             with self.machine.autocast():
-                rows = generate(model, img, [[self.first]] * len(img), self.config.max_tokens, eos_id=self.end, **how)
+                rows = generate(model, img, [[self.first]] * len(img), self.config.max_tokens, eos_id=self.end,
+                                guidance=self.config.guidance, **how)
             said += [self.tokenizer.decode(row).strip() for row in rows]
         learning(model)
         return said
@@ -346,9 +373,7 @@ class Captioning(Task):
         for i, text in list(zip(members, said))[:8]:
             print(f"    says   {text}\n    truth  {run.dataset.captions[i][0]}\n")
         print("test split: " + show(scores))
-        config = read_json(out / "config.json")
-        config["scores"].update({f"test {name}": value for name, value in scores.items()})
-        write_json(out / "config.json", config)
+        run.add_scores({f"test {name}": value for name, value in scores.items()})
         draw_samples(run, members, said)
         print(f"{out}/samples.png shows sixteen of them, {out}/curves.png how it learned. Now try")
         next_command(run, "")
@@ -368,7 +393,8 @@ class Captioning(Task):
                 for i, text in zip(members, said)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write(run.out / "captions.jsonl", lambda file: file.write(lines.encode()))
-        write_json(run.out / "scores.json", {"split": split, "images": len(members), **how, **scores})
+        write_json(run.out / "scores.json", {"split": split, "images": len(members), **how,
+                                             "guidance": self.config.guidance, **scores})
         return scores
 
 
@@ -408,7 +434,7 @@ def add_to_table(path, row):
 
     Returns the whole table as lines of text.
     """
-    key, path = ("run", "split", "beams", "penalty"), Path(path)
+    key, path = ("run", "split", "beams", "penalty", "guidance"), Path(path)
     row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -498,7 +524,8 @@ class Contrastive(Task):
     def backward(self, fast, batches):
         """All micro-batches are one batch to the loss: their pairs are each other's wrong answers."""
         chunks = [lambda batch=batch: self.pairs(batch, self.run.augment) for batch in batches]
-        return contrastive_step(fast, chunks, self.machine.autocast, self.machine.scaler.scale)
+        loss = contrastive_step(fast, chunks, self.machine.autocast, self.machine.scaler.scale)
+        return loss / self.machine.world                        # each process has the loss of all, and they are summed
 
     def members(self, split, limit=None):
         """The images to search among. Of drawn scenes with one caption only the first: no words tell them apart."""
@@ -570,9 +597,7 @@ class Contrastive(Task):
         first = [int((owner == k).nonzero()[0]) for k in range(min(12, len(members)))]
         picture = similarity_picture(sim[:12][:, first], [captions[k] for k in first])
         atomic_write(out / "similarity.png", lambda file: picture.save(file, "PNG"))
-        config = read_json(out / "config.json")
-        config["scores"].update({f"test {name}": value for name, value in flat_recall(recall).items()})
-        write_json(out / "config.json", config)
+        run.add_scores({f"test {name}": value for name, value in flat_recall(recall).items()})
         print(f"{out}/samples.png shows sixteen images with the caption found for each, {out}/similarity.png the table "
               "of a dozen. Now try")
         next_command(run, " --labels 'a dog' 'a child' 'a boat'")
@@ -699,11 +724,10 @@ class Classifying(Task):
             table.index_put_((truths[known, k], guesses[known, k]), torch.ones(int(known.sum())), accumulate=True)
             picture = similarity_picture(table / table.sum(dim=1, keepdim=True).clamp(min=1), labels)
             atomic_write(out / f"confusion-{kind}.png", lambda file, picture=picture: picture.save(file, "PNG"))
-        config = read_json(out / "config.json")
-        config["scores"].update({f"test {kind}": value for kind, value in right.items()})
-        write_json(out / "config.json", config)
+        run.add_scores({f"test {kind}": value for kind, value in right.items()})
+        where = run.dataset.name + (f" --data-dir {shlex.quote(run.config.data_dir)}" if run.config.data_dir else "")
         print(f"{out}/confusion-*.png show what is taken for what. The tower can now learn to speak:\n"
-              f"    python train.py --dataset {run.dataset.name} --vision {shlex.quote(str(out))} --out-dir out/speaks")
+              f"    python train.py --dataset {where} --vision {shlex.quote(str(out))} --out-dir out/speaks")
 
     def judge(self, model, split, **_):
         """Accuracy by category over a whole split; scores.json. "shuffled": images against the next one's labels."""
@@ -742,19 +766,23 @@ class Answering(Captioning):
         """
         model.eval()
         said, before = {}, None
+        most = model.config.text.block_size + 2 - model.n_image_tokens            # room for question and answer
         for start in range(0, len(members), 64):
             part = members[start:start + 64]
             img = self.images(part)
             before, img = img, {"true": img, "exchanged": exchanged(img, before), "blank": torch.zeros_like(img)}[seen]
             with torch.no_grad(), self.machine.autocast():
                 feats = model.eyes(img)                                           # (b, N, C): once for all questions
-            asked = [(k, q) for k, i in enumerate(part) for q in self.run.dataset.questions[i]]
+            asked = [(k, q, encode_dialogue(self.tokenizer, [(q.question, None)])[0])
+                     for k, i in enumerate(part) for q in self.run.dataset.questions[i]]
+            said.update((q.question_id, "") for _, q, _ in asked)
+            asked = [row for row in asked if len(row[2]) < most]                  # the rest is unanswered, so wrong
             for first in range(0, len(asked), 256):
-                some = asked[first:first + 256]
-                prompts = [encode_dialogue(self.tokenizer, [(q.question, None)])[0] for _, q in some]
+                places, some, prompts = zip(*asked[first:first + 256])
+                room = min(self.longest, most - max(map(len, prompts)))
                 with self.machine.autocast():
-                    rows = generate(model, feats[[k for k, _ in some]], prompts, self.longest, eos_id=self.end, **how)
-                said.update((q.question_id, self.tokenizer.decode(row).strip()) for (_, q), row in zip(some, rows))
+                    rows = generate(model, feats[list(places)], prompts, room, eos_id=self.end, **how)
+                said.update((q.question_id, self.tokenizer.decode(row).strip()) for q, row in zip(some, rows))
         learning(model)
         return said
 
@@ -788,9 +816,7 @@ class Answering(Captioning):
         members = run.members("test", self.config.test_images)
         said, scores = self.report(model, members)
         print("Now try")
-        config = read_json(out / "config.json")
-        config["scores"].update({f"test {name}": value for name, value in scores.items() if isinstance(value, float)})
-        write_json(out / "config.json", config)
+        run.add_scores({f"test {name}": value for name, value in scores.items() if isinstance(value, float)})
         members = [i for i in members if run.dataset.questions[i]][:16]
         asked = [run.dataset.questions[i][0] for i in members]
         draw_samples(run, members, [f"{q.question} {said[q.question_id]}" for q in asked])

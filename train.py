@@ -3,7 +3,7 @@
     python train.py                                           shapes, a few minutes on a laptop, no download
     python train.py --dataset flickr8k --preset laptop        real photographs
     python train.py --resume                                  go on where the last run stopped
-    torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve
+    torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve (without dropout)
 
 All options come first, then the loop: rate, micro-batches, clip, step, log, evaluate, save. What a run leaves in
 --out-dir (README, "A run's folder") is all that sample.py needs.
@@ -35,10 +35,11 @@ from tinyvlm.pretrained import load_run
 from tinyvlm.schedule import one_cycle
 from tinyvlm.vlm import MODELS, to_dict
 from tinyvlm.vqa import show_tokens
-from tinyvlm.weights import atomic_write, save_safetensors, write_json
+from tinyvlm.weights import atomic_write, read_json, save_safetensors, write_json
 
-RUN_FILES = ("state.pt", "model.safetensors", "config.json", "tokenizer.json", "log.csv", "curves.png", "samples.png",
-             "example.png")         # state.pt first: without it nothing is resumed
+RUN_FILES = ("state.pt", "config.json", "model.safetensors", "tokenizer.json", "log.csv", "curves.png", "samples.png",
+             "example.png", "scores.json", "captions.jsonl", "results.json", "similarity.png", "confusion-*.png",
+             "search-*.safetensors")        # state.pt first: without it nothing is resumed
 
 
 @dataclass
@@ -115,6 +116,8 @@ class TrainConfig(DataConfig):
     split: str = option("test", "with --eval-only: the split to score", ("train", "val", "test"))
     num_beams: int = option(1, "with --eval-only: beams of the search; 1 is greedy")
     length_penalty: float = option(1.0, "with --eval-only: above 1 favours long captions, below 1 short ones")
+    guidance: float = option(0.0, "caption: how far to move a caption's scores away from those of a blank picture; 0.3 "
+                                  "tells pictures apart better, 1 costs correctness (kept for sample.py)")
     table: str = option("out/table.csv", "with --eval-only: the comparison table, one row a run, split and search")
     log_interval: int = option(25, "steps between log lines")
     show_batch: bool = option(False, "print the first batch token by token (image, masked, trained), and stop")
@@ -124,8 +127,8 @@ class TrainConfig(DataConfig):
 PRESETS = {
     # real photographs from scratch on two cores: within 40 minutes
     "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, dropout=0.2, vocab_size=2048,
-                   clean="words", max_tokens=20, epochs=13, batch_size=16, captions_per_image=4, lr=1e-3, crop=0.4,
-                   jitter=0.3, eval_interval=750),
+                   clean="words", max_tokens=20, epochs=10, captions_per_image=5, lr=1e-3, crop=0.4, jitter=0.3,
+                   eval_interval=376, guidance=0.3),
     # the same at the size a GPU likes
     "gpu": dict(dataset="flickr8k", image_size=224, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
                 max_tokens=32, dropout=0.1, epochs=40, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.4,
@@ -176,7 +179,8 @@ class Machine:
             dist.init_process_group("nccl" if self.cuda else "gloo")
         name = config.dtype
         if name == "auto":
-            name = ("bfloat16" if torch.cuda.is_bf16_supported() else "float16") if self.cuda else "float32"
+            real = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bfloat16" if real else "float16" if self.cuda else "float32"
         self.dtype = getattr(torch, name)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "float16")
         self.compile = self.cuda if config.compile is None else config.compile
@@ -194,18 +198,19 @@ class Machine:
             dist.all_reduce(t)
         return t.tolist()
 
-    def prepare(self, model, example):
+    def prepare(self, model, trial):
         """What the loop calls in place of the model: compiled if wanted and possible, then spread over the processes.
 
-        The model itself stays as it is, so a checkpoint never carries the names a compiler or DDP would add.
+        trial(fast): a step's forward and backward pass with what is compiled, as the loop will make it. The model
+        itself stays as it is, so a checkpoint never carries the names a compiler or DDP would add.
         """
         fast = model
         if self.compile:
             buffers = [b.clone() for b in model.buffers()]      # BatchNorm's statistics: the trial must not count
             try:                                                # compilation happens at the first call: make one
-                with torch.random.fork_rng(), self.autocast():  # .. without disturbing the run's random numbers
+                with torch.random.fork_rng([self.device] if self.cuda else []):   # .. and leave the run's numbers alone
                     fast = torch.compile(model)
-                    fast(*example)[1].backward()
+                    trial(fast)
             except Exception as error:                          # a compiler can raise anything
                 fast, self.compile = model, False
                 self.say(f"torch.compile failed ({type(error).__name__}); going on without it, slower")
@@ -238,7 +243,8 @@ class Run:
         self.augment = Augment(config.crop, config.jitter, config.flip)
         if saved:
             return
-        pad_to = config.max_tokens + 1 if machine.compile else None               # one shape, one compilation
+        rows = self.task.texts.rows if machine.compile else ()                    # one shape, one compilation
+        pad_to = max((len(idx) for of_image in rows for idx, _ in of_image), default=None)
         self.batches = Batches(self.store, self.task.texts, "train", config.batch_size, config.captions_per_image,
                                config.accum, config.seed, machine.rank, machine.world, pad_to)
         self.steps_per_epoch = len(self.batches.members) / config.batch_size
@@ -270,7 +276,7 @@ class Run:
 
     def clear(self):
         """A new run in an old one's folder replaces it: half of each would be a model nobody trained."""
-        old = [path for path in map(self.out.joinpath, RUN_FILES) if path.exists()]
+        old = [path for name in RUN_FILES for path in self.out.glob(name)]
         if old:
             print(f"replacing the run in {self.out}")
         for path in old:
@@ -278,20 +284,32 @@ class Run:
 
     def save(self, model, scores):
         """The best model so far: what it is, how it reads text, its weights. sample.py needs nothing else."""
+        if self.task.tokenizer:
+            self.task.tokenizer.save(self.out / "tokenizer.json")
+        save_safetensors(model.state_dict(), self.out / "model.safetensors", {"format": "pt"})
         write_json(self.out / "config.json", {
             "task": self.config.task, "model": self.config.model, "sizes": to_dict(model.config),
             "recipe": asdict(self.feats.recipe or self.task.recipe if self.feats else self.task.recipe),
             **self.task.about(), "features": self.feats.about() if self.feats else None,
             "dataset": self.dataset.name, "scores": scores, "options": asdict(self.config)})
-        if self.task.tokenizer:
-            self.task.tokenizer.save(self.out / "tokenizer.json")
-        save_safetensors(model.state_dict(), self.out / "model.safetensors", {"format": "pt"})
+
+    def add_scores(self, scores):
+        """Put more of them, by name, into config.json."""
+        config = read_json(self.out / "config.json")
+        config["scores"].update(scores)
+        write_json(self.out / "config.json", config)
+
+    @property
+    def kind(self):
+        """What has been trained, in a word: cross, prefix, lstm, clip, classify."""
+        return self.config.model if self.config.task in ("caption", "vqa") else self.config.task
 
     def save_state(self, model, optimizer, step, best, log):
         """All that --resume needs to go on from `step` as if nothing had happened. One file: no kill can split it."""
         state = {"step": step, "best": best, "log": log, "options": asdict(self.config), "model": model.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": self.machine.scaler.state_dict(),
-                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if self.machine.cuda else []}
+                 "rng": torch.get_rng_state(),
+                 "cuda_rng": torch.cuda.get_rng_state(self.machine.device) if self.machine.cuda else None}
         atomic_write(self.out / "state.pt", lambda file: torch.save(state, file))
         self.write_log(log)
 
@@ -302,8 +320,8 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         self.machine.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        if self.machine.cuda and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.machine.cuda and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.machine.device)
         return state["step"], state["best"], state["log"]
 
     def write_log(self, log):
@@ -316,7 +334,7 @@ class Run:
         atomic_write(self.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
         series = {name: [(row["step"], row[key]) for row in log if key in row] for name, key in
                   (("training", "train_loss"), ("validation", "val_loss"), ("wrong image", "shuffled_loss"))}
-        image = curves(series, f"{self.dataset.name}, {self.config.model}: loss (nats per token) by step")
+        image = curves(series, f"{self.dataset.name}, {self.kind}: loss (nats per token) by step")
         atomic_write(self.out / "curves.png", lambda file: image.save(file, "PNG"))
 
 
@@ -338,8 +356,10 @@ def read_state(out):
 
 
 def make_optimizer(model, config):
-    """AdamW, a group per part (its own rate) and kind: matrices decay; norms, biases and a transformer's tables do not.
+    """AdamW, a group for each part and kind.
 
+    Parts have rates of their own: the bridge (new layers) --lr, the decoder and the vision tower a factor of it. Of the
+    two kinds, matrices decay, and norms, biases and a transformer's tables do not.
     The LSTM's word table decays: with dropout, that is all that keeps its 2,500 rows from learning captions by heart.
     """
     factor = {"bridge": 1.0, "decoder": config.lr_decoder, "vision": config.lr_vision}
@@ -386,8 +406,8 @@ def train(run):
     def interrupt(*_):
         stop.append(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)                    # what `kill` and job schedulers send before the end
+    # SIGTERM is what `kill` and job schedulers send before the end
+    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
     fast, losses = None, []
     begin, begin_step, mark = time.perf_counter(), step, time.perf_counter()
 
@@ -400,7 +420,7 @@ def train(run):
             group["lr"] = lr * group["factor"]
         if open_parts(model, config, step / run.steps_per_epoch) or fast is None:
             learning(model)
-            fast = machine.prepare(model, micro_batches[0].to(machine.device, run.task.recipe))
+            fast = machine.prepare(model, lambda fast: run.task.backward(fast, micro_batches[:1]))
 
         # The gradients of the step, micro-batch by micro-batch. The loss stays a tensor: .item() here would make the
         # host wait for the GPU.
@@ -448,6 +468,8 @@ def train(run):
             machine.say(f"stopped after step {step}; go on with: python train.py --resume --out-dir "
                         f"{shlex.quote(str(run.out))}")
             return None
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
     return model
 
 
@@ -466,11 +488,17 @@ def check_options(c):
               (math.isfinite(c.epochs) and c.seed < 2 ** 32, "--epochs and --seed must be ordinary numbers"),
               (c.wiring == "final" or c.model == "cross", "--wiring lockstep is for --model cross"),
               (c.task != "vqa" or c.model == "prefix", "--task vqa is for --model prefix: give that too"),
+              (c.task != "clip" or c.captions_per_image == 1, "--task clip pairs each image with one caption a step: "
+               "drop --captions-per-image"),
+              (c.model != "prefix" or c.features or c.vision or c.init or c.image_size // c.patch_size % c.shuffle == 0,
+               f"--shuffle {c.shuffle} does not divide the {c.image_size // c.patch_size} patches of a row"),
               (c.task != "vqa" or not c.features, "--task vqa looks at pixels; drop --features"),
               (c.task != "classify" or not c.features, "--task classify teaches a vision tower; drop --features"),
               (c.reinforce == 0 or c.reinforce > 1 and c.task == "caption" and c.init and c.captions_per_image == 1,
                "--reinforce needs 2 or more, --task caption, --init RUN and --captions-per-image 1"),
               (c.reinforce == 0 or c.features, "--reinforce is for runs on --features"),
+              (0 <= c.guidance < 100, f"--guidance must be 0 or a little above, not {c.guidance}"),
+              (not c.guidance or c.task == "caption", "--guidance is for --task caption"),
               (c.shuffle == 1 or c.model == "prefix", "--shuffle is for --model prefix"),
               (c.shuffle > 0 and c.turns > 0 and c.n_joint > 0, "--shuffle, --turns and --n-joint must be above 0"),
               (not (c.show_batch and c.task in ("clip", "classify")), "--show-batch is for --task caption and vqa"),
@@ -482,8 +510,6 @@ def check_options(c):
               (not (c.features and c.vision), "a vision tower has made --features: drop --vision or --features"),
               (not (c.model == "lstm" and c.text), "--text brings a GPT-2; --model lstm has none"),
               (c.n_hidden is None or c.n_hidden > 0, f"--n-hidden must be above 0, not {c.n_hidden}"),
-              (not c.soft_attention or (c.n_hidden or c.n_embd) % c.n_head == 0,
-               f"the state of {c.n_hidden or c.n_embd} does not divide among --n-head {c.n_head} heads"),
               (c.min_count > 0 and c.num_beams > 0, "--min-count and --num-beams must be above 0"),
               (c.stem == "patch" or c.patch_size > 1, "--stem conv needs --patch-size 2 or more")]
     rules += [(c.vocab_size >= 300, f"--vocab-size {c.vocab_size} is too small: bytes and special tokens need 300")]
@@ -495,6 +521,8 @@ def check_options(c):
             (c.image_size % c.patch_size == 0,
              f"--image-size {c.image_size} is no multiple of --patch-size {c.patch_size}"),
             (c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} does not divide among --n-head {c.n_head} heads"),
+            (not c.soft_attention or (c.n_hidden or c.n_embd) % c.n_head == 0,
+             f"the state of {c.n_hidden or c.n_embd} does not divide among --n-head {c.n_head} heads"),
             (power, f"--stem conv halves the picture: --patch-size {c.patch_size} is no power of 2")):
         if not holds:
             raise UserError(sentence)
@@ -522,7 +550,7 @@ def evaluate_run(config):
     saved = load_run(config.out_dir)
     options = saved.config["options"]
     here = {"eval_only", "out_dir", "split", "num_beams", "length_penalty", "table", "device", "dtype"}
-    unfit = set(config.given) - here - {"data_dir", "features", "cache", "allow_broken", "batch_size"}
+    unfit = set(config.given) - here - {"data_dir", "features", "cache", "allow_broken", "batch_size", "guidance"}
     if unfit:
         raise UserError(f"--eval-only judges the run as it was trained: drop --{min(unfit).replace('_', '-')}")
     given = {name: getattr(config, name) for name in here | set(config.given)}
@@ -530,6 +558,7 @@ def evaluate_run(config):
         config = TrainConfig(**{**options, **given})
     except TypeError as error:
         raise UserError(f"{config.out_dir}/config.json is not of this version ({error}); train again") from None
+    check_options(config)
     machine = Machine(config)
     run = Run(config, machine, saved)
     model = saved.model.to(machine.device)
@@ -538,9 +567,10 @@ def evaluate_run(config):
         return                                                  # nothing to judge by; the task has said so
     shuffled = scores.pop("shuffled")
     machine.say(f"{config.split} split: {show(scores)}\nwith images exchanged: {show(shuffled)}")
-    row = {"run": config.out_dir, "model": config.model,
+    row = {"run": config.out_dir, "model": run.kind,
            "features": (saved.config.get("features") or {}).get("encoder", "")[:24], "dataset": config.dataset,
            "split": config.split, "beams": config.num_beams, "penalty": config.length_penalty,
+           "guidance": config.guidance,
            "M params": sum(p.numel() for p in model.parameters()) / 1e6, **scores,
            **{f"{name} exchanged": shuffled[name] for name in ("BLEU-4", "CIDEr-D", "exact") if name in shuffled}}
     machine.say(f"\n{config.table}:\n" + "\n".join(add_to_table(config.table, row)))
@@ -567,6 +597,9 @@ def main():
     if config.resume:
         config, config.resume = resumed_options(config, Path(config.out_dir))
     check_options(config)
+    for source in (config.init, config.vision):
+        if source and not config.resume and Path(source).resolve() == Path(config.out_dir).resolve():
+            raise UserError(f"{source} would be replaced by the run that starts from it; give another --out-dir")
     if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
         raise UserError(f"--out-dir {config.out_dir} is a file; name a folder")
     machine = Machine(config)

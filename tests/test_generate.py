@@ -161,6 +161,27 @@ def test_sampling_follows_temperature():
         assert (seen - wanted).abs().max() < 4 * math.sqrt(0.25 / n)
 
 
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_guidance_moves_the_scores_away_from_those_of_a_blank(how):
+    """Against the formula, on a table of probabilities: picture 1, and picture 0, which is the blank."""
+    model, n = Table(), 3
+    here, blank = model.table[1], model.table[0]                                  # (step, V, V): by last word
+    pushed = Table()
+    pushed.table.data[1] = here.log_softmax(-1) + 0.7 * (here.log_softmax(-1) - blank.log_softmax(-1))
+    one = torch.ones(n, dtype=torch.long)
+    guided = generate(model, one, [[1]] * n, 4, eos_id=EOS, guidance=0.7, **how)
+    assert guided == generate(pushed, one, [[1]] * n, 4, eos_id=EOS, **how)
+    assert generate(model, one, [[1]] * n, 4, eos_id=EOS, guidance=0.0, **how) == \
+        generate(model, one, [[1]] * n, 4, eos_id=EOS, **how)
+
+
+def test_guidance_works_with_every_model_and_both_kinds_of_state():
+    """On a blank picture nothing is particular: guidance changes nothing there."""
+    net, img = tiny(), torch.zeros(2, 3, 16, 16)
+    assert generate(net, img, [[1]] * 2, 6, guidance=3.0) == generate(net, img, [[1]] * 2, 6)
+    assert generate(net, img, [[1]] * 2, 6, num_beams=2, guidance=3.0) == generate(net, img, [[1]] * 2, 6, num_beams=2)
+
+
 def test_seed_repeats_and_differs():
     """A sampled caption can be had again by its seed, and another seed gives another."""
     net, img = tiny(), torch.randn(2, 3, 16, 16)

@@ -126,7 +126,8 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
     (["--image", "x", "--temperature", "nan"], "--temperature"), (["--image", "x", "--num-beams", "0"], "--num-beams"),
     (["--image", "x", "--top-p", "7", "--temperature", "1"], "--top-p"),
     (["--image", "x", "--max-tokens", "-3"], "--max-tokens"), (["--image", "x", "--device", "nonsense"], "--device"),
-    (["--image", "x", "--batch-size", "-2"], "--batch-size"), (["--image", "x", "--top-k", "3"], "--temperature")])
+    (["--image", "x", "--batch-size", "-2"], "--batch-size"), (["--image", "x", "--top-k", "3"], "--temperature"),
+    (["--image", "EXAMPLE", "--features", "f.safetensors"], "drop --features")])
 def test_sample_mistakes_are_one_sentence(trained, tmp_path, capsys, argv, words):
     argv = [{"EXAMPLE": trained / "example.png", "EMPTY": tmp_path}.get(a, a) for a in argv]
     run(sample, *(argv if "--out-dir" in argv else [*argv, "--out-dir", trained]), code=2)
@@ -160,7 +161,9 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
     (from_folder("nowhere"), "nowhere"), (["--batch-size", "7", "--accum", "2"], "--batch-size 7"),
     (["--device", "cuda"], "cuda"), (["--device", "tpu9"], "tpu9"), (["--image-size", "30"], "--image-size 30"),
     (["--workers", "-1"], "--workers"), (["--epochs", "inf"], "--epochs"), (["--beta2", "2"], "--beta2"),
-    (["--wiring", "lockstep", "--model", "prefix"], "lockstep")])
+    (["--wiring", "lockstep", "--model", "prefix"], "lockstep"),
+    (["--task", "clip", "--captions-per-image", "3"], "--captions-per-image"),
+    (["--model", "prefix", "--shuffle", "3"], "--shuffle 3"), (["--soft-attention", "--n-head", "0"], "--n-head")])
 def test_train_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, argv, words):
     if argv == ["--device", "cuda"] and torch.cuda.is_available():
         argv, words = ["--device", "cuda:99"], "cuda:99"
@@ -175,6 +178,10 @@ def test_a_new_run_replaces_an_old_one_whole(trained, tmp_path, capsys):
     out.mkdir()
     for path in trained.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
+    run(train, "--eval-only", "--out-dir", out, "--num-beams", "0", code=2)
+    assert "--num-beams" in capsys.readouterr().err
+    run(train, *TINY, "--vision", out, "--out-dir", out, code=2)                  # it would erase what it starts from
+    assert "give another --out-dir" in capsys.readouterr().err and (out / "model.safetensors").exists()
     run(train, *TINY, "--out-dir", out, "--stop-after", "2")
     printed = capsys.readouterr().out
     assert "replacing the run" in printed and f"--out-dir '{out}'" in printed

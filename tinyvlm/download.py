@@ -233,7 +233,10 @@ def _open(session, method, url, headers, timeout, stay=lambda answer, there: Fal
         if there is None or stay(answer, there):
             return answer
         answer.close()
-        url = urljoin(url, there)
+        try:
+            url = urljoin(url, there)
+        except ValueError:                                      # such as http://[
+            raise Fault(f"the server redirects to {there!r}, which is no address") from None
     raise Fault("more than 10 redirects")
 
 

@@ -2,7 +2,7 @@
 
 The same name tables, read from left to right (names.outward), and three small files around them: config.json (sizes,
 in their words), generation_config.json (how a caption begins and ends) and preprocessor_config.json (the Recipe).
-Only GPT-2 and ViT + GPT-2 go out: the other systems here have no counterpart there.
+Only GPT-2 and ViT + GPT-2 go out; CLIP and the others are left out here.
 """
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .weights import save_safetensors, write_json
 
 
 def _gpt2_config(c, end):
-    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    drop = {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": 0.0}           # attention has none here
     cross = {"add_cross_attention": True, "is_decoder": True} if c.cross else {}
     return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
             "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
@@ -24,7 +24,7 @@ def _gpt2_config(c, end):
 
 
 def _vit_config(c):
-    drop = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), c.dropout)
+    drop = {"hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": 0.0}
     return {"model_type": "vit", "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
             "num_attention_heads": c.n_head, "intermediate_size": c.n_hidden or 4 * c.n_embd,
             "hidden_act": _act(c.activation), "layer_norm_eps": c.eps, "image_size": c.image_size,

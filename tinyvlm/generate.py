@@ -15,19 +15,21 @@ NEVER = -1e9    # a score no real sentence has; finite, because -inf - -inf is n
 
 @torch.inference_mode()
 def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, num_beams=1, eos_id=None,
-             length_penalty=1.0, seed=None):
+             length_penalty=1.0, seed=None, guidance=0.0):
     """Continue each prompt; all images of the batch decode together.
 
     img: (B, 3, H, W) or features, or None for a model that sees nothing. idx: prompts, a (B, T) tensor or a list of B
     lists of ids, which may differ in length. temperature 0 takes the likeliest token every time (greedy); above 0 draws
     from softmax(logits / temperature), kept to the top_k likeliest and to the smallest set with probability top_p.
     num_beams > 1 searches for the sentence with the best sum of log-probabilities / length ** length_penalty instead.
+    guidance > 0 favours what is particular to the image: see Guided. Takes twice the time.
     Returns B lists of new ids, without the prompt and without eos_id.
     """
     assert num_beams > 0 and max_new_tokens > 0, f"num_beams {num_beams}, max_new_tokens {max_new_tokens}: both above 0"
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device = next(model.parameters()).device
     idx, lengths = pad_prompts(idx, device)
+    model = Guided(model, guidance) if guidance else model
     logits, state = model.prefill(img, idx, lengths, max_new_tokens)              # (B, V)
     if num_beams > 1:
         tokens = beam_search(model, logits, state, max_new_tokens, num_beams, eos_id, length_penalty)
@@ -35,6 +37,45 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
         tokens = sample(model, logits, state, max_new_tokens, temperature, top_k, top_p, eos_id, seed)
     rows = tokens.tolist()                                                        # the one copy to the host
     return [row[:row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
+class Guided:
+    """A model whose scores are moved away from what it would say of a blank picture.
+
+    score = log p(word | image) + guidance * (log p(word | image) - log p(word | blank))
+
+    Words that any picture might get ("a man in a blue shirt") lose, those that this one makes likelier gain. Guidance
+    of captions is by Kornblith et al. 2023 (arXiv:2307.16686); they train with some pictures left out, we show a blank
+    one, 0 after normalisation, as in visual contrastive decoding (Leng et al. 2023, arXiv:2311.16922).
+    With guidance 1, p = .5 here and .5 on a blank: log .5 + 0; .3 here and .1 on a blank: log .3 + log 3 = log .9.
+    """
+
+    def __init__(self, model, guidance):
+        self.model, self.guidance = model, guidance
+
+    def mix(self, logits, blank):
+        """(R, V), (R, V) -> (R, V)."""
+        here, blank = (F.log_softmax(x.float(), dim=-1) for x in (logits, blank))
+        return here + self.guidance * (here - blank)
+
+    def prefill(self, img, idx, lengths, max_new_tokens):
+        logits, state = self.model.prefill(img, idx, lengths, max_new_tokens)     # (B, V)
+        blank, other = self.model.prefill(torch.zeros_like(img), idx, lengths, max_new_tokens)
+        return self.mix(logits, blank), TwoStates(state, other)
+
+    def step(self, idx, states):
+        return self.mix(self.model.step(idx, states.state), self.model.step(idx, states.other))
+
+
+class TwoStates:
+    """The states of the same sentences beside the image and beside a blank."""
+
+    def __init__(self, state, other):
+        self.state, self.other = state, other
+
+    def reorder(self, rows):
+        self.state.reorder(rows)
+        self.other.reorder(rows)
 
 
 def pad_prompts(idx, device):

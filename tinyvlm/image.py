@@ -7,6 +7,7 @@ there is one function that carries it out. Resizing is Pillow's, antialiased: wh
     file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
                                                  ^ cached, batched, augmented on the device
 """
+import functools
 import io
 import math
 import warnings
@@ -136,8 +137,14 @@ def to_uint8(image, recipe):
 def normalise(img, recipe):
     """(..., 3, H, W) uint8, or floats in 0..1, -> floats the model was trained on."""
     img = img.float() / 255 if img.dtype == torch.uint8 else img
-    mean, std = (torch.tensor(t, device=img.device).view(3, 1, 1) for t in (recipe.mean, recipe.std))
+    mean, std = (_per_channel(tuple(values), img.device) for values in (recipe.mean, recipe.std))
     return (img - mean) / std                                                     # (..., 3, H, W)
+
+
+@functools.cache
+def _per_channel(values, device):
+    """Three numbers as (3, 1, 1) on the device: copied there once, since each copy makes the host wait for a GPU."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def preprocess(image, recipe):
@@ -168,24 +175,24 @@ def augment(img, how, draw):
     several processes repeats them. Rows: 0 area, 1 aspect, 2 and 3 place, 4 mirror (1.0: never), 5 to 7 brightness,
     contrast, saturation. A crop is one affine map per image, all sampled in a single call.
     """
-    B = len(img)
+    B, draw = len(img), draw.to(img.device, non_blocking=True)
     if how.flip:
-        mirrored = (draw[4] < 0.5).to(img.device).view(B, 1, 1, 1)
+        mirrored = (draw[4] < 0.5).view(B, 1, 1, 1)
         img = torch.where(mirrored, img.flip(-1), img)
     if how.crop:
         area = 1 - how.crop * draw[0]                                             # (B,) share of the image kept
         aspect = torch.exp((2 * draw[1] - 1) * math.log(4 / 3))
         w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
         x0, y0 = (1 - w) * (2 * draw[2] - 1), (1 - h) * (2 * draw[3] - 1)         # centre of the window in -1..1
-        zero = torch.zeros(B)
+        zero = torch.zeros_like(area)
         theta = torch.stack([w, zero, x0, zero, h, y0], dim=1).view(B, 2, 3)      # from output to input places
-        grid = F.affine_grid(theta, list(img.shape), align_corners=False).to(img.device)    # (B, H, W, 2)
+        grid = F.affine_grid(theta, list(img.shape), align_corners=False)   # (B, H, W, 2)
         img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)
     if how.jitter:
-        gain = (1 + how.jitter * (2 * draw[5:8] - 1)).to(img.device)[:, :, None, None, None]          # (3, B, 1, 1, 1)
+        gain = (1 + how.jitter * (2 * draw[5:8] - 1))[:, :, None, None, None]     # (3, B, 1, 1, 1)
         img = img * gain[0]                                                       # brightness
         mean = img.mean(dim=(1, 2, 3), keepdim=True)
         img = mean + (img - mean) * gain[1]                                       # contrast
-        grey = (img * img.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)   # (B, 1, H, W)
+        grey = (img * _per_channel((0.299, 0.587, 0.114), img.device)).sum(dim=1, keepdim=True)   # (B, 1, H, W)
         img = (grey + (img - grey) * gain[2]).clamp(0, 1)                         # saturation
     return img

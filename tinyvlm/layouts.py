@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from .config import UserError
-from .download import download, extract_zip
+from .download import download, extract_zip, locked
 from .image import load_image
 from .weights import read_json
 
@@ -406,11 +406,15 @@ def coco(folder, seed=0, allow_broken=False, stream=False):
 # Downloads, and the table of all that is here.
 
 def _fetch_zip(url, folder, name):
-    """Unpack the zip at `url` as folder/name, unless that is there. A download that was broken off leaves its part."""
+    """Unpack the zip at `url` as folder/name, unless that is there. A download that was broken off leaves its part.
+
+    Several processes may want it (torchrun): one fetches, and the others then find it there.
+    """
     zip_path = folder / "zips" / f"{name}.zip"
-    if not (folder / name).is_dir():
-        extract_zip(download(url, zip_path), folder / name)
-        zip_path.unlink()
+    with locked(folder / f".{name}.lock"):
+        if not (folder / name).is_dir():
+            extract_zip(download(url, zip_path), folder / name)
+            zip_path.unlink()
 
 
 def fetch_flickr8k(folder):

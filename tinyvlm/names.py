@@ -1,4 +1,6 @@
-"""Whose weight is whose: the name tables of public checkpoints, read from right to left to load, back to export.
+"""Whose weight is whose: the name tables of public checkpoints.
+
+To load, read a line from right to left: their tensor becomes ours. To export, from left to right.
 
 A checkpoint is a bag of named arrays. Whoever trained it chose the names and, here and there, the layout: GPT-2 keeps
 its matrices transposed, Hugging Face's ViT keeps q, k and v apart. Below, the first column holds our name and each
@@ -126,6 +128,7 @@ def _tower(table, dialect, ours="", theirs=""):
 
 
 def _resnet(dialect, head, lead=""):
+    # lines without {k} come out three times, equal: the dict keeps one
     at = [dict(s=s, t=s + 1, k=k, j=k - 1, i="{i}") for s in range(4) for k in (1, 2, 3)]
     return {a.format(**n): lead + b.format(**n) for n in at for a, b in RESNET[dialect].items()} | {"head.?": head}
 

@@ -192,7 +192,7 @@ def open_checkpoint(source, revision=None, allow_pickle=False):
             continue
         if path:
             return Checkpoint(str(source), find, _flat(config), _read_tensors(path, find), path)
-    hint = "a pytorch_model.bin there opens only with --allow-pickle"
+    hint = "a pytorch_model.bin there opens only with --allow-pickle (sample.py, python -m tinyvlm.pretrained)"
     if Path(source).expanduser().is_dir():
         raise UserError(f"the folder {source} has no model.safetensors; {hint}")
     try:

@@ -14,7 +14,6 @@ import functools
 import heapq
 import json
 import math
-import os
 import re
 import unicodedata
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import regex
 
 from .config import UserError
+from .weights import atomic_write
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<image>", "<|system|>", "<|user|>", "<|assistant|>")
 CACHE_WORDS = 1 << 16       # distinct words remembered with their ids: captions repeat the same few thousand
@@ -348,15 +348,7 @@ class _Tokenizer:
     def save(self, path):
         """Write a tokenizer.json (into `path` if that is a folder), whole or not at all."""
         path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                json.dump(self._whole_spec(), file, ensure_ascii=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        atomic_write(path, lambda file: file.write(json.dumps(self._whole_spec(), ensure_ascii=False).encode()))
 
     @property
     def unk_id(self):

@@ -173,7 +173,8 @@ class PrefixVLM(Captioner):
         The shapes depend only on T, M and N, so nothing waits for the device and torch.compile sees one graph.
 
         N = 3:  idx  [<image> a  dog]   ->   x  [i0 i1 i2 a  dog],   last  [2 3 4]
-        on the way: is_image [1 0 0], size [3 1 1], begin [0], slots [0 1 2]; row L of x is a bin, cut off at the end
+        on the way: is_image [1 0 0], size [3 1 1], begin [0], slots [0 1 2]
+        x has one row too many at first: what must not be written anywhere goes there, and x[:, :L] drops it
         """
         (B, T), (_, M, N, C) = idx.shape, image_tokens.shape
         is_image = idx == self.config.image_token                                 # (B, T)

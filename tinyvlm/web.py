@@ -174,7 +174,10 @@ class _Web:
                 if not there:
                     break
                 self.hang_up()
-                url = urljoin(url, there.encode("latin-1").decode("utf-8", "replace"))
+                try:
+                    url = urljoin(url, there.encode("latin-1").decode("utf-8", "replace"))
+                except ValueError:                              # such as http://[
+                    raise FetchError("bad address") from None
             else:
                 raise FetchError("too many redirects")
             if answer.status != 200:
@@ -345,6 +348,7 @@ def _in_parallel(jobs, work, how, room):
         pool.submit(work, job).add_done_callback(lambda future: done.put((host, future)))
     try:
         while pair or unfinished:
+            # start jobs while there is room; else wait for a result, until none is left
             if pair and unfinished < room() and (pair := next(jobs, None)):
                 host, job = pair
                 if job:
