@@ -54,8 +54,8 @@ class TrainConfig(DataConfig):
     resume: bool = option(False, "continue the run in --out-dir, exactly")
     eval_only: bool = option(False, "train nothing: score the run in --out-dir and add it to --table")
     # the model
-    vision: str | None = option(None, "start from this public ViT: a Hub id or a folder; default: from scratch")
-    text: str | None = option(None, "start from this public GPT-2, with its tokenizer; default: from scratch")
+    vision: str | None = option(None, "start from this vision tower: a Hub id, a folder, or a run; else from scratch")
+    text: str | None = option(None, "start from this public GPT-2 (clip: CLIP), with its tokenizer; else from scratch")
     features: str | None = option(None, "learn from ready-made image features in this file (data.py --features)")
     image_size: int = option(64, "pixels a side; more shows more and costs its square (a public ViT brings its own)")
     patch_size: int = option(16, "pixels a side of one image token")
@@ -144,8 +144,7 @@ PRESETS = {
     "clip": dict(task="clip", dataset="flickr8k", clean="words", tokenizer="words", head="mlp", n_joint=512, n_embd=256,
                  dropout=0.3, max_tokens=16, epochs=40, batch_size=256, lr=1e-3, eval_interval=94, eval_images=1000),
     # questions and answers about drawn scenes
-    "vqa": dict(task="vqa", model="prefix", max_tokens=64, batch_size=16, captions_per_image=2, epochs=5, lr=8e-4,
-                warmup=0.1),
+    "vqa": dict(task="vqa", model="prefix", max_tokens=64, captions_per_image=2, epochs=7, lr=8e-4, warmup=0.1),
     # public weights: first the new cross-attention, then the decoder, then all, at gentle rates
     "public": dict(dataset="flickr8k", vision="google/vit-base-patch16-224-in21k", text="openai-community/gpt2",
                    max_tokens=40, dropout=0.1, epochs=8, batch_size=32, lr=1e-4, lr_decoder=0.3, lr_vision=0.1,
