@@ -138,7 +138,7 @@ PRESETS = {
                  n_hidden=512, soft_attention=True, n_head=1, dropout=0.5, max_tokens=24, epochs=10, batch_size=64,
                  captions_per_image=5, accum=4, lr=2e-3, eval_interval=188, eval_images=1000),
     # .. and after it: captions of one's own, rewarded by their score (--features FILE --init RUN)
-    "reward": dict(dataset="flickr8k", model="lstm", clean="words", max_tokens=24, reinforce=5, epochs=4, batch_size=64,
+    "reward": dict(dataset="flickr8k", model="lstm", clean="words", max_tokens=24, reinforce=5, epochs=2, batch_size=64,
                    lr=3e-4, warmup=0.1, eval_interval=94, eval_images=1000),
     # pictures and sentences in one space, also on ready-made features (--features FILE)
     "clip": dict(task="clip", dataset="flickr8k", clean="words", tokenizer="words", head="mlp", n_joint=512, n_embd=256,
