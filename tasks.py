@@ -168,7 +168,7 @@ class Captioning(Task):
             for name in MADE_WITH:
                 if name in getattr(c, "given", ()) and getattr(c, name) != then.get(name):
                     raise UserError(f"--init {c.init} was made with --{name.replace('_', '-')} {then.get(name)}, which "
-                                    f"stays: drop the flag, or train anew without --init")
+                                    "stays: drop the flag, or train anew without --init")
         elif not saved:
             # public weights bring their own picture size and tokenizer; from scratch these are ours to choose
             self.eyes = load_eyes(c.vision) if c.vision else None
@@ -179,9 +179,9 @@ class Captioning(Task):
         for source in filter(None, (saved, self.init)):
             has, wants = run.feats and run.feats.feat_dim, source.model.config.feat_dim
             if has != wants:
-                raise UserError(f"{c.init or c.out_dir} sees {f'features of {wants} numbers' if wants else 'pixels'}; "
-                                + (f"name their file with --features, not one of {has or 'none'}" if wants else
-                                   "drop --features"))
+                sees = f"features of {wants} numbers: name their file with --features" if wants else "pixels"
+                raise UserError(f"{c.init or c.out_dir} sees {sees}" + (f"; {c.features} holds {has} numbers an image, "
+                                                                        "so drop it" if has else ""))
         start = saved or self.init or self.eyes
         self.recipe = start.recipe if start else Recipe(size=c.image_size)
         clean = CLEAN[c.clean]
@@ -369,7 +369,8 @@ class Captioning(Task):
         members = run.members("test", self.config.test_images)
         said = self.caption(model, members)
         scores = score(run.dataset, members, said)
-        print(f"\n{len(members)} held-out images, captioned greedily by the best model:")
+        guided = f", with guidance {self.config.guidance:g}," if self.config.guidance else ""
+        print(f"\n{len(members)} held-out images, captioned greedily{guided} by the best model:")
         for i, text in list(zip(members, said))[:8]:
             print(f"    says   {text}\n    truth  {run.dataset.captions[i][0]}\n")
         print("test split: " + show(scores))

@@ -359,7 +359,7 @@ def make_optimizer(model, config):
 
     Parts have rates of their own: the bridge (new layers) --lr, the decoder and the vision tower a factor of it. Of the
     two kinds, matrices decay, and norms, biases and a transformer's tables do not.
-    The LSTM's word table decays: with dropout, that is all that keeps its 2,500 rows from learning captions by heart.
+    The LSTM's word table does decay, and did when it was measured; nobody has compared.
     """
     factor = {"bridge": 1.0, "decoder": config.lr_decoder, "vision": config.lr_vision}
     tables = {id(p) for name, p in model.named_parameters()
