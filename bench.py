@@ -307,7 +307,10 @@ def contrastive(config):
 
 
 def images(config):
-    """ViT-B/16 + GPT-2, 24 tokens after one image (196 tokens) and after four: what the cache holds and saves."""
+    """ViT-B/16 + GPT-2: 24 tokens after one image (196 tokens) and after four, with and without the cache; and what it
+
+    saves in training that texts about one image share its reading.
+    """
     torch.manual_seed(0)
     model = build(VLMConfig("prefix", ViTConfig(), GPTConfig(), image_token=50256)).eval()
     for M in (1, 4):
@@ -325,6 +328,13 @@ def images(config):
             _, state = model.prefill(img, torch.tensor([prompt]), None, 24)
         size = sum(t.numel() * t.element_size() for kv in state.self_kv for t in kv)
         print(f"    the cache holds {state.length} tokens: {size / 1e6:.1f} MB")
+    model.train()
+    img, idx = torch.randn(1, 3, 224, 224), torch.randint(0, 50000, (5, 21))
+    idx[:, 0] = 50256
+    targets = idx.roll(-1, dims=1)
+    compare("5 texts about an image, a training step", lambda: model(img, idx, targets, n_shared=1)[1].backward(),
+            lambda: model(img, idx, targets)[1].backward(), config, "the image read for each")
+
 
 
 def parity(config):

@@ -89,6 +89,15 @@ def make_tokenizer(c, texts):
     return tokenizer
 
 
+def n_shared(rows, image):
+    """How many tokens begin all `rows` of ids alike, up to the first `image` token: those of the prompt before it too.
+
+    0 if some row begins otherwise: nothing is shared then.
+    """
+    n = rows[0].index(image) + 1 if rows and image in rows[0] else 0
+    return n if all(row[:n] == rows[0][:n] for row in rows) else 0
+
+
 def exchanged(img, before):
     """Every image for its neighbour's; a last batch of one image has none, and takes one of the batch before it."""
     return before[-1:] if len(img) == 1 and before is not None else img.roll(1, dims=0)
@@ -99,6 +108,7 @@ class Task:
 
     def __init__(self, run):
         self.run, self.config, self.machine = run, run.config, run.machine
+        self.extra = {}                                         # what the model wants to know besides a batch's tensors
 
     def backward(self, fast, batches):
         """Add up the gradients of one step's micro-batches; returns its loss (a tensor: reading it would wait).
@@ -112,7 +122,7 @@ class Task:
             more = k + 1 < len(batches)
             with fast.no_sync() if machine.world > 1 and more else nullcontext():
                 with machine.autocast():
-                    loss = fast(img, idx, targets)[1] * batch.share
+                    loss = fast(img, idx, targets, **self.extra)[1] * batch.share
                 machine.scaler.scale(loss * machine.world).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
@@ -138,8 +148,8 @@ class Task:
             img, idx, targets = batch.to(self.machine.device, self.recipe)
             other = exchanged(img, before)
             with self.machine.autocast():
-                true += model(img, idx, targets)[1].item() * batch.n_targets
-                shuffled += model(other, idx, targets)[1].item() * batch.n_targets
+                true += model(img, idx, targets, **self.extra)[1].item() * batch.n_targets
+                shuffled += model(other, idx, targets, **self.extra)[1].item() * batch.n_targets
             n += batch.n_targets
             before = img
         learning(model)
@@ -192,6 +202,9 @@ class Captioning(Task):
             raise UserError(f"the tokenizer of {c.text or c.init or c.out_dir} knows no {END}; name a GPT-2, or train "
                             "one")
         self.texts = self.make_texts(clean)
+        if c.model == "prefix":
+            alike = n_shared([idx for rows in self.texts.rows for idx, _ in rows], self.first)
+            self.extra = {"n_shared": alike, "loss_only": True}
 
     def words(self, clean):
         """What a new tokenizer is trained on: the training captions, as strings; for a prefix model also the dialogues.

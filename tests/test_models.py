@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tinyvlm.generate import generate
 from tinyvlm.gpt import IGNORE, GPT, GPTConfig, next_token_loss
-from tinyvlm.transformer import KVCache
+from tinyvlm.transformer import KVCache, Packed
 from tinyvlm.vit import ViT, ViTConfig, resize_positions
 from tinyvlm.vlm import LSTMConfig, VLMConfig, build, from_dict, to_dict
 
@@ -176,6 +176,39 @@ def test_prefix_logits_equal_the_long_way_round():
     x = torch.cat([net.look(img), net.text.embed(idx[:, 1:])], dim=1)             # (1, N + 3, C)
     whole = net.text.head(net.text.hidden(x))                                     # (1, N + 3, V)
     torch.testing.assert_close(net(img, idx)[0], whole[:, -4:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_before, K", [(0, 3), (2, 2)])
+def test_rows_that_begin_alike_may_share_their_beginning(n_before, K):
+    """Prompt and picture read once for K texts: the logits, the loss and every gradient of reading them K times."""
+    net, img = tiny("prefix"), torch.randn(2, 3, 16, 16)
+    idx = torch.randint(1, 20, (2 * K, n_before + 5))
+    idx[:, :n_before], idx[:, n_before] = torch.arange(1, n_before + 1), IMAGE
+    targets = idx.roll(-1, dims=1)
+    targets[0, n_before + 2:], targets[:, -1] = IGNORE, IGNORE                    # a shorter row, padded
+    apart = net(img, idx, targets)
+    torch.testing.assert_close(net(img, idx, n_shared=n_before + 1)[0], apart[0], atol=1e-5, rtol=1e-4)
+    shared = net(img, idx, targets, n_shared=n_before + 1, loss_only=True)
+    torch.testing.assert_close(shared[0][0], apart[0][targets != IGNORE], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shared[1], apart[1])
+    grads = [torch.autograd.grad(loss, list(net.parameters()), allow_unused=True) for _, loss in (shared, apart)]
+    for a, b in zip(*grads):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.to_dense(), b.to_dense(), atol=1e-5, rtol=1e-3)
+
+
+def test_packed_texts_see_their_beginning_and_themselves():
+    """A row of 2 + 3 x 2 tokens, and one of 2 + 1 + 4 with a slot of the second text to spare."""
+    pos = torch.tensor([[0, 1, 2, 3, 2, 3, 2, 3], [0, 1, 2, 2, 3, 4, 5, 6]])
+    owner = torch.tensor([[-1, -1, 0, 0, 1, 1, 2, 2], [-1, -1, 0, 1, 1, 1, 1, 1]])
+    mask = Packed(pos, owner).mask
+    assert mask.shape == (2, 1, 8, 8)
+    for b in range(2):
+        for i in range(8):
+            for j in range(8):
+                allowed = j <= i and (j < 2 or owner[b, i] == owner[b, j])
+                assert mask[b, 0, i, j] == allowed, (b, i, j)
 
 
 @pytest.mark.parametrize("model, more", [("cross", {}), ("cross", {"wiring": "lockstep"}), ("prefix", {})])

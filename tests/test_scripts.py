@@ -54,8 +54,11 @@ def same_run(a, b):
     assert one["step"] == two["step"] and one["best"] == two["best"] and torch.equal(one["rng"], two["rng"])
     for key, tensor in one["model"].items():
         assert torch.equal(tensor, two["model"][key]), key
-    for k, slot in one["optimizer"]["state"].items():
-        assert all(torch.equal(slot[name], two["optimizer"]["state"][k][name]) for name in slot)
+    assert len(one["optimizers"]) == len(two["optimizers"])
+    for mine, other in zip(one["optimizers"], two["optimizers"]):
+        assert mine["state"].keys() == other["state"].keys()
+        for k, slot in mine["state"].items():
+            assert all(torch.equal(slot[name], other["state"][k][name]) for name in slot)
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 

@@ -13,7 +13,7 @@ import sample
 import train
 from conftest import REFERENCE
 from test_data import album, from_folder
-from tasks import Captioning
+from tasks import Captioning, n_shared
 from test_scripts import TINY, losses, run
 from tinyvlm.clip import contrastive_loss
 from tinyvlm.pretrained import load_run
@@ -252,3 +252,9 @@ def test_nothing_is_fetched_ahead_of_the_last_step():
     picks = [(i, 0) for i, _ in data.step_order(20, 2, 0, 0)]
     assert data.Batches.fetched(batches, picks, 0) == picks
     assert announced == [i for step in range(3) for i, _ in data.step_order(20, 2, step, 0)]
+
+
+@pytest.mark.parametrize("rows, n", [([[1, 9, 4], [1, 9, 5, 6]], 2), ([[9, 4], [9]], 1), ([[1, 9, 4], [2, 9, 4]], 0),
+                                     ([[1, 4]], 0), ([], 0), ([[1, 9, 4], [1]], 0)])
+def test_what_all_rows_begin_with(rows, n):
+    assert n_shared(rows, image=9) == n

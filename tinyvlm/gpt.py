@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .transformer import Block, KVCache, init_weights, linear
+from .transformer import Block, KVCache, Packed, init_weights, linear
 
 IGNORE = -100    # a target nobody is asked to predict: padding
 
@@ -86,13 +86,17 @@ class GPT(nn.Module):
         return F.embedding(idx, self.wte.weight, sparse=sparse)                   # (B, T, C)
 
     def hidden(self, x, feats=None, cache=None):
-        """Embedded tokens x (B, T, C) -> the last block's normalised output (B, T, C). Adds the positions."""
+        """Embedded tokens x (B, T, C) -> the last block's normalised output (B, T, C). Adds the positions.
+
+        cache: a KVCache to read from and add to, or a Packed: rows that hold several texts.
+        """
         T = x.size(1)
         pos = torch.arange(T, device=x.device) if cache is None else cache.positions(T, x.device)
         if cache is not None:
             feats = cache.feats if feats is None else feats                       # later steps: the prompt's picture
             cache.feats = feats
-        end = T + (cache.length if cache else 0)
+        packed = isinstance(cache, Packed)                      # texts side by side: a row may be longer than any text
+        end = 0 if packed else T + (cache.length if cache else 0)
         assert end <= self.config.block_size, f"{end} tokens, but the model's context holds {self.config.block_size}"
         x = self.drop(x + self.wpe(pos))                                          # (B, T, C)
         for i, block in enumerate(self.blocks):

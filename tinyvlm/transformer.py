@@ -115,6 +115,38 @@ class KVCache:
         # cross_kv stays: beams never leave their image, and attention folds them onto the one set of image keys
 
 
+class Packed:
+    """Texts that go on from one beginning, in one row: [beginning | a text | another | ..]. Nothing is stored here.
+
+    Stands where a KVCache would: it tells each token its position and whom it may see. A text sees the beginning and
+    itself, as if it stood there alone, so the beginning (a picture of 64 or 196 tokens) is computed once for all.
+    pos (B, L): a token's position in its own text; owner (B, L): which text it belongs to, -1 for the beginning.
+
+    >>> Packed(torch.tensor([[0, 1, 2, 1, 2]]), torch.tensor([[-1, 0, 0, 1, 1]])).mask[0, 0].int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 0, 0, 1, 0],
+            [1, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+
+    length, feats = 0, None
+
+    def __init__(self, pos, owner):
+        self.pos = pos
+        mine = (owner[:, :, None] == owner[:, None]) | (owner[:, None] == -1)     # (B, L, L): may row see column?
+        self.mask = (mine & (pos[:, :, None] >= pos[:, None]))[:, None]           # (B, 1, L, L)
+
+    def positions(self, T, device):
+        return self.pos
+
+    def append(self, layer, k, v):
+        return k, v, self.mask
+
+    def advance(self, T):
+        pass
+
+
 class Attention(nn.Module):
     """Multi-head attention: n_head small attentions side by side, each on head_dim = n_embd / n_head channels.
 

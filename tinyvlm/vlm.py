@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 import torch.nn as nn
 
-from .gpt import GPT, GPTConfig, last_of, next_token_loss
+from .gpt import IGNORE, GPT, GPTConfig, last_of, next_token_loss
 from .linear import Linear, linear
 from .lstm import LSTM
-from .transformer import Attention, KVCache
+from .transformer import Attention, KVCache, Packed
 from .vit import ViT, ViTConfig
 
 
@@ -213,14 +213,47 @@ class PrefixVLM(Captioner):
         # the vocabulary is asked only where text is read: scores at image positions would be thrown away
         return x.gather(1, last[:, :, None].expand(-1, -1, C)), last              # (B, T, C)
 
-    def forward(self, img, idx, targets=None):
+    def _read_packed(self, img, idx, n_shared, needed=None):
+        """Hidden states (B * K, T, C) like _read's, but image and prompt, the same for K rows, are read once.
+
+        needed (B * K, T), on a CPU: which tokens matter. The others, padding, are left out; their states are 0.
+        """
+        tokens = self.look(img)                                                   # (B, N, C)
+        B, K, T = len(tokens), len(idx) // len(tokens), idx.size(1) - n_shared
+        start, last = self.splice(tokens[:, None], idx[::K, :n_shared])           # (B, S, C), (B, n_shared)
+        S = start.size(1)
+        slots = torch.arange(K * T, device=idx.device).expand(B, -1)              # (B, K T): all tokens of all texts
+        if needed is not None:                                  # .. or those that matter first, and the rest cut off
+            needed = needed[:, n_shared:].reshape(B, K * T)
+            slots = needed.int().argsort(dim=1, descending=True, stable=True)[:, :int(needed.sum(dim=1).max())]
+        texts = self.text.embed(idx[:, n_shared:].reshape(B, K * T).gather(1, slots))        # (B, L - S, C)
+        begin = torch.arange(S, device=idx.device).expand(B, -1)
+        pack = Packed(torch.cat([begin, S + slots % T], dim=1), torch.cat([begin * 0 - 1, slots // T], dim=1))
+        x = self.text.hidden(torch.cat([start, texts], dim=1), cache=pack)        # (B, L, C)
+        start = x.gather(1, last[:, :, None].expand(-1, -1, x.size(2)))           # (B, n_shared, C)
+        texts = x.new_zeros(B, K * T, x.size(2)).scatter(1, slots[:, :, None].expand(-1, -1, x.size(2)), x[:, S:])
+        return torch.cat([start.repeat_interleave(K, dim=0), texts.view(B * K, T, -1)], dim=1)     # (B * K, T, C)
+
+    def forward(self, img, idx, targets=None, n_shared=0, loss_only=False):
         """idx (B * K, T) with `<image>` tokens in it -> logits (B * K, T, V) at the text positions, and the loss.
 
         targets (B * K, T): the word after <image> is predicted at <image>, from the last image token. Image positions
         themselves have no logits and so can never be trained on.
+        n_shared: so many tokens, up to an <image>, begin all K rows of an image alike: read them, and it, only once.
+        loss_only: what no target needs may be left out: padding, and all logits but (1, targets, V); of a dialogue, two
+        thirds. Not on a GPU, which would stall to count them, nor compiled: their number varies.
         """
-        x, _ = self._read(img, idx)
-        logits = self.text.head(x)                                                # (B, T, V)
+        graded = needed = None
+        if loss_only and not idx.is_cuda and not torch.compiler.is_compiling():
+            graded = targets != IGNORE                                            # (B * K, T)
+            needed = graded.flip(1).cummax(dim=1).values.flip(1)                  # .. and all that comes before one
+        if n_shared and len(idx) > len(img) and img.dim() < 5:
+            x = self._read_packed(img, idx, n_shared, needed)                     # (B * K, T, C)
+        else:
+            x, _ = self._read(img, idx)
+        if graded is not None:
+            x, targets = x[graded][None], targets[graded][None]                   # (1, targets, C), (1, targets)
+        logits = self.text.head(x)                                                # (B * K, T, V)
         return logits, None if targets is None else self.text.loss(logits, targets)
 
     def prefill(self, img, idx, lengths=None, max_new_tokens=0):
