@@ -147,7 +147,8 @@ PRESETS = {
     "clip": dict(task="clip", dataset="flickr8k", clean="words", tokenizer="words", head="mlp", n_joint=512, n_embd=256,
                  dropout=0.3, max_tokens=16, epochs=40, batch_size=256, lr=1e-3, eval_interval=94, eval_images=1000),
     # questions and answers about drawn scenes
-    "vqa": dict(task="vqa", model="prefix", max_tokens=64, captions_per_image=2, epochs=7, lr=8e-4, warmup=0.1),
+    "vqa": dict(task="vqa", model="prefix", max_tokens=64, captions_per_image=5, epochs=5.4, optimizer="muon",
+                lr_vision=0.5, warmup=0.1),
     # public weights: first the new cross-attention, then the decoder, then all, at gentle rates
     "public": dict(dataset="flickr8k", vision="google/vit-base-patch16-224-in21k", text="openai-community/gpt2",
                    max_tokens=40, dropout=0.1, epochs=8, batch_size=32, lr=1e-4, lr_decoder=0.3, lr_vision=0.1,

@@ -10,7 +10,7 @@ from servers import Host
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"            # tiny public checkpoints: make_reference_checkpoints.py
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # many tiny models: threads would only wait for one another
+os.environ["OMP_NUM_THREADS"] = "1"                  # many tiny models: threads would only wait for one another
 
 
 @pytest.fixture(autouse=True)

@@ -198,6 +198,17 @@ def test_rows_that_begin_alike_may_share_their_beginning(n_before, K):
             torch.testing.assert_close(a.to_dense(), b.to_dense(), atol=1e-5, rtol=1e-3)
 
 
+def test_one_graph_for_the_compiler():
+    """fullgraph: torch.compile raises where a shape depends on numbers it would have to fetch from the device."""
+    net, img = tiny("prefix").train(), torch.randn(2, 3, 16, 16)
+    idx = torch.randint(1, 20, (4, 6))
+    idx[:, :2] = torch.tensor([1, IMAGE])
+    targets = idx.roll(-1, dims=1)
+    targets[0, 3:] = IGNORE
+    fast = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(fast(img, idx, targets, n_shared=2, loss_only=True)[1], net(img, idx, targets)[1])
+
+
 def test_packed_texts_see_their_beginning_and_themselves():
     """A row of 2 + 3 x 2 tokens, and one of 2 + 1 + 4 with a slot of the second text to spare."""
     pos = torch.tensor([[0, 1, 2, 3, 2, 3, 2, 3], [0, 1, 2, 2, 3, 4, 5, 6]])

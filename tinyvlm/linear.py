@@ -60,8 +60,8 @@ class Product(torch.autograd.Function):
 
 def by_hand(x, weight):
     """Whether the two ways of this file apply: float32 on a CPU, outside autocast and torch.compile."""
-    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and has_onednn()
-            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"))
+    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and x.numel() > 0 and not torch.is_autocast_enabled("cpu") and has_onednn())
 
 
 def linear(x, weight, bias=None):

@@ -178,7 +178,7 @@ class PrefixVLM(Captioner):
         """
         (B, T), (_, M, N, C) = idx.shape, image_tokens.shape
         is_image = idx == self.config.image_token                                 # (B, T)
-        if not idx.is_cuda:                                                       # on a GPU, asking would stall it
+        if not idx.is_cuda and not torch.compiler.is_compiling():                 # on a GPU, asking would stall it
             most = int(is_image.sum(dim=1).max())
             assert most <= M, f"a prompt holds {most} <image> tokens but only {M} images were given"
         size = torch.where(is_image, N, 1)                                        # (B, T) rows that each token takes
