@@ -336,7 +336,6 @@ def images(config):
             lambda: model(img, idx, targets)[1].backward(), config, "the image read for each")
 
 
-
 def parity(config):
     """Full-size models with random weights, written by transformers, read by us: the worst difference of any output."""
     if not have("transformers"):

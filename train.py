@@ -31,7 +31,7 @@ from tinyvlm.draw import curves
 from tinyvlm.features import FeatureStore
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Augment
-from tinyvlm.muon import Muon
+from tinyvlm.muon import Muon, Together
 from tinyvlm.pretrained import load_run
 from tinyvlm.schedule import one_cycle
 from tinyvlm.vlm import MODELS, to_dict
@@ -96,8 +96,8 @@ class TrainConfig(DataConfig):
     open_decoder: float = option(0, "epoch from which the decoder learns; before, only the new layers do")
     open_vision: float = option(0, "epoch from which the vision tower learns")
     warmup: float = option(0.2, "share of the steps in which the rate climbs (OneCycle)")
-    optimizer: str = option("muon", "muon: for the matrices inside the blocks, AdamW for the rest; a slower step that "
-                                    "learns more, above all what is rare. adamw: for all", ("muon", "adamw"))
+    optimizer: str = option("muon", "muon: for the matrices of blocks and bridge, AdamW for the rest; a slower step "
+                                    "that usually teaches more. adamw: for all", ("muon", "adamw"))
     weight_decay: float = option(0.05, "pull of matrices (not of norms, biases, embeddings) towards zero")
     beta2: float = option(0.98, "AdamW's memory of squared gradients; 0.999 for very long runs")
     smoothing: float = option(0.0, "label smoothing: this share of the aim goes to all words; 0.1 helps beam search")
@@ -308,21 +308,20 @@ class Run:
         """What has been trained, in a word: cross, prefix, lstm, clip, classify."""
         return self.config.model if self.config.task in ("caption", "vqa") else self.config.task
 
-    def save_state(self, model, optimizers, step, best, log):
+    def save_state(self, model, optimizer, step, best, log):
         """All that --resume needs to go on from `step` as if nothing had happened. One file: no kill can split it."""
         state = {"step": step, "best": best, "log": log, "options": asdict(self.config), "model": model.state_dict(),
-                 "optimizers": [o.state_dict() for o in optimizers], "scaler": self.machine.scaler.state_dict(),
+                 "optimizers": optimizer.state_dict(), "scaler": self.machine.scaler.state_dict(),
                  "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state(self.machine.device) if self.machine.cuda else None}
         atomic_write(self.out / "state.pt", lambda file: torch.save(state, file))
         self.write_log(log)
 
-    def load_state(self, model, optimizers):
+    def load_state(self, model, optimizer):
         """Put everything back where save_state took it from; returns (step, best, log)."""
         state = read_state(self.out)
         model.load_state_dict(state["model"])
-        for optimizer, its in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
+        optimizer.load_state_dict(state["optimizers"])
         self.machine.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         if self.machine.cuda and state["cuda_rng"] is not None:
@@ -355,13 +354,14 @@ def read_state(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         TrainConfig(**state["options"])
+        state["optimizers"], state["step"]
         return state
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None
 
 
-def make_optimizers(model, config):
-    """[AdamW], or [AdamW, Muon] which then has the matrices inside; of each, a group for each part and kind.
+def make_optimizer(model, config):
+    """AdamW, or AdamW together with Muon, which then has the matrices inside; a group for each part and kind.
 
     Parts have rates of their own: the bridge (new layers) --lr, the decoder and the vision tower a factor of it. Of the
     two kinds, matrices decay, and norms, biases and a transformer's tables do not.
@@ -382,7 +382,7 @@ def make_optimizers(model, config):
             groups[owner].append({"params": chosen, "weight_decay": pull, "factor": factor[part]})
     fused = next(model.parameters()).device.type in ("cpu", "cuda")               # one loop over all weights, not ten
     adamw = torch.optim.AdamW(groups["adamw"], lr=config.lr, betas=(0.9, config.beta2), fused=fused)
-    return [adamw] + ([Muon(groups["muon"], lr=config.lr)] if groups["muon"] else [])
+    return Together(adamw, Muon(groups["muon"], lr=config.lr)) if groups["muon"] else Together(adamw)
 
 
 def open_parts(model, config, epoch):
@@ -401,10 +401,10 @@ def train(run):
     """The loop. Returns the trained model, or None when it was stopped before the end."""
     config, machine = run.config, run.machine
     model = run.task.make_model().to(machine.device)
-    optimizers = make_optimizers(model, config)
+    optimizer = make_optimizer(model, config)
     step, best, log = 0, math.inf, []
     if config.resume:
-        step, best, log = run.load_state(model, optimizers)
+        step, best, log = run.load_state(model, optimizer)
     elif machine.main:
         run.clear()
     n_params = sum(p.numel() for p in model.parameters())
@@ -426,7 +426,7 @@ def train(run):
             raise micro_batches
         # The rate of this step, and the parts of the model that may learn by now.
         lr = one_cycle(step, run.total_steps, config.lr, pct_start=config.warmup)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         if open_parts(model, config, step / run.steps_per_epoch) or fast is None:
             learning(model)
@@ -437,13 +437,11 @@ def train(run):
         losses.append(run.task.backward(fast, micro_batches))
 
         # Clip and step.
-        for optimizer in optimizers:
-            machine.scaler.unscale_(optimizer)
+        machine.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        for optimizer in optimizers:
-            machine.scaler.step(optimizer)
+        machine.scaler.step(optimizer)
         machine.scaler.update()
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         step += 1
 
         # Log. Only here are numbers read off the device, so only here can a bad one be seen.
@@ -475,7 +473,7 @@ def train(run):
             log[-1].update(val_loss=val, shuffled_loss=shuffled)
             mark = time.perf_counter()
         if (evaluating or leaving) and machine.main:
-            run.save_state(model, optimizers, step, best, log)
+            run.save_state(model, optimizer, step, best, log)
         if leaving and not end:
             machine.say(f"stopped after step {step}; go on with: python train.py --resume --out-dir "
                         f"{shlex.quote(str(run.out))}")

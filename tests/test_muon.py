@@ -4,7 +4,7 @@ import torch
 
 import train
 from test_scripts import TINY, run, same_run
-from tinyvlm.muon import Muon, orthogonalise
+from tinyvlm.muon import Muon, Together, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (3, 20, 30)])
@@ -18,6 +18,7 @@ def test_keeps_the_directions_and_evens_their_strength(shape):
     torch.testing.assert_close(mixed, torch.diag_embed(strength), atol=1e-4, rtol=0)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has its own Muon from 2.9 on")
 def test_steps_as_torchs():
     """torch's works in bfloat16, ours here in float32: equal to within bfloat16's rounding of one step's length."""
     torch.manual_seed(0)
@@ -45,8 +46,33 @@ def test_no_gradient_no_step():
         Muon([torch.nn.Parameter(torch.ones(4))], lr=1.0)
 
 
+@pytest.mark.parametrize("bad", ["matrix", "bias"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_one_overflow_stops_both(bad, value):
+    """float16's scaler: a gradient that overflowed anywhere must move nothing, and a part without any is no error."""
+    torch.manual_seed(0)
+    params = {"matrix": torch.nn.Parameter(torch.ones(4, 4)), "bias": torch.nn.Parameter(torch.ones(4))}
+    both = Together(torch.optim.AdamW([params["bias"]], lr=0.1), Muon([params["matrix"]], lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for faulty in (True, False):
+        for name, p in params.items():
+            p.grad = 4 * torch.randn_like(p)
+            if faulty and name == bad:
+                p.grad.flatten()[0] = value
+        scaler.scale(torch.ones(1))
+        scaler.unscale_(both)
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        scaler.step(both)
+        scaler.update()
+        for p in params.values():
+            assert torch.equal(p, torch.ones_like(p)) == faulty and p.isfinite().all()
+    params["matrix"].grad = None                                                  # frozen
+    scaler.unscale_(both)
+    scaler.step(both)
+
+
 def test_a_run_with_both_optimizers_resumes_exactly(tmp_path):
-    """.. with the picture read once for three dialogues, and the decoder opened on the way: AdamW's steps and Muon's."""
+    """.. with the picture read once for three dialogues, and the decoder opened on the way."""
     argv = [*TINY, "--task", "vqa", "--model", "prefix", "--max-tokens", "80", "--captions-per-image", "3",
             "--optimizer", "muon", "--open-decoder", "0.5"]
     run(train, *argv, "--out-dir", tmp_path / "whole")

@@ -3,21 +3,22 @@
 From "Muon: an optimizer for hidden layers in neural networks" (Jordan et al. 2024, kellerjordan.github.io/posts/muon),
 with the step length of "Muon is scalable for LLM training" (Liu et al. 2025, arXiv:2502.16982).
 
-A gradient of a matrix is mostly a few directions, those that already matter; gradient descent and Adam follow them and
-leave the rest to chance. Muon takes the momentum U S V^T and steps along U V^T: all directions alike, so that what is
-rare in the data is learned as fast as what is common. Embeddings, norms and biases are no maps from vectors to vectors:
-they stay with AdamW.
+A gradient of a matrix is mostly a few directions, and gradient descent and Adam follow them. Muon takes the momentum
+U S V^T and steps along U V^T, all directions alike: the idea is that what is rare in the data, and shows in the faint
+ones, is then learned as well. It is for matrices between layers; embeddings, convolutions, heads, norms and biases stay
+with AdamW. `Together` makes the two look like one optimizer.
 """
 import torch
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315          # of the polynomial below: steepest at 0, and bounded between 0 and 1
+COEFFICIENTS = 3.4445, -4.7750, 2.0315          # steep at 0, never above 1.21 for s from 0 to 1.2
 
 
 def orthogonalise(x, steps=5):
-    """x (.., R, C) = U S V^T -> about U V^T: every singular value is brought to between 0.7 and 1.2, without an SVD.
+    """x (.., R, C) = U S V^T -> about U V^T, without an SVD: singular values come to lie between 0.7 and 1.2.
 
     Newton and Schulz: x -> a x + b (x x^T) x + c (x x^T)^2 x acts on each singular value s as a s + b s^3 + c s^5, and
-    five times that lifts even small ones. Matrix products are all it takes, which is what machines are best at.
+    five times that lifts those above about 1/500 of the matrix's norm; fainter ones grow a^5 = 485 times, 0 stays 0.
+    Matrix products are all it takes, which is what machines are best at.
     """
     a, b, c = COEFFICIENTS
     tall = x.size(-2) > x.size(-1)
@@ -45,8 +46,9 @@ class Muon(torch.optim.Optimizer):
             beta, same_shape = group["momentum"], {}
             for p in group["params"]:
                 if p.grad is not None:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                    mean.lerp_(p.grad, 1 - beta)
+                    if "mean" not in self.state[p]:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                    mean = self.state[p]["mean"].lerp_(p.grad, 1 - beta)
                     same_shape.setdefault(p.shape, []).append((p, p.grad.lerp(mean, beta)))   # Nesterov: look ahead
             for shape, pairs in same_shape.items():             # as one stack: a few large products, not many small
                 stack = torch.stack([update for _, update in pairs])              # (n, R, C)
@@ -54,3 +56,29 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, stack.to(pairs[0][0].dtype)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+
+
+class Together:
+    """Several optimizers as one to the training loop and the gradient scaler: if a gradient overflows, none steps."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)

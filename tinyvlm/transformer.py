@@ -116,11 +116,11 @@ class KVCache:
 
 
 class Packed:
-    """Texts that go on from one beginning, in one row: [beginning | a text | another | ..]. Nothing is stored here.
+    """Texts that go on from one beginning, in one row: [beginning | a text | another | ..]. Keeps no keys or values.
 
     Stands where a KVCache would: it tells each token its position and whom it may see. A text sees the beginning and
     itself, as if it stood there alone, so the beginning (a picture of 64 or 196 tokens) is computed once for all.
-    pos (B, L): a token's position in its own text; owner (B, L): which text it belongs to, -1 for the beginning.
+    pos (B, L): a token's position if its text followed the beginning alone; owner (B, L): its text, or -1 (beginning).
 
     >>> Packed(torch.tensor([[0, 1, 2, 1, 2]]), torch.tensor([[-1, 0, 0, 1, 1]])).mask[0, 0].int()
     tensor([[1, 0, 0, 0, 0],

@@ -178,7 +178,7 @@ class PrefixVLM(Captioner):
         """
         (B, T), (_, M, N, C) = idx.shape, image_tokens.shape
         is_image = idx == self.config.image_token                                 # (B, T)
-        if not idx.is_cuda and not torch.compiler.is_compiling():                 # on a GPU, asking would stall it
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():        # on a GPU, asking would stall it
             most = int(is_image.sum(dim=1).max())
             assert most <= M, f"a prompt holds {most} <image> tokens but only {M} images were given"
         size = torch.where(is_image, N, 1)                                        # (B, T) rows that each token takes
@@ -221,7 +221,8 @@ class PrefixVLM(Captioner):
         tokens = self.look(img)                                                   # (B, N, C)
         B, K, T = len(tokens), len(idx) // len(tokens), idx.size(1) - n_shared
         start, last = self.splice(tokens[:, None], idx[::K, :n_shared])           # (B, S, C), (B, n_shared)
-        S = start.size(1)
+        S, most = start.size(1), self.text.config.block_size
+        assert S + T <= most, f"{S + T} tokens, but the model's context holds {most}"
         slots = torch.arange(K * T, device=idx.device).expand(B, -1)              # (B, K T): all tokens of all texts
         if needed is not None:                                  # .. or those that matter first, and the rest cut off
             needed = needed[:, n_shared:].reshape(B, K * T)
@@ -240,11 +241,11 @@ class PrefixVLM(Captioner):
         targets (B * K, T): the word after <image> is predicted at <image>, from the last image token. Image positions
         themselves have no logits and so can never be trained on.
         n_shared: so many tokens, up to an <image>, begin all K rows of an image alike: read them, and it, only once.
-        loss_only: what no target needs may be left out: padding, and all logits but (1, targets, V); of a dialogue, two
-        thirds. Not on a GPU, which would stall to count them, nor compiled: their number varies.
+        loss_only: what no target needs may be left out: padding is not read, and logits are (1, number of targets, V).
+        Only on a CPU: a GPU would have to wait for the counting. Nor under torch.compile: the shape must not vary.
         """
         graded = needed = None
-        if loss_only and not idx.is_cuda and not torch.compiler.is_compiling():
+        if loss_only and targets is not None and idx.device.type == "cpu" and not torch.compiler.is_compiling():
             graded = targets != IGNORE                                            # (B * K, T)
             needed = graded.flip(1).cummax(dim=1).values.flip(1)                  # .. and all that comes before one
         if n_shared and len(idx) > len(img) and img.dim() < 5:
