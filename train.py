@@ -354,7 +354,8 @@ def read_state(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         TrainConfig(**state["options"])
-        state["optimizers"], state["step"]
+        if "optimizers" not in state:
+            raise UserError(f"{path} is of an earlier version; start again without --resume")
         return state
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None

@@ -287,6 +287,11 @@ def test_resume_equals_the_unbroken_run(trained, tmp_path, capsys):
     for flag, then, now in (("--n-embd", 32, 48), ("--epochs", 2.0, 4.0)):        # 4 is the default: given is given
         run(train, "--resume", "--out-dir", tmp_path / "r", flag, now, code=2)
         assert f"{flag} {then}, not {now}" in capsys.readouterr().err
+    state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    state["optimizer"] = state.pop("optimizers")
+    torch.save(state, tmp_path / "r" / "state.pt")
+    run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
+    assert "state.pt is of an earlier version" in capsys.readouterr().err
     (tmp_path / "r" / "state.pt").write_bytes((tmp_path / "r" / "state.pt").read_bytes()[:2000])
     run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
     assert "state.pt is damaged" in capsys.readouterr().err

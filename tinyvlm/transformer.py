@@ -130,7 +130,7 @@ class Packed:
             [1, 0, 0, 1, 1]], dtype=torch.int32)
     """
 
-    length, feats = 0, None
+    feats = None                                                # as in a KVCache; GPT.hidden writes it
 
     def __init__(self, pos, owner):
         self.pos = pos

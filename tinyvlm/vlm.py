@@ -229,7 +229,8 @@ class PrefixVLM(Captioner):
             slots = needed.int().argsort(dim=1, descending=True, stable=True)[:, :int(needed.sum(dim=1).max())]
         texts = self.text.embed(idx[:, n_shared:].reshape(B, K * T).gather(1, slots))        # (B, L - S, C)
         begin = torch.arange(S, device=idx.device).expand(B, -1)
-        pack = Packed(torch.cat([begin, S + slots % T], dim=1), torch.cat([begin * 0 - 1, slots // T], dim=1))
+        owner = torch.cat([torch.full_like(begin, -1), slots // T], dim=1)        # (B, L): which text, -1 for all
+        pack = Packed(torch.cat([begin, S + slots % T], dim=1), owner)
         x = self.text.hidden(torch.cat([start, texts], dim=1), cache=pack)        # (B, L, C)
         start = x.gather(1, last[:, :, None].expand(-1, -1, x.size(2)))           # (B, n_shared, C)
         texts = x.new_zeros(B, K * T, x.size(2)).scatter(1, slots[:, :, None].expand(-1, -1, x.size(2)), x[:, S:])
