@@ -17,7 +17,7 @@ def orthogonalise(x, steps=5):
     """x (.., R, C) = U S V^T -> about U V^T, without an SVD: singular values come to lie between 0.6 and 1.2.
 
     Newton and Schulz: x -> a x + b (x x^T) x + c (x x^T)^2 x acts on each singular value s as a s + b s^3 + c s^5, and
-    five times that lifts to there those above about 1/500 of the matrix's norm; fainter ones grow a^5 = 485 times, 0 stays 0.
+    five times that lifts those above about 1/500 of the matrix's norm; fainter ones grow a^5 = 485 times, 0 stays 0.
     Matrix products are all it takes, which is what machines are best at.
     """
     a, b, c = COEFFICIENTS
