@@ -78,6 +78,17 @@ def load_eyes(source):
                            head=head.weight.data if isinstance(head, torch.nn.Linear) else None)
 
 
+def tower_sizes(c):
+    """The sizes that both towers, the one that sees and the one that speaks, take from the options."""
+    return dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
+
+
+def fresh_eyes(c):
+    """A vision tower from scratch, as the options say: ViTConfig."""
+    return ViTConfig(image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem,
+                     **tower_sizes(c))
+
+
 def make_tokenizer(c, texts):
     """The tokenizer that the options `c` ask for: trained on `texts`, or a ready one that learns END and <image>."""
     if c.tokenizer == "bpe":
@@ -246,9 +257,7 @@ class Captioning(Task):
             return self.grown(self.init.model) if self.init else self.saved.model
         c, feats = self.config, self.run.feats
         torch.manual_seed(c.seed)
-        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
-        vision = None if feats else replace(self.eyes.sizes, dropout=c.dropout) if self.eyes else ViTConfig(
-            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, **sizes)
+        vision = None if feats else replace(self.eyes.sizes, dropout=c.dropout) if self.eyes else fresh_eyes(c)
         n_image = 0 if c.model != "prefix" else (vision.n_patches if vision else feats.n_tokens) // c.shuffle ** 2
         room = c.max_tokens + 2 + n_image                       # start and end frame the caption
         if c.model == "lstm":
@@ -256,7 +265,7 @@ class Captioning(Task):
                               c.n_head if c.soft_attention else 0, c.smoothing)
         else:
             text = replace(self.gpt.config, dropout=c.dropout, smoothing=c.smoothing) if self.gpt else GPTConfig(
-                block_size=room, vocab_size=self.tokenizer.vocab_size, smoothing=c.smoothing, **sizes)
+                block_size=room, vocab_size=self.tokenizer.vocab_size, smoothing=c.smoothing, **tower_sizes(c))
             if text.block_size < room:
                 raise UserError(f"--text {c.text} reads only {text.block_size} tokens; image and caption need {room}")
         if c.wiring == "lockstep" and vision.n_layer != text.n_layer:
@@ -497,14 +506,12 @@ class Contrastive(Task):
     def make_sizes(self):
         """The options (and public towers) -> CLIPConfig."""
         c, feats = self.config, self.run.feats
-        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
-        vision = None if feats else self.eyes.sizes if self.eyes else ViTConfig(
-            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, **sizes)
+        vision = None if feats else self.eyes.sizes if self.eyes else fresh_eyes(c)
         text, end = None, None
         if self.reader:
             text, end = self.reader.config.text, self.reader.config.end_token
         elif not self.ready:
-            text = GPTConfig(block_size=c.max_tokens + 1, vocab_size=self.tokenizer.vocab_size, **sizes)
+            text = GPTConfig(block_size=c.max_tokens + 1, vocab_size=self.tokenizer.vocab_size, **tower_sizes(c))
             end = self.tokenizer.token_to_id(END)
         n_joint = self.reader.config.n_joint if self.reader else self.ready.dim if self.ready else c.n_joint
         return CLIPConfig(vision=vision, text=text, n_joint=n_joint, head=c.head, end_token=end, n_hidden=c.n_hidden,
@@ -682,9 +689,7 @@ class Classifying(Task):
             return self.saved.model
         c = self.config
         torch.manual_seed(c.seed)
-        vision = self.eyes.sizes if self.eyes else ViTConfig(
-            image_size=c.image_size, patch_size=c.patch_size, class_token=c.class_token, stem=c.stem, n_layer=c.n_layer,
-            n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout)
+        vision = self.eyes.sizes if self.eyes else fresh_eyes(c)
         model = Classifier(ClassifierConfig(vision, self.labels))
         if self.eyes:
             model.vision.load_state_dict(self.eyes.weights)

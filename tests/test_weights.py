@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tinyvlm.config import UserError
-from tinyvlm.weights import (DTYPES, SafetensorsError, Source, atomic_write, copy_weights, expand, load_safetensors,
+from tinyvlm.weights import (DTYPES, SafetensorsError, Source, atomic_write, copy_weights, load_safetensors,
                              read_json, read_metadata, save_safetensors, write_json)
 
 WHOLE = [kind for kind, (_, ours) in DTYPES.items() if hasattr(torch, ours or "none")]
@@ -324,8 +324,9 @@ class Tiny(nn.Module):
         self.register_buffer("mask", torch.zeros(3), persistent=False)
 
 
-TABLE = {"head.weight": "emb", "mean": Source("mean", op="viewed"), "h.{i}.weight": Source("{i}.w", op="transposed"),
-         "h.{i}.bias": Source("{i}.q", "{i}.k", "{i}.v", op="joined")}
+TABLE = {"head.weight": "emb", "mean": Source("mean", op="viewed"),
+         **{f"h.{i}.weight": Source(f"{i}.w", op="transposed") for i in range(2)},
+         **{f"h.{i}.bias": Source(f"{i}.q", f"{i}.k", f"{i}.v", op="joined") for i in range(2)}}
 
 
 def foreign():
@@ -339,7 +340,7 @@ def foreign():
 
 def test_copy_weights_fills_everything_and_tells_from_where():
     model, theirs = Tiny(), foreign()
-    rows = copy_weights(model, theirs, expand(TABLE, 2), ignore=["*.mask"])
+    rows = copy_weights(model, theirs, TABLE, ignore=["*.mask"])
     assert torch.equal(model.wte.weight, theirs["emb"]) and model.head.weight is model.wte.weight
     assert torch.equal(model.h[1].weight, theirs["1.w"].t())
     assert torch.equal(model.mean, theirs["mean"].double().flatten())
@@ -366,7 +367,7 @@ def test_a_function_may_serve_where_no_word_does_and_a_tensor_twice():
 
 def broken(**changes):
     """(tensors, table) with one thing wrong; None removes."""
-    tensors, table = foreign(), expand(TABLE, 2)
+    tensors, table = foreign(), dict(TABLE)
     for kind, values in (("tensors", tensors), ("table", table)):
         values.update(changes.get(kind, {}))
         for name in [name for name, value in values.items() if value is None]:
@@ -400,12 +401,6 @@ def test_copy_weights_lists_every_fault_and_writes_nothing(changes, faults):
     assert str(caught.value).count("\n") == len(faults), "a fault that is none was reported"
     assert "some/file does not fit Tiny" in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_expand_writes_out_the_layers():
-    assert expand({"a": "b", "h.{i}.x": "l.{i}.y.{i}"}, 2) == {"a": "b", "h.0.x": "l.0.y.0", "h.1.x": "l.1.y.1"}
-    rule = expand({"h.{i}": Source("q{i}", "k{i}", op="joined")}, 3)["h.2"]
-    assert rule.names == ("q2", "k2") and rule.op == "joined"
 
 
 def test_an_unknown_word_in_a_table_is_refused():

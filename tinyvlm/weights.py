@@ -317,20 +317,6 @@ class Row(NamedTuple):
     how: str
 
 
-def expand(table, n_layer):
-    """Write out the lines of a name table that hold the layer placeholder {i}; values are names or Sources.
-
-    expand({"block.{i}.ln.bias": "h.{i}.ln_1.bias"}, 2) -> {"block.0.ln.bias": "h.0.ln_1.bias", "block.1.ln.bias": ...}
-    """
-    names = {}
-    for ours, rule in table.items():
-        rule = rule if isinstance(rule, Source) else Source(rule)
-        for i in map(str, range(n_layer if "{i}" in ours else 1)):
-            theirs = [name.replace("{i}", i) for name in rule.names]
-            names[ours.replace("{i}", i)] = Source(*theirs, op=rule.op) if rule.op != "copied" else theirs[0]
-    return names
-
-
 def _misfit(name, target, rule, tensors):
     """Try a rule and drop the result (most are views; a join is small): "" if its shape is ours, else the reason."""
     try:
