@@ -44,8 +44,9 @@ def test_one_row_is_cut_into_a_stack_and_back(rows):
 
 
 def test_elsewhere_it_is_f_linear_itself(monkeypatch):
-    """Half precision, autocast, and a PyTorch without oneDNN."""
+    """Half precision, columns cut out of a weight, autocast, and a PyTorch without oneDNN."""
     x, w = torch.randn(3, 5), torch.randn(9, 5)
+    assert by_hand(x, w) and by_hand(x, torch.randn(5, 9).t()) and not by_hand(x, torch.randn(9, 7)[:, :5])
     assert not by_hand(x.bfloat16(), w.bfloat16()) and not by_hand(x.double(), w.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not by_hand(x, w) and linear(x, w).dtype == torch.bfloat16
