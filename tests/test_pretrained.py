@@ -179,6 +179,18 @@ def test_vit_from_timm(tmp_path, arch, recipe):
     assert model.recipe.mean == RECIPES[recipe].mean and model.recipe.resize == 248 * 32 // 224
 
 
+@pytest.mark.parametrize("told, fault", [
+    ({}, "must give num_heads, a divisor of the width 24, not None"),
+    ({"model_args": {"num_heads": 3, "act_layer": "silu"}}, "act_layer = 'silu'"),
+    ({"model_args": {"num_heads": 3, "norm_layer": "rmsnorm"}}, "norm_layer = 'rmsnorm'"),
+    ({"num_heads": 3, "global_pool": "avg"}, "global_pool = 'avg'")])
+def test_what_changes_a_timm_vit_and_no_shape_is_told_or_refused(tmp_path, told, fault):
+    """timm's ViT-H is 1,280 wide with heads of 80 channels: 64 would load, and give other numbers."""
+    config = {"architecture": "vit", "num_classes": 5}
+    with pytest.raises(UserError, match=fault):
+        load_vit(folder(tmp_path / "timm", timm_vit(tensors_of("vit")), config | told))
+
+
 def test_vit_at_another_image_size():
     """Position tables are stretched; the class token keeps its row; a size between the patches is refused."""
     model, small = load_vit(REFERENCE / "vit", image_size=48), load_vit(REFERENCE / "vit")
@@ -198,6 +210,8 @@ def test_vit_without_qkv_bias_is_one_whose_biases_are_zero(tmp_path):
     torch.testing.assert_close(a(want["img"]), b(want["img"]))
     with pytest.raises(UserError, match="query.bias"):          # gone without a word in the config: damaged
         load_vit(folder(tmp_path / "b", without, config_of("vit_pooler") | {"qkv_bias": True}))
+    with pytest.raises(UserError, match="have biases, but config.json says qkv_bias = False"):
+        load_vit(folder(tmp_path / "b", tensors, config_of("vit_pooler") | {"qkv_bias": False}))
 
 
 # ---- CLIP
@@ -234,6 +248,23 @@ def test_clip_in_open_clip_naming(tmp_path, name, prefix):
     model = load_clip(path)
     clip_agrees(model, name)
     assert model.recipe == Recipe(32, "squash", None, "bicubic", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    if name == "clip_gelu":                                     # what a folder is called tells nothing
+        del told["model_cfg"]["quick_gelu"]
+        names = folder(tmp_path / "openai", tensors, None, "open_clip_model.safetensors", open_clip_config=told)
+        clip_agrees(load_clip(names), name)
+    told["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    with pytest.raises(UserError, match="pool_type = 'avg'"):
+        load_clip(folder(tmp_path / "other", tensors, None, "open_clip_model.safetensors", open_clip_config=told))
+
+
+@pytest.mark.parametrize("name", ["clip_quick", "clip_gelu"])
+def test_clip_with_the_sections_of_old_configs(tmp_path, name):
+    """`text_config_dict` beside or in place of `text_config`: it is the one that counts."""
+    config = config_of(name)
+    sides = {f"{side}_config_dict": config.pop(f"{side}_config") for side in ("text", "vision")}
+    other = {"hidden_act": "relu"}
+    for k, extra in enumerate(({}, {"text_config": other, "vision_config": other})):
+        clip_agrees(load_clip(folder(tmp_path / str(k), tensors_of(name), config | sides | extra)), name)
 
 
 def test_clip_in_openai_naming_with_hugging_faces_config(tmp_path):
@@ -277,6 +308,17 @@ def test_resnet_that_halves_elsewhere_is_refused(tmp_path):
     tensors, _ = resnet_reference()
     with pytest.raises(UserError, match="downsample_in_bottleneck = True"):
         load_resnet50(folder(tmp_path / "resnet", tensors, {"model_type": "resnet", "downsample_in_bottleneck": True}))
+
+
+@pytest.mark.parametrize("told, fault", [
+    ({"architecture": "resnetblur50"}, "architecture = 'resnetblur50'"),
+    ({"global_pool": "max"}, "global_pool = 'max'"), ({"model_args": {"act_layer": "silu"}}, "act_layer = 'silu'"),
+    ({"model_args": {"output_stride": 16}}, "output_stride = 16"), ({"model_args": {"aa_layer": "avg"}}, "aa_layer")])
+def test_timm_resnets_that_differ_without_a_weight_are_refused(tmp_path, told, fault):
+    config = {"architecture": "resnet50", "global_pool": "avg", "num_classes": 5}
+    load_resnet50(folder(tmp_path / "plain", torchvision_resnet(resnet_reference()[0]), config))
+    with pytest.raises(UserError, match=fault):
+        load_resnet50(folder(tmp_path / "other", torchvision_resnet(resnet_reference()[0]), config | told))
 
 
 @pytest.mark.parametrize("naming", ["timm, convolutions", "timm, linear", "torchvision"])
@@ -426,7 +468,8 @@ def test_an_extra_tensor_is_named(tmp_path, name):
     ("gpt2", "n_embd", 48), ("gpt2", "n_layer", 3), ("gpt2", "n_positions", 21), ("gpt2", "vocab_size", 41),
     ("gpt2", "n_head", 5), ("gpt2", "n_head", "4"), ("gpt2", "activation_function", "relu"), ("gpt2", "n_inner", 64),
     ("gpt2", "scale_attn_weights", False), ("gpt2", "layer_norm_epsilon", "x"), ("vit", "hidden_size", 32),
-    ("vit", "patch_size", 16), ("vit", "image_size", 64), ("vit", "num_hidden_layers", 12), ("vit", "hidden_act", []),
+    ("vit", "image_size", 36), ("vit", "image_size", [32, 40]), ("vit", "patch_size", 16), ("vit", "image_size", 64),
+    ("vit", "num_hidden_layers", 12), ("vit", "hidden_act", []),
     ("vit", "num_attention_heads", 0), ("vit", "intermediate_size", 51), ("vit", "id2label", {"0": "dog"}),
     ("clip_quick", "projection_dim", 512)])
 def test_a_lying_config_is_one_sentence(tmp_path, name, key, value):
@@ -443,6 +486,9 @@ def test_sections_of_a_config_are_checked_too(tmp_path):
     config = config_of("vit_gpt2")
     config["decoder"]["n_layer"] = 4
     with pytest.raises(UserError, match="n_layer = 4"):
+        load_vit_gpt2(folder(tmp_path / "x", tensors_of("vit_gpt2"), config))
+    config = config_of("vit_gpt2") | {"eos_token_id": [39, 0]}
+    with pytest.raises(UserError, match=r"eos_token_id = \[39, 0\] is no token"):         # two ends are one too many
         load_vit_gpt2(folder(tmp_path / "x", tensors_of("vit_gpt2"), config))
 
 

@@ -215,7 +215,10 @@ SIZES = {       # field of our config: the weight that shows it, and along which
     "n_class": ("head.weight", 0, "num_classes")}
 # Switches whose other settings would be another model at the same shapes: nothing but config.json would show it.
 SWITCHES = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "layer_type": "bottleneck",
-            "downsample_in_bottleneck": False, "downsample_in_first_stage": False}
+            "downsample_in_bottleneck": False, "downsample_in_first_stage": False,
+            "norm_layer": None, "aa_layer": None, "replace_stem_pool": False, "output_stride": 32,          # timm
+            "no_causal_mask": False, "final_ln_after_pool": False, "norm_kwargs": {}, "act_kwargs": {}}     # open_clip
+HEADS_OF_64 = 192, 384, 768, 1024       # widths at which every published model has heads of 64 channels
 
 
 class Section:
@@ -268,15 +271,18 @@ class Section:
     def transformer(self, n_head, activation, eps):
         """The fields that a ViTConfig and a GPTConfig share, and those of SIZES.
 
-        No shape shows these three; given is what transformers means where config.json is silent. Files of others are
-        taken to have heads of 64 channels, as most published models do.
+        No shape shows these three; given is what transformers means where config.json is silent. Elsewhere a head has
+        `head_width` channels, open_clip's word, or 64 where nobody publishes anything else; ViT-H's 80 must be told.
         """
         fields = self.sizes() | {"n_layer": self.depth("blocks", "n_layer", "num_hidden_layers", "layers")}
-        C, silent = fields["n_embd"], "model_type" in self.ck.config and n_head
-        word, n_head = self.said("n_head", "num_attention_heads", "heads", "num_heads", default=silent or C // 64)
+        C, silent = fields["n_embd"], n_head if "model_type" in self.ck.config else None
+        width = self.told.get("head_width", 64 if C in HEADS_OF_64 else None)
+        if silent is None and type(width) is int and width > 0:
+            silent = C // width
+        word, n_head = self.said("num_heads", "n_head", "num_attention_heads", "heads", default=silent)
         if type(n_head) is not int or n_head < 1 or C % n_head:
-            self.ck.fail(f"config.json must give {word}, and {n_head!r} does not divide the width {C}")
-        word, act = self.said("activation_function", "hidden_act", default=activation)
+            self.ck.fail(f"config.json must give {word}, a divisor of the width {C}, not {n_head!r}")
+        word, act = self.said("activation_function", "hidden_act", "act_layer", default=activation)
         ours = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(str(act), str(act))
         if ours not in ACTIVATIONS:
             self.ck.fail(f"{word} = {act!r} in config.json is none of ours")
@@ -302,14 +308,18 @@ def _vit(ck, rules, told, prefix="", defaults=(12, "gelu", 1e-12)):
     """ViT, a captioner's encoder, CLIP's image tower."""
     section = Section(ck, rules, told, prefix)
     biases = [name for name in rules if name.startswith(prefix) and name.endswith("attn.qkv.bias")]
-    if not section.said("qkv_bias", default="model_type" in ck.config)[1] and not any(
-            theirs in ck.tensors for name in biases for theirs in rules[name].names):
+    there = any(theirs in ck.tensors for name in biases for theirs in rules[name].names)
+    if there:
+        section.agree(True, ["qkv_bias"], "queries, keys and values have biases")
+    elif not section.said("qkv_bias", default="model_type" in ck.config)[1]:
         rules |= {name: Source(*rules[name.replace("bias", "weight")].names, op=zeros) for name in biases}
+    if section.has("head.weight") and "pos_embed" in ck.tensors:                  # timm's
+        section.agree("token", ["global_pool"], "our ViT classifies by its class token")
     fields = section.transformer(*defaults[:2], 1e-6 if "pos_embed" in ck.tensors else defaults[2])    # timm's
     P, rows = fields["patch_size"], section.size("pos", -2, "rows")     # one row for the class token, n * n patches
     n, said = math.isqrt(max(rows - 1, 0)), section.said("image_size")[1]
-    said = said[0] if isinstance(said, list) and said else said
-    if n < 1 or n * n + 1 != rows or (said is not None and (type(said) is not int or said // P != n)):
+    said = said[0] if isinstance(said, list) and said and said == said[:1] * 2 else said
+    if n < 1 or n * n + 1 != rows or said not in (None, n * P):
         ck.fail(f"a position table of {rows} rows does not fit config.json's image_size = {said}, patches of {P}")
     return ViTConfig(**fields, image_size=n * P, pre_norm=section.has("ln_pre.weight"),
                      patch_bias=section.has("patch.bias"))
@@ -318,18 +328,22 @@ def _vit(ck, rules, told, prefix="", defaults=(12, "gelu", 1e-12)):
 def _open_clip_config(ck):
     """open_clip_config.json's sections (vision, text). No such file: OpenAI's weights, as they first came."""
     model = _object(ck.find("open_clip_config.json")).get("model_cfg") or {}
-    eyes, words = (dict(model.get(side) or {}) for side in ("vision_cfg", "text_cfg"))
-    if "head_width" in eyes and "width" in eyes:
-        eyes["heads"] = eyes["width"] // eyes["head_width"]
-    openai = not model or "openai" in ck.source or "quickgelu" in str(ck.config.get("architecture"))
+    eyes, words = ({"head_width": 64} | (model.get(side) or {}) for side in ("vision_cfg", "text_cfg"))
+    hub = "" if Path(ck.source).expanduser().is_dir() else ck.source               # a folder's name tells nothing
+    openai = not model or "openai" in hub or "quickgelu" in str(ck.config.get("architecture"))
     act = {"hidden_act": "quick_gelu" if model.get("quick_gelu", openai) else "gelu"}
     return eyes | act, words | act
 
 
 def _clip(ck, rules):
     """Sizes from config.json, or open_clip's file beside it. end_token None: a text ends at the largest of its ids."""
-    sides = [ck.config.get(side) for side in ("vision_config", "text_config")]
-    eyes, words = sides if any(sides) else _open_clip_config(ck)
+    if "model_type" in ck.config:                               # where an old file has both, its .._dict counts
+        eyes, words = (ck.config.get(f"{side}_dict") or ck.config.get(side)
+                       for side in ("vision_config", "text_config"))
+    else:
+        eyes, words = _open_clip_config(ck)
+        Section(ck, rules, eyes).agree("tok", ["pool_type"], "our CLIP sees by its class token")
+        Section(ck, rules, words).agree("argmax", ["pool_type"], "our CLIP reads at the end token")
     end = Section(ck, rules, words).said("eos_token_id", default=49407 if "model_type" in ck.config else 2)[1]
     if type(end) is not int:
         ck.fail(f"eos_token_id = {end!r} in config.json is no token")
@@ -342,7 +356,11 @@ def _clip(ck, rules):
 def _resnet50(ck, rules):
     """50 layers are 3, 4, 6 and 3 blocks; other depths of the same block fit as well."""
     section = Section(ck, rules, ck.config)
-    section.agree("relu", ["hidden_act"], "our ResNet has ReLUs")
+    section.agree("relu", ["hidden_act", "act_layer"], "our ResNet has ReLUs")
+    section.agree("avg", ["global_pool"], "our ResNet ends in a mean")
+    kind = str(ck.config.get("architecture", "resnet50"))       # timm's: resnetblur50 and others have the same shapes
+    if not re.fullmatch(r"(\w+_)?resnet\d+(_v1b)?(\..+)?", kind):
+        ck.fail(f"architecture = {kind!r} in config.json is no plain ResNet")
     blocks = [section.depth(f"stages.{s}", "-") for s in range(4) if s == 0 or section.has(f"stages.{s}.0.bn1.bias")]
     section.agree(blocks, ["depths"], f"the weights have {blocks} blocks")
     return ResNetConfig(**{"n_class": 0} | section.sizes(), blocks=tuple(blocks))
@@ -460,14 +478,14 @@ def _speech(ck, vocab_size):
 
     def look(places, default, *keys):
         value = next((place[key] for key in keys for place in places if place.get(key) is not None), default)
-        value = value[0] if isinstance(value, list) and value else value
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
         return value if type(value) is int and value >= 0 else ck.fail(f"{keys[0]} = {value!r} is no token or length")
     usual = min(50256, vocab_size - 1)
     first, end = look(places, usual, "decoder_start_token_id", "bos_token_id"), look(places, usual, "eos_token_id")
     if max(first, end) >= vocab_size:
         ck.fail(f"the start token {first} or the end token {end} is beyond the vocabulary of {vocab_size}")
     # theirs counts the start token; a decoder's own max_length is a leftover of the class's defaults
-    return first, end, max(1, look(places[:2], 16, "max_length") - 1)
+    return first, end, max(1, look(places[:2], 21, "max_length") - 1)
 
 
 def _grow(family, model, special_tokens):
