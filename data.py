@@ -315,16 +315,18 @@ class Texts:
         "a dog"  ->  idx [first, a, dog], targets [a, dog, end]
     A caption longer than max_len tokens loses its end, and the model must not learn to stop in mid-sentence, so there
     is no end token to predict; `cut` counts them. Nor should it learn to say "unknown word": `unknown` counts those.
+    Of some captions `clean` leaves nothing ("!!!"): they teach to say nothing, and `empty` counts them.
     """
 
     def __init__(self, captions, tokenizer, first, end, max_len, clean=str):
-        self.cut = self.unknown = 0
+        self.cut = self.unknown = self.empty = 0
         self.rows = []
         for texts in captions:
             rows = []
             for text in texts:
                 ids = tokenizer.encode(clean(text), special=False)                # a caption cannot say <image>
                 self.cut += len(ids) > max_len
+                self.empty += not ids
                 row = [first] + ids[:max_len] + ([end] if len(ids) <= max_len else [])
                 targets = [IGNORE if i == tokenizer.unk_id else i for i in row[1:]]
                 self.unknown += targets.count(IGNORE)
@@ -565,8 +567,18 @@ def pseudo_labels(config, dataset, broken=()):
     return path
 
 
+def check_device(name):
+    """torch.device(name), after a trial. Raises UserError where this PyTorch or this machine has none of that name."""
+    try:
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} cannot be used here; try cpu") from None
+
+
 def check_options(c):
     """Numbers that mean nothing are refused before anything is read or fetched."""
+    check_device(c.device)
     for name in ("n_scenes", "limit", "size", "batch_size", "stream_cache"):
         if not getattr(c, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(c, name)}")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import CLEAN, Texts, eval_batches, pad_rows
+from data import CLEAN, Texts, eval_batches, n_targets, pad_rows
 from tinyvlm import metrics
 from tinyvlm.classifier import Classifier, ClassifierConfig
 from tinyvlm.clip import CLIP, CLIPConfig, chance, contrastive_step, in_batch_accuracy, info_nce
@@ -236,6 +236,8 @@ class Captioning(Task):
         texts = Texts(self.run.dataset.captions, self.tokenizer, self.first, self.end, c.max_tokens, clean)
         if texts.cut:
             say(f"{texts.cut} captions are longer than --max-tokens {c.max_tokens} and were cut")
+        if texts.empty:
+            say(f"{texts.empty} captions hold no word after --clean {c.clean}: they teach to say nothing")
         if texts.unknown:
             say(f"{texts.unknown} words of the captions are not among the vocabulary's {self.tokenizer.vocab_size}")
         return texts
@@ -258,7 +260,10 @@ class Captioning(Task):
         c, feats = self.config, self.run.feats
         torch.manual_seed(c.seed)
         vision = None if feats else replace(self.eyes.sizes, dropout=c.dropout) if self.eyes else fresh_eyes(c)
-        n_image = 0 if c.model != "prefix" else (vision.n_patches if vision else feats.n_tokens) // c.shuffle ** 2
+        seen = vision.n_patches if vision else feats.n_tokens
+        if c.shuffle > 1 and math.isqrt(seen) % c.shuffle + seen - math.isqrt(seen) ** 2:
+            raise UserError(f"--shuffle {c.shuffle} does not divide a square of {seen} image tokens")
+        n_image = 0 if c.model != "prefix" else seen // c.shuffle ** 2
         room = c.max_tokens + 2 + n_image                       # start and end frame the caption
         if c.model == "lstm":
             text = LSTMConfig(self.tokenizer.vocab_size, c.n_layer, c.n_embd, c.n_hidden or c.n_embd, c.dropout, c.tied,
@@ -452,6 +457,20 @@ def next_command(run, options):
     print(f"    python sample.py --image {shlex.quote(image)}{options}{place}{feats}")
 
 
+def read_table(path):
+    """The rows of a comparison table, [] where there is none yet. Raises UserError for a file that is no table."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if any(None in row for row in rows):                    # a line longer than the first one
+            raise ValueError("its lines differ in length")
+        return rows
+    except FileNotFoundError:
+        return []
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no table of train.py ({error}); name another --table") from None
+
+
 def add_to_table(path, row):
     """Put one result into the comparison table (a CSV), in place of an older one of the same run, split and beams.
 
@@ -459,12 +478,7 @@ def add_to_table(path, row):
     """
     key, path = ("run", "split", "beams", "penalty", "guidance"), Path(path)
     row = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [r for r in csv.DictReader(file) if [r.get(k) for k in key] != [row[k] for k in key]]
-    except FileNotFoundError:
-        rows = []
-    rows.append(row)
+    rows = [r for r in read_table(path) if [r.get(k) for k in key] != [row[k] for k in key]] + [row]
     names = list(dict.fromkeys(name for r in rows for name in r))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
@@ -773,7 +787,9 @@ class Answering(Captioning):
         for what, n in cut.items():
             self.machine.say(f"{n} {what} do not fit into --max-tokens {c.max_tokens} and were cut")
         self.longest = max((len(t) - t.count(IGNORE) for of_image in rows for _, t in of_image), default=1)
-        return SimpleNamespace(rows=rows)
+        if not self.longest:
+            raise UserError(f"--max-tokens {c.max_tokens} leaves no room for any answer; raise it")
+        return SimpleNamespace(rows=[[row for row in of_image if n_targets([row])] for of_image in rows])
 
     def about(self):
         return {**super().about(), "longest": self.longest}
@@ -874,7 +890,7 @@ class Answering(Captioning):
 def read_labels(path, dataset):
     """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}. Raises UserError."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:                # Excel's mark at the beginning
             rows = list(csv.DictReader(file))
         number = {name: i for i, name in enumerate(short_names(dataset.names))}
         found = {}

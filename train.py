@@ -3,13 +3,16 @@
     python train.py                                           shapes, a few minutes on a laptop, no download
     python train.py --dataset flickr8k --preset laptop        real photographs
     python train.py --resume                                  go on where the last run stopped
-    torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve (without dropout)
+    torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve (without dropout, and
+                                                              with --stem patch: BatchNorm sees its own share only)
 
 All options come first, then the loop: rate, micro-batches, clip, step, log, evaluate, save. What a run leaves in
 --out-dir (README, "A run's folder") is all that sample.py needs.
 """
 import csv
+import hashlib
 import io
+import json
 import math
 import os
 import pickle
@@ -19,20 +22,21 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import CLEAN, Batches, DataConfig, ImageStore, StreamStore, load_dataset, report
-from tasks import TASKS, add_to_table, learning, show
+from data import CLEAN, Batches, DataConfig, ImageStore, StreamStore, check_device, load_dataset, report
+from tasks import TASKS, add_to_table, learning, read_table, show
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.draw import curves
-from tinyvlm.features import FeatureStore
+from tinyvlm.features import FeatureStore, short_names
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Augment
 from tinyvlm.muon import Muon, Together
-from tinyvlm.pretrained import load_run
+from tinyvlm.pretrained import is_run, load_run
 from tinyvlm.schedule import one_cycle
 from tinyvlm.vlm import MODELS, to_dict
 from tinyvlm.vqa import show_tokens
@@ -89,7 +93,8 @@ class TrainConfig(DataConfig):
     epochs: float = option(4, "passes over the training images")
     batch_size: int = option(32, "images a step, over all processes and micro-batches")
     captions_per_image: int = option(1, "captions of each image a step; the vision tower runs once for all of them")
-    accum: int = option(1, "split each step into this many micro-batches; raise it when memory runs out")
+    accum: int = option(1, "split each step into this many micro-batches; raise it when memory runs out (the same "
+                           "step, but for the BatchNorm of --stem conv, which sees a micro-batch at a time)")
     lr: float = option(2e-3, "peak learning rate; lower it for larger models, much lower for public weights")
     lr_decoder: float = option(1.0, "the decoder's rate, as a factor of --lr (new layers always take --lr)")
     lr_vision: float = option(1.0, "the vision tower's rate, as a factor of --lr")
@@ -174,10 +179,7 @@ class Machine:
         if self.world > 1 and kind == "cuda":
             kind = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(kind)
-        try:
-            self.device = torch.device(kind)
-        except RuntimeError:
-            raise UserError(f"--device {kind} is none PyTorch knows; use cpu, cuda, mps or auto") from None
+        self.device = check_device(kind)
         self.cuda = self.device.type == "cuda"
         if self.world > 1:
             dist.init_process_group("nccl" if self.cuda else "gloo")
@@ -280,11 +282,17 @@ class Run:
 
     def clear(self):
         """A new run in an old one's folder replaces it: half of each would be a model nobody trained."""
-        old = [path for name in RUN_FILES for path in self.out.glob(name)]
+        old = old_files(self.out)
         if old:
             print(f"replacing the run in {self.out}")
         for path in old:
             path.unlink()
+
+    @cached_property
+    def fingerprint(self):
+        """A hash of what is learned from. On other captions the vocabulary would change under the weights."""
+        data = [short_names(self.dataset.names), self.dataset.captions, self.dataset.splits, self.task.texts.rows]
+        return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
     def save(self, model, scores):
         """The best model so far: what it is, how it reads text, its weights. sample.py needs nothing else."""
@@ -310,22 +318,30 @@ class Run:
 
     def save_state(self, model, optimizer, step, best, log):
         """All that --resume needs to go on from `step` as if nothing had happened. One file: no kill can split it."""
-        state = {"step": step, "best": best, "log": log, "options": asdict(self.config), "model": model.state_dict(),
+        state = {"step": step, "best": best, "log": log, "options": asdict(self.config), "data": self.fingerprint,
+                 "model": model.state_dict(),
                  "optimizers": optimizer.state_dict(), "scaler": self.machine.scaler.state_dict(),
                  "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state(self.machine.device) if self.machine.cuda else None}
-        atomic_write(self.out / "state.pt", lambda file: torch.save(state, file))
+        atomic_write(self.out / "state.pt", lambda file: write_state(state, file))
         self.write_log(log)
 
     def load_state(self, model, optimizer):
         """Put everything back where save_state took it from; returns (step, best, log)."""
         state = read_state(self.out)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizers"])
-        self.machine.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if self.machine.cuda and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.machine.device)
+        if state["data"] != self.fingerprint:
+            raise UserError(f"the images or captions of {self.dataset.name} are not those that the run in {self.out} "
+                            "began with; bring them back, or start again without --resume")
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizers"])
+            self.machine.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["rng"])
+            if self.machine.cuda and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.machine.device)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.out}/state.pt does not fit the model of its own options ({type(error).__name__}); "
+                            "start again without --resume") from None
         return state["step"], state["best"], state["log"]
 
     def write_log(self, log):
@@ -348,16 +364,33 @@ def as_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def old_files(out):
+    """What an earlier run left in the folder `out`. Raises UserError where files of these names are not a run's."""
+    old = [path for name in RUN_FILES for path in out.glob(name)]
+    if old and not (out / "state.pt").exists() and not is_run(out):
+        raise UserError(f"{out} holds {old[0].name}, but not of a run of train.py; give another --out-dir")
+    return old
+
+
+def write_state(state, file):
+    """torch.save, which hides a full disk behind an error of its own."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
 def read_state(out):
     """The content of a run's state.pt, or a UserError."""
     path = out / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         TrainConfig(**state["options"])
-        if "optimizers" not in state:
+        if not {"optimizers", "data"} <= set(state):
             raise UserError(f"{path} is of an earlier version; start again without --resume")
         return state
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None
 
 
@@ -408,6 +441,7 @@ def train(run):
         step, best, log = run.load_state(model, optimizer)
     elif machine.main:
         run.clear()
+        run.save_state(model, optimizer, step, best, log)       # at once: a folder that cannot be written is seen now
     n_params = sum(p.numel() for p in model.parameters())
     machine.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {run.total_steps} of {config.batch_size} images x "
                 f"{config.captions_per_image} captions, {config.epochs:g} epochs, on {machine.world} x "
@@ -494,7 +528,8 @@ def check_options(c):
     rules += [(0 <= getattr(c, name) < 1, f"--{name} must be at least 0 and below 1, not {getattr(c, name)}")
               for name in ("dropout", "crop", "jitter", "warmup", "smoothing")]
     rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} must not be below 0, but is {getattr(c, name)}")
-              for name in ("workers", "seed", "weight_decay", "grad_clip", "stop_after", "lr_decoder", "lr_vision")]
+              for name in ("workers", "seed", "weight_decay", "grad_clip", "stop_after", "lr_decoder", "lr_vision",
+                           "open_decoder", "open_vision")]
     rules += [(0 < c.beta2 < 1, f"--beta2 must be between 0 and 1, not {c.beta2}"),
               (math.isfinite(c.epochs) and c.seed < 2 ** 32, "--epochs and --seed must be ordinary numbers"),
               (c.wiring == "final" or c.model == "cross", "--wiring lockstep is for --model cross"),
@@ -511,6 +546,10 @@ def check_options(c):
               (0 <= c.guidance < 100, f"--guidance must be 0 or a little above, not {c.guidance}"),
               (not c.guidance or c.task == "caption", "--guidance is for --task caption"),
               (c.shuffle == 1 or c.model == "prefix", "--shuffle is for --model prefix"),
+              (not c.text_embeddings or c.task == "clip", "--text-embeddings is for --task clip"),
+              (c.head == "linear" or c.task == "clip", "--head is for --task clip"),
+              (not c.labels or c.task == "classify", "--labels is for --task classify"),
+              (c.turns == 1 or c.task == "vqa", "--turns is for --task vqa"),
               (c.shuffle > 0 and c.turns > 0 and c.n_joint > 0, "--shuffle, --turns and --n-joint must be above 0"),
               (not (c.show_batch and c.task in ("clip", "classify")), "--show-batch is for --task caption and vqa"),
               (not (c.init and (c.vision or c.text)), "--init brings a whole model: drop --vision and --text"),
@@ -522,6 +561,7 @@ def check_options(c):
               (not (c.model == "lstm" and c.text), "--text brings a GPT-2; --model lstm has none"),
               (c.n_hidden is None or c.n_hidden > 0, f"--n-hidden must be above 0, not {c.n_hidden}"),
               (c.min_count > 0 and c.num_beams > 0, "--min-count and --num-beams must be above 0"),
+              (abs(c.length_penalty) < 100, f"--length-penalty is a number around 1, not {c.length_penalty}"),
               (c.stem == "patch" or c.patch_size > 1, "--stem conv needs --patch-size 2 or more")]
     rules += [(c.vocab_size >= 300, f"--vocab-size {c.vocab_size} is too small: bytes and special tokens need 300")]
     for holds, sentence in rules:
@@ -542,6 +582,9 @@ def check_options(c):
 def resumed_options(config, out):
     """The options of the saved run: --resume means the same run, so a flag that says otherwise is refused."""
     if not (out / "state.pt").exists():
+        if old_files(out):
+            raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its "
+                            f"weights with --init {out} (or --vision) in another --out-dir")
         print(f"{out} holds no saved state yet: starting from the beginning")
         return config, False
     saved = TrainConfig(**read_state(out)["options"])
@@ -558,7 +601,7 @@ def resumed_options(config, out):
 
 def evaluate_run(config):
     """--eval-only: score a finished run on a whole split; scores.json, captions.jsonl, and a row of the table."""
-    saved = load_run(config.out_dir)
+    saved, _ = load_run(config.out_dir), read_table(config.table)                 # no table is seen now, not afterwards
     options = saved.config["options"]
     here = {"eval_only", "out_dir", "split", "num_beams", "length_penalty", "table", "device", "dtype"}
     unfit = set(config.given) - here - {"data_dir", "features", "cache", "allow_broken", "batch_size", "guidance"}
@@ -605,14 +648,19 @@ def main():
     config = parse_config(TrainConfig, presets=PRESETS, description="Train a model to talk about pictures.")
     if config.eval_only:
         return evaluate_run(config)
+    meant = sorted({"split", "num_beams", "length_penalty", "table"} & set(config.given))
+    if meant:
+        raise UserError(f"--{meant[0].replace('_', '-')} is for --eval-only; without that a new run would begin here")
     if config.resume:
         config, config.resume = resumed_options(config, Path(config.out_dir))
     check_options(config)
-    for source in (config.init, config.vision):
+    for source in (config.init, config.vision, config.text, config.tokenizer):
         if source and not config.resume and Path(source).resolve() == Path(config.out_dir).resolve():
             raise UserError(f"{source} would be replaced by the run that starts from it; give another --out-dir")
     if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
         raise UserError(f"--out-dir {config.out_dir} is a file; name a folder")
+    if not config.resume:
+        old_files(Path(config.out_dir))
     machine = Machine(config)
     run = Run(config, machine)
     if config.show_batch:

@@ -64,7 +64,10 @@ def test_a_preset_of_a_field_that_does_not_exist_is_our_own_bug():
 
 @pytest.mark.parametrize("error, code, words", [
     (UserError("no such dog"), 2, "error: no such dog\n"),
-    (OSError(28, "No space left on device", "/x/y"), 2, "cannot use /x/y"), (KeyboardInterrupt(), 130, "")])
+    (OSError(28, "No space left on device", "/x/y"), 2, "cannot use /x/y"), (KeyboardInterrupt(), 130, ""),
+    (MemoryError(), 2, "memory ran out"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "memory ran out"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4e12 bytes"), 2, "memory ran")])
 def test_run_script_ends_with_a_sentence_and_a_code(error, code, words, capsys):
     def main():
         raise error
@@ -74,7 +77,8 @@ def test_run_script_ends_with_a_sentence_and_a_code(error, code, words, capsys):
 
 
 def test_run_script_does_not_hide_our_bugs():
-    def main():
-        raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError):
-        run_script(main)
+    for bug in (ZeroDivisionError(), RuntimeError("size mismatch")):
+        def main(bug=bug):
+            raise bug
+        with pytest.raises(type(bug)):
+            run_script(main)

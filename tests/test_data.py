@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tinyvlm import layouts
-from data import NO_ROW, Batches, ImageStore, Shapes, Texts, eval_batches, load_dataset, pad_rows, step_order
+from data import CLEAN, NO_ROW, Batches, ImageStore, Shapes, Texts, eval_batches, load_dataset, pad_rows, step_order
 from tinyvlm.gpt import IGNORE
 from tinyvlm.layouts import Dataset, photos
 from tinyvlm.config import UserError
@@ -297,6 +297,11 @@ def test_padding_is_told_by_length_and_the_end_is_learned():
 def test_a_cut_caption_does_not_teach_to_stop():
     texts = Texts([["abc", "abcd"]], Letters(), first=50, end=60, max_len=3)
     assert texts.rows == [[([50, 1, 2, 3], [1, 2, 3, 60]), ([50, 1, 2], [1, 2, 3])]] and texts.cut == 1
+
+
+def test_captions_of_which_nothing_is_left_are_counted():
+    texts = Texts([["abc", "!!!"]], Letters(), first=50, end=60, max_len=3, clean=CLEAN["words"])
+    assert texts.rows[0][1] == ([50], [60]) and texts.empty == 1
 
 
 def test_all_captions_take_their_turn():

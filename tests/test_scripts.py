@@ -1,5 +1,6 @@
 """The three scripts, run for real at tiny size: every promise of the README that a small machine can check."""
 import csv
+import io
 import json
 import os
 import re
@@ -166,7 +167,10 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
     (["--workers", "-1"], "--workers"), (["--epochs", "inf"], "--epochs"), (["--beta2", "2"], "--beta2"),
     (["--wiring", "lockstep", "--model", "prefix"], "lockstep"),
     (["--task", "clip", "--captions-per-image", "3"], "--captions-per-image"),
-    (["--model", "prefix", "--shuffle", "3"], "--shuffle 3"), (["--soft-attention", "--n-head", "0"], "--n-head")])
+    (["--model", "prefix", "--shuffle", "3"], "--shuffle 3"), (["--soft-attention", "--n-head", "0"], "--n-head"),
+    (["--device", "meta"], "--device meta"), (["--num-beams", "3"], "--num-beams is for --eval-only"),
+    (["--labels", "x.csv"], "--labels is for --task classify"), (["--open-decoder", "nan"], "--open-decoder"),
+    (["--task", "vqa", "--model", "prefix", "--max-tokens", "8"], "--max-tokens 8")])
 def test_train_mistakes_are_one_sentence_and_leave_nothing(tmp_path, capsys, argv, words):
     if argv == ["--device", "cuda"] and torch.cuda.is_available():
         argv, words = ["--device", "cuda:99"], "cuda:99"
@@ -189,6 +193,10 @@ def test_a_new_run_replaces_an_old_one_whole(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "replacing the run" in printed and f"--out-dir '{out}'" in printed
     assert not (out / "model.safetensors").exists()
+    (out / "state.pt").unlink()
+    (out / "config.json").write_text('{"model_type": "gpt2"}')                    # files of these names, but not ours
+    run(train, *TINY, "--out-dir", out, code=2)
+    assert "not of a run of train.py" in capsys.readouterr().err and (out / "config.json").exists()
     (tmp_path / "file").write_text("")
     run(train, *TINY, "--out-dir", tmp_path / "file", code=2)
     run(train, *TINY, "--out-dir", tmp_path / "file" / "below", code=2)
@@ -288,6 +296,9 @@ def test_resume_equals_the_unbroken_run(trained, tmp_path, capsys):
         run(train, "--resume", "--out-dir", tmp_path / "r", flag, now, code=2)
         assert f"{flag} {then}, not {now}" in capsys.readouterr().err
     state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    torch.save({**state, "rng": torch.zeros(3)}, tmp_path / "r" / "state.pt")
+    run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
+    assert "state.pt does not fit" in capsys.readouterr().err
     state["optimizer"] = state.pop("optimizers")
     torch.save(state, tmp_path / "r" / "state.pt")
     run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
@@ -295,6 +306,22 @@ def test_resume_equals_the_unbroken_run(trained, tmp_path, capsys):
     (tmp_path / "r" / "state.pt").write_bytes((tmp_path / "r" / "state.pt").read_bytes()[:2000])
     run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
     assert "state.pt is damaged" in capsys.readouterr().err
+    (tmp_path / "r" / "state.pt").unlink()                      # a run copied without it: its weights must not be lost
+    run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
+    assert "without its state.pt" in capsys.readouterr().err and (tmp_path / "r" / "model.safetensors").exists()
+
+
+def test_resume_on_other_captions_is_refused(tmp_path, capsys):
+    """The vocabulary is made anew from the captions: what was learned for "dog" would now be "ape"."""
+    folder = album(tmp_path / "a")
+    argv = [*TINY, *from_folder(folder), "--tokenizer", "words", "--min-count", "1", "--out-dir", tmp_path / "r"]
+    run(train, *argv, "--stop-after", "1")
+    text = (folder / "captions.txt").read_text()
+    (folder / "captions.txt").write_text(text.replace("dog", "ape"))
+    run(train, "--resume", "--out-dir", tmp_path / "r", code=2)
+    assert "are not those that the run" in capsys.readouterr().err
+    (folder / "captions.txt").write_text(text)
+    run(train, "--resume", "--out-dir", tmp_path / "r", "--stop-after", "2")
 
 
 def start(*argv, torchrun=False):
@@ -362,6 +389,22 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_old_run(trained, tmp_path, caps
     run(train, "--resume", "--out-dir", out, code=2)
     assert "No space left on device" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_full_disk_is_told_through_torchs_writer():
+    """torch.save goes on after the failed write, and raises an error about positions in a zip file."""
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left on device"):
+        train.write_state({"step": torch.zeros(1000)}, Full())
+
+
+def test_a_file_that_is_no_table_is_seen_before_the_scoring(trained, tmp_path, capsys):
+    for content in (b"run,split\n1,2,3\n", "caf\xe9".encode("latin-1")):
+        (tmp_path / "t.csv").write_bytes(content)
+        run(train, "--eval-only", "--out-dir", trained, "--table", tmp_path / "t.csv", code=2)
+        assert "t.csv is no table" in capsys.readouterr().err and (tmp_path / "t.csv").read_bytes() == content
 
 
 def test_the_benchmark_compares_and_refuses(capsys):

@@ -17,7 +17,9 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import os
+import re
 import sys
 import types
 import typing
@@ -90,7 +92,10 @@ def _add_flag(parser, field, hint):
 
 
 def run_script(main):
-    """Run a script's main(): a UserError, or a disk or path that refuses, ends in one sentence and exit code 2."""
+    """Run a script's main(): a UserError, a disk that refuses, memory that ran out: one sentence and exit code 2."""
+    for stream, how in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):    # file names that are not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=how)
     try:
         main()
     except UserError as error:
@@ -104,6 +109,10 @@ def run_script(main):
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
         where = error.filename or "the output folder"
         sys.exit(_say(f"cannot use {where}: {error.strerror}; {remedy}, or choose another"))
+    except (MemoryError, RuntimeError) as error:                # torch has several ways to say so, on each device
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate|not enough memory", str(error)):
+            raise
+        sys.exit(_say("memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"))
     except KeyboardInterrupt:
         sys.exit(130)
 
