@@ -13,7 +13,7 @@ from PIL import Image
 from tinyvlm import layouts
 from tinyvlm.config import UserError
 from tinyvlm.layouts import (Dataset, check_absent, coco, fetch_coco, fetch_flickr30k, find_files, flickr30k, karpathy,
-                             list_files, make_splits, open_photos, photos)
+                             list_files, make_splits, open_photos, photos, read_captions)
 
 S3 = "https://s3.amazonaws.com/images.cocodataset.org/"
 
@@ -90,6 +90,13 @@ def test_an_opener_takes_the_place_of_the_file():
     """How a streamed set gives its images: no file is looked for."""
     ds = Dataset("toy", ["a"], [["b"]], {"train": [0]}, urls=["https://x/a"], opener=lambda i: f"image {i}")
     assert ds.open(0) == "image 0" and ds.urls == ["https://x/a"]
+
+
+@pytest.mark.parametrize("text", ['0.jpg,"a dog\n1.jpg,a cat', '0.jpg,"a dog\n1.jpg,"a cat"', '0.jpg,"a "big" dog"'])
+def test_a_quote_left_open_swallows_no_rows(tmp_path, text):
+    """Read leniently, each of these is a caption: of the first quote and all that follows up to the next."""
+    with pytest.raises(UserError, match="captions.csv is not a proper CSV .*quote left open"):
+        read_captions(write(tmp_path / "captions.csv", f"image,caption\n{text}\n"))
 
 
 # -- Flickr30k ---------------------------------------------------------------------------------------------------------

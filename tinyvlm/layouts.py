@@ -106,7 +106,7 @@ def read_captions(path, notes=None):
         text, mended = re.subn(r"(?m)^([^|\n]+\|[ \t]*\d+)[ \t]+(?![|\s])", r"\1| ", text)
         if mended and notes is not None:
             notes.append(f"{mended} rows of {path.name} lacked the bar before the caption and were mended")
-    with _layout(path, "a proper CSV", "a quote left open is the usual cause"):
+    with _layout(path, "a proper CSV", "a quote left open, or not doubled, is the usual cause"):
         for name, caption in _jsonl_rows(text, path) if path.suffix == ".jsonl" else _table_rows(text, path):
             if name.strip() and caption.strip():
                 captions.setdefault(name.strip(), []).append(" ".join(caption.split()))
@@ -129,7 +129,7 @@ def _table_rows(text, path):
     if "|" in head:                         # bars without any quoting: whatever follows the last one is the caption's
         rows = (line.split("|", head.count("|")) for line in text.split("\n") if line.strip())
     else:
-        rows = csv.reader(io.StringIO(text), skipinitialspace=True)
+        rows = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
     header = [cell.strip().lower() for cell in next(rows, [])]
     name = next((header.index(n) for n in NAME_COLUMNS if n in header), None)
     caption = next((header.index(n) for n in CAPTION_COLUMNS if n in header), None)
