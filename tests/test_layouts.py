@@ -99,6 +99,15 @@ def test_a_quote_left_open_swallows_no_rows(tmp_path, text):
         read_captions(write(tmp_path / "captions.csv", f"image,caption\n{text}\n"))
 
 
+@pytest.mark.parametrize("encoding, byte", [("latin-1", 22), ("utf-16", 0)])
+def test_other_encodings_are_named_and_not_printed(tmp_path, encoding, byte):
+    """Python's error carries the file, which once filled the screen."""
+    (tmp_path / "captions.csv").write_bytes("image,caption\n0.jpg,ca\u00e9\n".encode(encoding))
+    with pytest.raises(UserError) as error:
+        read_captions(tmp_path / "captions.csv")
+    assert str(error.value) == f"{tmp_path}/captions.csv is not UTF-8 (byte {byte}); save it as UTF-8"
+
+
 # -- Flickr30k ---------------------------------------------------------------------------------------------------------
 
 KAGGLE = ["1000.jpg| 0| Two men , one  with a | bar .", "1000.jpg| 1|2 dogs", "2199200615.jpg| 3| A dog .",

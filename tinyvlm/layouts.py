@@ -63,6 +63,8 @@ def _layout(path, wanted, remedy="mend it or fetch it again"):
     """Whatever goes wrong in taking a file apart is one UserError: `PATH is not WANTED (what was wrong); REMEDY`."""
     try:
         yield
+    except UnicodeDecodeError as error:                         # it carries the whole file: not for the screen
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (OSError, csv.Error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not {wanted} ({error!r}); {remedy}") from None
 
@@ -272,8 +274,8 @@ def _assemble(name, folder, where, captions, lists, notes, seed, allow_broken, u
 def _hub_table(path):
     """flickr_annotations_30k.csv: a row an image, with its captions as a json list -> what karpathy() returns."""
     captions, lists, wanted = {}, {}, "the hub's table of Flickr30k, with columns raw (a json list), split and filename"
-    with _layout(path, wanted), open(path, newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
+    with _layout(path, wanted):
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))):
             texts = json.loads(row["raw"])
             if not isinstance(texts, list):                     # the letters of a string could be looped over, too
                 raise TypeError(f"raw is {texts!r}")
