@@ -108,6 +108,14 @@ def test_other_encodings_are_named_and_not_printed(tmp_path, encoding, byte):
     assert str(error.value) == f"{tmp_path}/captions.csv is not UTF-8 (byte {byte}); save it as UTF-8"
 
 
+@pytest.mark.parametrize("name, row", [("captions.jsonl", '{{"image": "{}", "caption": "{}"}}'), ("captions.txt", "{}\t{}")])
+def test_only_a_newline_ends_a_line(tmp_path, name, row):
+    """str.splitlines() also cuts at U+2028 and U+0085, which JSON allows inside a text."""
+    lines = [row.format(f"{k}.jpg", "a\u2028dog,\x85runs") for k in range(2)]
+    (tmp_path / name).write_bytes("\r\n".join([*lines, ""]).encode())
+    assert read_captions(tmp_path / name) == ({f"{k}.jpg": ["a dog, runs"] for k in range(2)}, 0)
+
+
 # -- Flickr30k ---------------------------------------------------------------------------------------------------------
 
 KAGGLE = ["1000.jpg| 0| Two men , one  with a | bar .", "1000.jpg| 1|2 dogs", "2199200615.jpg| 3| A dog .",

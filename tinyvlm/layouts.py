@@ -123,7 +123,7 @@ def _table_rows(text, path):
     """`a.jpg#0<TAB>a dog`, or, below a header `image,caption`, `a.jpg,"a dog, asleep"` -> ("a.jpg", caption)."""
     head = text.partition("\n")[0]
     if "\t" in head:
-        for number, line in enumerate(text.splitlines()):
+        for number, line in enumerate(filter(str.strip, text.split("\n"))):
             name, _, caption = line.partition("\t")
             if number or name.strip().lower() not in NAME_COLUMNS:                # a header is welcome, not required
                 yield re.sub(r"#\d+$", "", name), caption
@@ -147,7 +147,7 @@ def _table_rows(text, path):
 
 def _jsonl_rows(text, path):
     """`{"image": "a.jpg", "captions": ["a dog", "a pet"]}` -> ("a.jpg", "a dog"), ("a.jpg", "a pet")."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):         # splitlines() would also cut at U+2028
         if not line.strip():
             continue
         with _layout(f"line {number} of {path}", 'like {"image": "a.jpg", "caption": "a dog"}', "mend it"):
