@@ -12,8 +12,8 @@ from PIL import Image
 
 from tinyvlm import layouts
 from tinyvlm.config import UserError
-from tinyvlm.layouts import (Dataset, check_absent, coco, fetch_coco, fetch_flickr30k, find_files, flickr30k, karpathy,
-                             list_files, make_splits, open_photos, photos, read_captions)
+from tinyvlm.layouts import (Dataset, check_absent, coco, fetch_coco, fetch_flickr30k, find_files, find_images,
+                             flickr30k, karpathy, list_files, make_splits, open_photos, photos, read_captions)
 
 S3 = "https://s3.amazonaws.com/images.cocodataset.org/"
 
@@ -114,6 +114,17 @@ def test_only_a_newline_ends_a_line(tmp_path, name, row):
     lines = [row.format(f"{k}.jpg", "a\u2028dog,\x85runs") for k in range(2)]
     (tmp_path / name).write_bytes("\r\n".join([*lines, ""]).encode())
     assert read_captions(tmp_path / name) == ({f"{k}.jpg": ["a dog, runs"] for k in range(2)}, 0)
+
+
+def test_names_differ_from_files_in_the_case_of_the_suffix(tmp_path):
+    """The name as it is spelled goes first, of paths too; what could be either of two is an error still."""
+    pictures(tmp_path, ["a/0.JPG", "b/0.JPG", "1.jpg", "1.JPG", "2.tif", "b/c/3.JPG", "d/3.jpg"])
+    names = {"a/0.jpg": "a/0.JPG", "b/0.jpg": "b/0.JPG", "1.JPG": "1.JPG", "1.jpg": "1.jpg", "2.TIF": "2.tif",
+             "c/3.jpg": "b/c/3.JPG"}
+    assert find_images(tmp_path, names) == names
+    for name, words in (("1.Jpg", "1.JPG or 1.jpg"), ("0.jpg", "a/0.JPG or b/0.JPG")):
+        with pytest.raises(UserError, match=words):
+            find_images(tmp_path, [name])
 
 
 # -- Flickr30k ---------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "captions.csv", "captions
 NAME_COLUMNS, CAPTION_COLUMNS = ("image", "file_name", "filename", "image_name"), ("caption", "text", "comment")
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json", "dataset.json")
 FLICKR30K_FILES = ("flickr_annotations_30k.csv", "results.csv", "results_20130124.token")
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 KAGGLE_FLICKR8K = "https://www.kaggle.com/api/v1/datasets/download/adityajn105/flickr8k"
 GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 HUB_FLICKR30K = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/"
@@ -164,18 +164,23 @@ def find_images(folder, names, unique=False):
     """{name: path within folder} of the named images that are there: by path, by the end of a path, or by file name.
 
     "val/7.jpg" is found at val/7.jpg, else at all/val/7.jpg, else at pictures/7.jpg; of several there an error tells.
+    The case of a suffix matters only where files differ by it: cameras write 7.JPG, and programs call it 7.jpg.
     unique: the publisher gave no two images one name, so of several copies the first will do.
     """
+    def plain(path):
+        stem, kind = os.path.splitext(path)
+        return stem + kind.lower()                              # "val/7.JPG" -> "val/7.jpg"
     by_path, by_name = set(), {}
     for path in list_files(folder):
         if path.lower().endswith(IMAGE_TYPES):
             by_path.add(path)
-            by_name.setdefault(path.rpartition("/")[2], []).append(path)
+            by_name.setdefault(plain(path).rpartition("/")[2], []).append(path)
     found = {}
     for name in names:
-        there = [name] if name in by_path else by_name.get(name.rpartition("/")[2], [])
-        if len(there) > 1:
-            there = [path for path in there if path.endswith("/" + name)] or there
+        there = [name] if name in by_path else by_name.get(plain(name).rpartition("/")[2], [])
+        for spelled in (str, plain):
+            if len(there) > 1:
+                there = [path for path in there if f"/{spelled(path)}".endswith(f"/{spelled(name)}")] or there
         if len(there) > 1 and not unique:
             raise UserError(f"{name} could be {there[0]} or {there[1]} in {folder}; write its folder there as well")
         if there:
