@@ -108,7 +108,8 @@ def test_other_encodings_are_named_and_not_printed(tmp_path, encoding, byte):
     assert str(error.value) == f"{tmp_path}/captions.csv is not UTF-8 (byte {byte}); save it as UTF-8"
 
 
-@pytest.mark.parametrize("name, row", [("captions.jsonl", '{{"image": "{}", "caption": "{}"}}'), ("captions.txt", "{}\t{}")])
+@pytest.mark.parametrize("name, row", [("captions.txt", "{}\t{}"),
+                                       ("captions.jsonl", '{{"image": "{}", "caption": "{}"}}')])
 def test_only_a_newline_ends_a_line(tmp_path, name, row):
     """str.splitlines() also cuts at U+2028 and U+0085, which JSON allows inside a text."""
     lines = [row.format(f"{k}.jpg", "a\u2028dog,\x85runs") for k in range(2)]
@@ -125,6 +126,14 @@ def test_names_differ_from_files_in_the_case_of_the_suffix(tmp_path):
     for name, words in (("1.Jpg", "1.JPG or 1.jpg"), ("0.jpg", "a/0.JPG or b/0.JPG")):
         with pytest.raises(UserError, match=words):
             find_images(tmp_path, [name])
+
+
+def test_images_without_captions_are_counted(tmp_path):
+    """In a folder of one's own; a published set lies about in copies, and hidden files are nobody's pictures."""
+    pictures(tmp_path, [*(f"{k}.jpg" for k in range(5)), ".thumbnails/0.jpg"])
+    write(tmp_path / "captions.csv", "image,caption\n" + "\n".join(f"{k}.jpg,a dog" for k in range(3)))
+    note = "2 images in the folder have no caption and were left out, such as 3.jpg"
+    assert note in photos("folder", tmp_path).notes and note not in photos("flickr8k", tmp_path).notes
 
 
 # -- Flickr30k ---------------------------------------------------------------------------------------------------------

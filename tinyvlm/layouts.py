@@ -87,6 +87,11 @@ def list_files(folder):
     return sorted(sorted(found), key=lambda path: path.count("/"))
 
 
+def list_images(folder):
+    """["b.jpg", "a/c.png", ..]: the images in and below a folder, but for hidden ones (thumbnails and the like)."""
+    return [path for path in list_files(folder) if path.lower().endswith(IMAGE_TYPES) and "/." not in f"/{path}"]
+
+
 def find_files(folder, names):
     """The files of the given names in a folder or up to two folders below it, in the order of `names`."""
     paths = [path for path in list_files(folder) if path.count("/") <= 2]
@@ -170,12 +175,10 @@ def find_images(folder, names, unique=False):
     def plain(path):
         stem, kind = os.path.splitext(path)
         return stem + kind.lower()                              # "val/7.JPG" -> "val/7.jpg"
-    by_path, by_name = set(), {}
-    for path in list_files(folder):
-        if path.lower().endswith(IMAGE_TYPES):
-            by_path.add(path)
-            by_name.setdefault(plain(path).rpartition("/")[2], []).append(path)
-    found = {}
+    by_path, by_name, found = set(), {}, {}
+    for path in list_images(folder):
+        by_path.add(path)
+        by_name.setdefault(plain(path).rpartition("/")[2], []).append(path)
     for name in names:
         there = [name] if name in by_path else by_name.get(plain(name).rpartition("/")[2], [])
         for spelled in (str, plain):
@@ -271,6 +274,9 @@ def _assemble(name, folder, where, captions, lists, notes, seed, allow_broken, u
     check_absent(notes, [n for n in said if n not in found], len(said), where, folder, allow_broken)
     if len(set(found.values())) < len(found):
         raise UserError(f"{where} gives several of its images one and the same file in {folder}; rename them")
+    extra = set() if unique or urls else {*list_images(folder)} - {*found.values()}
+    if extra:                                                   # a published set may lie there twice: no matter
+        notes.append(f"{len(extra)} images in the folder have no caption and were left out, such as {min(extra)}")
     names = list(found)
     return Dataset(name, [found[n] for n in names], [list(filter(None, said[n])) for n in names],
                    make_splits(names, lists, seed, notes, folder), folder, notes, urls and [urls[n] for n in names])
