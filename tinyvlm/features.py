@@ -130,10 +130,14 @@ def read_features(path):
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is no feature file: it needs a tensor `features` and, in its metadata, `ids`, the "
                         "image names as a JSON list") from None
-    if not isinstance(ids, list) or feats.dim() not in (2, 3) or len(ids) != len(feats) or not len(ids):
+    if not isinstance(ids, list) or feats.dim() not in (2, 3) or len(ids) != len(feats) or 0 in feats.shape:
         raise UserError(f"{path} should hold features of shape (images, D) or (images, N, D) and a name for each; its "
                         f"features are {tuple(feats.shape)}, its names {len(ids)}")
-    return dict(zip(short_names(map(str, ids)), feats))
+    known = dict(zip(short_names(map(str, ids)), feats))
+    bad = next((name for name, x in known.items() if not x.float().isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"{path} holds inf or nan for {bad}; make it again, or leave that image out")
+    return known
 
 
 class FeatureStore:
