@@ -117,7 +117,11 @@ def embed_folder(model, recipe, folder, cache_path, batch_size=32, device="cpu",
               and p.suffix.lower() in IMAGE_TYPES and p.is_file()}
     if not stamps:
         raise UserError(f"the folder {folder} holds no images ({', '.join(IMAGE_TYPES)}); check the path")
-    old = read_cache(path, model_name) if path.exists() and not rebuild else {}
+    try:
+        old = read_cache(path, model_name) if path.exists() and not rebuild else {}
+    except (KeyError, TypeError, ValueError) as error:          # SafetensorsError is a ValueError, too
+        say(f"{path} is damaged ({error}) and is made anew")
+        old = {}
     known = {name: old[name] for name, stamp in stamps.items() if name in old and old[name][0] == stamp}
     todo, saved = [name for name in stamps if name not in known], len(known)
 
