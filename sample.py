@@ -35,7 +35,7 @@ from tinyvlm.draw import attention_over, caption_sheet
 from tinyvlm.features import Encoder, read_features
 from tinyvlm.generate import generate
 from tinyvlm.image import load_image, preprocess, to_pil
-from tinyvlm.layouts import IMAGE_TYPES
+from tinyvlm.layouts import IMAGE_TYPES, list_images
 from tinyvlm.pretrained import load_clip, load_pretrained, load_run
 from tinyvlm.search import (TEMPLATES, classify, embed_folder, label_embeddings, search, text_embeddings)
 from tinyvlm.vqa import encode_dialogue
@@ -82,10 +82,10 @@ def gather(sources):
     names = []
     for source in sources:
         if source and not source.startswith(("http://", "https://")) and Path(source).is_dir():
-            paths = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in IMAGE_TYPES)
-            if not paths:
+            inside = list_images(source)                        # and below it, as --search does
+            if not inside:
                 raise UserError(f"the folder {source} holds no images ({', '.join(IMAGE_TYPES)})")
-            names += [(str(path), False) for path in paths]
+            names += [(str(Path(source) / name), False) for name in inside]
         else:
             names.append((source, True))
     if not names:

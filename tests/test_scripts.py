@@ -96,13 +96,15 @@ def test_the_command_printed_at_the_end_works(tmp_path, capsys):
 def test_sample_on_files_and_folders_as_json(trained, tmp_path, capsys, how):
     """Every way of decoding: a line an image, and the same captions again, whatever the batches."""
     album(tmp_path, n=3, captions=False)
+    (tmp_path / "Images" / "below").mkdir()                     # folders inside count, and so does any image format
+    Image.open(tmp_path / "Images" / "2.jpg").save(tmp_path / "Images" / "below" / "3.TIF")
     argv = ["--image", trained / "example.png", tmp_path / "Images", "--out-dir", trained, "--json", *how]
     run(sample, *argv)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [set(line) for line in lines] == [{"image", "caption"}] * 4
+    assert [set(line) for line in lines] == [{"image", "caption"}] * 5
     if "--prompt" in how:
         assert all(line["caption"].startswith("a large") for line in lines)
-    run(sample, *argv, "--batch-size", "4")
+    run(sample, *argv, "--batch-size", "5")
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert again == lines
 
