@@ -300,7 +300,7 @@ def chat(run, config, img):
 def read_lines(path, what):
     """The lines of a text file that are not empty. Raises UserError if there are none; what: "labels", "captions"."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {what} in {path}: {error}") from None
     if not lines:
@@ -328,6 +328,9 @@ def find(run, config):
         labels = config.labels
         if len(labels) == 1 and Path(labels[0]).is_file():
             labels = read_lines(labels[0], "labels")
+        if len(labels) == 1:
+            raise UserError(f"{config.labels[0]!r} is neither two labels nor a file of them, and one is always 100%; "
+                            "name another, or the right file")
         text_emb = label_embeddings(run.model, run.tokenizer, labels, config.template, clean)             # (n, D)
     else:
         labels = read_lines(config.captions, "captions")

@@ -70,7 +70,9 @@ def test_clip_trains_searches_and_labels(clip_run, tmp_path, capsys):
     run(sample, *example, "--labels", "a red circle", "a blue square", "--json", *where)
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert set(labels) == {"a red circle", "a blue square"} and sum(labels.values()) == pytest.approx(1)
-    (tmp_path / "texts.txt").write_text("a red circle\n\na blue square\n")
+    (tmp_path / "texts.txt").write_text("\ufeffa red circle\n\na blue square\n", encoding="utf-8")
+    run(sample, *example, "--labels", tmp_path / "texts.txt", "--json", *where)
+    assert json.loads(capsys.readouterr().out)["labels"] == labels                # .. with a byte order mark
     run(sample, *example, "--captions", tmp_path / "texts.txt", *where)
     assert "a red circle" in capsys.readouterr().out
 
@@ -80,6 +82,7 @@ def test_clip_trains_searches_and_labels(clip_run, tmp_path, capsys):
     (["--search", "x", "--images", "none"], "none"), (["--image", "x.png"], "this run compares pictures and words"),
     (["--image", "x.png", "--captions", "empty.txt"], "empty.txt holds no captions"),
     (["--image", "x.png", "--labels", "empty.txt"], "empty.txt holds no labels"),
+    (["--image", "x.png", "--labels", "typo.txt"], "'typo.txt' is neither two labels nor a file"),
     (["--image", "x.png", "--chat"], "was trained for --task clip; that option is for a run of --task vqa")])
 def test_clip_mistakes_are_a_sentence(clip_run, tmp_path, capsys, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
