@@ -205,7 +205,8 @@ def check_options(c):
     """Numbers that mean nothing are refused before anything is loaded."""
     draws = c.temperature > 0
     for holds, sentence in (
-            (0 <= c.temperature < 1e4, f"--temperature must be 0 or above, not {c.temperature}"),
+            (c.temperature == 0 or 1e-4 < c.temperature < 1e4, "--temperature must be 0, or a number such as 0.8, not "
+             f"{c.temperature}"),
             (c.top_k is None or c.top_k > 0, f"--top-k must be above 0, not {c.top_k}"),
             (c.top_p is None or 0 < c.top_p <= 1, f"--top-p is a probability above 0 and at most 1, not {c.top_p}"),
             (c.num_beams > 0, f"--num-beams must be above 0, not {c.num_beams}"),

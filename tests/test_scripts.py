@@ -129,6 +129,7 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
     (["--image", "EXAMPLE", "--num-beams", "2", "--temperature", "1"], "--temperature"),
     (["--image", "EMPTY"], "holds no images"), (["--image", "x", "--top-k", "0"], "--top-k"),
     (["--image", "x", "--temperature", "nan"], "--temperature"), (["--image", "x", "--num-beams", "0"], "--num-beams"),
+    (["--image", "x", "--temperature", "1e-320"], "must be 0, or a number such as 0.8, not 1e-320"),
     (["--image", "x", "--top-p", "7", "--temperature", "1"], "--top-p"),
     (["--image", "x", "--max-tokens", "-3"], "--max-tokens"), (["--image", "x", "--device", "nonsense"], "--device"),
     (["--image", "x", "--batch-size", "-2"], "--batch-size"), (["--image", "x", "--top-k", "3"], "--temperature"),
