@@ -69,7 +69,7 @@ class SampleConfig:
     length_penalty: float = option(1.0, "beams: above 1 favours long captions, below 1 short ones")
     guidance: float | None = option(None, "captions: above 0 says more of what is particular to the image; default: as "
                                           "the run was trained to")
-    max_tokens: int | None = option(None, "longest caption; default, and most: as in training")
+    max_tokens: int | None = option(None, "longest caption or answer; default, and most: as in training")
     seed: int | None = option(None, "makes drawing repeatable (for the same --batch-size)")
     batch_size: int = option(16, "images captioned together")
     json: bool = option(False, "one json object a line on stdout: image and caption")
@@ -202,8 +202,8 @@ def draw_attention(run, img, ids, path):
 
 
 def check_options(c):
-    """Numbers that mean nothing are refused before anything is loaded."""
-    draws = c.temperature > 0
+    """Numbers that mean nothing, and options of which one is ignored, are refused before anything is loaded."""
+    draws, asked = c.temperature > 0, [bool(c.labels), c.captions is not None, c.search is not None]
     for holds, sentence in (
             (c.temperature == 0 or 1e-4 < c.temperature < 1e4, "--temperature must be 0, or a number such as 0.8, not "
              f"{c.temperature}"),
@@ -218,6 +218,10 @@ def check_options(c):
             (c.seed is None or 0 <= c.seed < 2 ** 32, f"--seed must be between 0 and 2^32, not {c.seed}"),
             (not (draws and c.num_beams > 1), "beam search does not draw: give --num-beams or --temperature, not both"),
             (draws or (c.top_k is None and c.top_p is None), "--top-k and --top-p need a --temperature above 0"),
+            (sum(asked) < 2, "--labels, --captions and --search are three questions: ask one at a time"),
+            (c.search is None or not c.image, "--search looks through --images, a folder: drop --image"),
+            (asked[2] or not c.given & {"images", "sheet"}, "--images and --sheet go with --search"),
+            (asked[0] or "template" not in c.given, "--template goes with --labels"),
             (c.device in ("cpu", "mps") or c.device.startswith("cuda"), f"--device {c.device} is not cpu, cuda or mps"),
             (c.device[:4] != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no such device"),
             (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: PyTorch sees no such device")):
@@ -254,7 +258,8 @@ def reply(run, config, img, turns):
     placed = turns[0][0].count("<image>")
     room = run.model.config.text.block_size - run.model.n_image_tokens * len(img) - run.config["longest"]
     ids, _ = encode_dialogue(run.tokenizer, turns, len(img), max_len=room, places_images=placed > 0)
-    rows = generate(run.model, img[None], [ids], run.config["longest"], config.temperature, config.top_k, config.top_p,
+    longest = min(config.max_tokens or run.config["longest"], run.config["longest"])
+    rows = generate(run.model, img[None], [ids], longest, config.temperature, config.top_k, config.top_p,
                     config.num_beams, run.config["end"], config.length_penalty, config.seed)
     return run.tokenizer.decode(rows[0]).strip()
 
@@ -379,6 +384,9 @@ def search_folder(run, config, clean):
 
 
 MODES = {"caption": speak, "vqa": answer, "clip": find}
+# The options that only some modes heed
+ONLY = {"caption": "attention guidance", "vqa": "chat", "clip": "labels template captions search images hits sheet",
+        "caption or vqa": "prompt temperature top_k top_p num_beams length_penalty max_tokens seed"}
 
 
 def main():
@@ -392,17 +400,13 @@ def main():
         flag = "--text" if task == "gpt" else "--vision"
         raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; train.py {flag} "
                         f"{where} starts a captioner from it")
-    wants = "clip" if config.labels or config.captions or config.search is not None else "vqa" if config.chat else task
-    if wants != task:
-        raise UserError(f"{where} was trained for --task {task}; that option is for a run of --task {wants}")
+    for tasks, names in ONLY.items():
+        ignored = config.given & {*names.split()}
+        if ignored and task not in tasks:
+            raise UserError(f"{where} was trained for --task {task}; --{min(ignored).replace('_', '-')} is for a run "
+                            f"of --task {tasks}")
     if config.features and not run.config.get("features"):
         raise UserError(f"{where} looks at pixels itself: drop --features")
-    if config.attention and task != "caption":
-        raise UserError(f"{where} was trained for --task {task}; --attention draws a captioner's")
-    if config.guidance is not None and task != "caption":
-        raise UserError(f"{where} was trained for --task {task}; --guidance is for captions")
-    if config.prompt and task == "clip":
-        raise UserError(f"{where} was trained for --task clip; --prompt is for captions and questions")
     run.model.to(config.device)
     MODES[task](run, config)
 

@@ -133,7 +133,12 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
     (["--image", "x", "--top-p", "7", "--temperature", "1"], "--top-p"),
     (["--image", "x", "--max-tokens", "-3"], "--max-tokens"), (["--image", "x", "--device", "nonsense"], "--device"),
     (["--image", "x", "--batch-size", "-2"], "--batch-size"), (["--image", "x", "--top-k", "3"], "--temperature"),
-    (["--image", "EXAMPLE", "--features", "f.safetensors"], "drop --features")])
+    (["--image", "EXAMPLE", "--features", "f.safetensors"], "drop --features"),
+    (["--image", "EXAMPLE", "--hits", "3"], "--hits is for a run of --task clip"),
+    (["--image", "EXAMPLE", "--images", "photos"], "--images and --sheet go with --search"),
+    (["--image", "EXAMPLE", "--template", "a {}"], "--template goes with --labels"),
+    (["--search", "x", "--labels", "a", "b"], "ask one at a time"),
+    (["--search", "x", "--image", "y"], "drop --image")])
 def test_sample_mistakes_are_one_sentence(trained, tmp_path, capsys, argv, words):
     argv = [{"EXAMPLE": trained / "example.png", "EMPTY": tmp_path}.get(a, a) for a in argv]
     run(sample, *(argv if "--out-dir" in argv else [*argv, "--out-dir", trained]), code=2)
@@ -147,7 +152,7 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
     argv = ["--image", trained / "example.png", "--out-dir", tmp_path]
     config = json.loads((tmp_path / "config.json").read_text())
     run(sample, *argv, "--labels", "a dog", code=2)                               # a checkpoint of another task
-    assert "was trained for --task caption; that option is for a run of --task clip" in capsys.readouterr().err
+    assert "was trained for --task caption; --labels is for a run of --task clip" in capsys.readouterr().err
     for foreign in ({**config, "task": "clip"}, {}, {**config, "sizes": {**config["sizes"], "model": "rnn"}}):
         (tmp_path / "config.json").write_text(json.dumps(foreign))
         run(sample, *argv, code=2)
