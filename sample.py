@@ -167,9 +167,17 @@ class Features:
         return torch.stack(feats).float()                                         # float16 on disk
 
 
+def clean_of(run):
+    """What training did to the words of the run first."""
+    name = str(run.config.get("clean", "none"))
+    if name not in CLEAN:
+        raise UserError(f"in the config.json of this run clean is {name!r}, not {', '.join(CLEAN)}; train again")
+    return CLEAN[name]
+
+
 def start_of(run, prompt):
     """The ids a caption starts from: the start token (or <image>), then the user's words, never read as tags."""
-    clean = CLEAN[run.config.get("clean", "none")]              # words as the model met them in training
+    clean = clean_of(run)                                       # words as the model met them in training
     ids = [run.config["first"]] + (run.tokenizer.encode(clean(prompt), special=False) if prompt else [])
     room = run.config["max_tokens"]
     if len(ids) > room:
@@ -316,7 +324,7 @@ def read_lines(path, what):
 
 def find(run, config):
     """A clip run: labels or captions for images, or images for words."""
-    clean = CLEAN[run.config.get("clean", "none")]
+    clean = clean_of(run)
     if run.tokenizer is None:
         source = run.config.get("text_embeddings")
         if not source:

@@ -157,6 +157,13 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
         (tmp_path / "config.json").write_text(json.dumps(foreign))
         run(sample, *argv, code=2)
         assert "config.json" in capsys.readouterr().err
+    recipe = config["recipe"]
+    for edit in ({"max_tokens": "x"}, {"max_tokens": 99999}, {"first": 99999}, {"end": "q"}, {"end": None},
+                 {"clean": "foo"}, {"options": None}, {"recipe": {**recipe, "mode": "zoom"}},
+                 {"recipe": {**recipe, "size": 0}}, {"model": "prefix"}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **edit}))
+        run(sample, *argv, code=2)
+        assert re.search(rf"config.json.*{[*edit][0]} is ", capsys.readouterr().err), edit
     (tmp_path / "config.json").write_text("{")
     run(sample, *argv, code=2)
     assert "config.json" in capsys.readouterr().err
