@@ -167,17 +167,9 @@ class Features:
         return torch.stack(feats).float()                                         # float16 on disk
 
 
-def clean_of(run):
-    """What training did to the words of the run first."""
-    name = str(run.config.get("clean", "none"))
-    if name not in CLEAN:
-        raise UserError(f"in the config.json of this run clean is {name!r}, not {', '.join(CLEAN)}; train again")
-    return CLEAN[name]
-
-
 def start_of(run, prompt):
     """The ids a caption starts from: the start token (or <image>), then the user's words, never read as tags."""
-    clean = clean_of(run)                                       # words as the model met them in training
+    clean = CLEAN[run.config.get("clean", "none")]              # words as the model met them in training
     ids = [run.config["first"]] + (run.tokenizer.encode(clean(prompt), special=False) if prompt else [])
     room = run.config["max_tokens"]
     if len(ids) > room:
@@ -324,7 +316,7 @@ def read_lines(path, what):
 
 def find(run, config):
     """A clip run: labels or captions for images, or images for words."""
-    clean = clean_of(run)
+    clean = CLEAN[run.config.get("clean", "none")]
     if run.tokenizer is None:
         source = run.config.get("text_embeddings")
         if not source:
@@ -408,6 +400,8 @@ def main():
         flag = "--text" if task == "gpt" else "--vision"
         raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; train.py {flag} "
                         f"{where} starts a captioner from it")
+    if run.config.get("clean", "none") not in [*CLEAN]:
+        raise UserError(f"{where}/config.json: clean is {run.config['clean']!r}, not {', '.join(CLEAN)}; train again")
     for tasks, names in ONLY.items():
         ignored = config.given & {*names.split()}
         if ignored and task not in tasks:

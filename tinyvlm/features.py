@@ -154,9 +154,9 @@ def read_features(path):
         raise UserError(f"{path} should hold features of shape (images, D) or (images, N, D) and a name for each; its "
                         f"features are {tuple(feats.shape)}, its names {len(ids)}")
     known = dict(zip(short_names(map(str, ids)), feats))
-    bad = next((name for name, x in known.items() if not x.float().isfinite().all()), None)
-    if bad is not None:
-        raise UserError(f"{path} holds inf or nan for {bad}; make it again, or leave that image out")
+    for name, x in known.items():
+        if not x.float().isfinite().all():
+            raise UserError(f"{path} holds inf or nan for {name}; make it again, or leave that image out")
     return known
 
 
