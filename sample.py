@@ -35,7 +35,7 @@ from tinyvlm.draw import attention_over, caption_sheet
 from tinyvlm.features import Encoder, read_features
 from tinyvlm.generate import generate
 from tinyvlm.image import load_image, preprocess, to_pil
-from tinyvlm.layouts import IMAGE_TYPES
+from tinyvlm.layouts import IMAGE_TYPES, list_images
 from tinyvlm.pretrained import load_clip, load_pretrained, load_run
 from tinyvlm.search import (TEMPLATES, classify, embed_folder, label_embeddings, search, text_embeddings)
 from tinyvlm.vqa import encode_dialogue
@@ -69,7 +69,7 @@ class SampleConfig:
     length_penalty: float = option(1.0, "beams: above 1 favours long captions, below 1 short ones")
     guidance: float | None = option(None, "captions: above 0 says more of what is particular to the image; default: as "
                                           "the run was trained to")
-    max_tokens: int | None = option(None, "longest caption; default, and most: as in training")
+    max_tokens: int | None = option(None, "longest caption or answer; default, and most: as in training")
     seed: int | None = option(None, "makes drawing repeatable (for the same --batch-size)")
     batch_size: int = option(16, "images captioned together")
     json: bool = option(False, "one json object a line on stdout: image and caption")
@@ -82,10 +82,10 @@ def gather(sources):
     names = []
     for source in sources:
         if source and not source.startswith(("http://", "https://")) and Path(source).is_dir():
-            paths = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in IMAGE_TYPES)
-            if not paths:
+            inside = list_images(source)                        # and below it, as --search does
+            if not inside:
                 raise UserError(f"the folder {source} holds no images ({', '.join(IMAGE_TYPES)})")
-            names += [(str(path), False) for path in paths]
+            names += [(str(Path(source) / name), False) for name in inside]
         else:
             names.append((source, True))
     if not names:
@@ -202,10 +202,11 @@ def draw_attention(run, img, ids, path):
 
 
 def check_options(c):
-    """Numbers that mean nothing are refused before anything is loaded."""
-    draws = c.temperature > 0
+    """Numbers that mean nothing, and options of which one is ignored, are refused before anything is loaded."""
+    draws, asked = c.temperature > 0, [bool(c.labels), c.captions is not None, c.search is not None]
     for holds, sentence in (
-            (0 <= c.temperature < 1e4, f"--temperature must be 0 or above, not {c.temperature}"),
+            (c.temperature == 0 or 1e-4 < c.temperature < 1e4, "--temperature must be 0, or a number such as 0.8, not "
+             f"{c.temperature}"),
             (c.top_k is None or c.top_k > 0, f"--top-k must be above 0, not {c.top_k}"),
             (c.top_p is None or 0 < c.top_p <= 1, f"--top-p is a probability above 0 and at most 1, not {c.top_p}"),
             (c.num_beams > 0, f"--num-beams must be above 0, not {c.num_beams}"),
@@ -217,6 +218,10 @@ def check_options(c):
             (c.seed is None or 0 <= c.seed < 2 ** 32, f"--seed must be between 0 and 2^32, not {c.seed}"),
             (not (draws and c.num_beams > 1), "beam search does not draw: give --num-beams or --temperature, not both"),
             (draws or (c.top_k is None and c.top_p is None), "--top-k and --top-p need a --temperature above 0"),
+            (sum(asked) < 2, "--labels, --captions and --search are three questions: ask one at a time"),
+            (c.search is None or not c.image, "--search looks through --images, a folder: drop --image"),
+            (asked[2] or not c.given & {"images", "sheet"}, "--images and --sheet go with --search"),
+            (asked[0] or "template" not in c.given, "--template goes with --labels"),
             (c.device in ("cpu", "mps") or c.device.startswith("cuda"), f"--device {c.device} is not cpu, cuda or mps"),
             (c.device[:4] != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no such device"),
             (c.device != "mps" or torch.backends.mps.is_available(), "--device mps: PyTorch sees no such device")):
@@ -253,7 +258,8 @@ def reply(run, config, img, turns):
     placed = turns[0][0].count("<image>")
     room = run.model.config.text.block_size - run.model.n_image_tokens * len(img) - run.config["longest"]
     ids, _ = encode_dialogue(run.tokenizer, turns, len(img), max_len=room, places_images=placed > 0)
-    rows = generate(run.model, img[None], [ids], run.config["longest"], config.temperature, config.top_k, config.top_p,
+    longest = min(config.max_tokens or run.config["longest"], run.config["longest"])
+    rows = generate(run.model, img[None], [ids], longest, config.temperature, config.top_k, config.top_p,
                     config.num_beams, run.config["end"], config.length_penalty, config.seed)
     return run.tokenizer.decode(rows[0]).strip()
 
@@ -300,7 +306,7 @@ def chat(run, config, img):
 def read_lines(path, what):
     """The lines of a text file that are not empty. Raises UserError if there are none; what: "labels", "captions"."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {what} in {path}: {error}") from None
     if not lines:
@@ -328,6 +334,9 @@ def find(run, config):
         labels = config.labels
         if len(labels) == 1 and Path(labels[0]).is_file():
             labels = read_lines(labels[0], "labels")
+        if len(labels) == 1:
+            raise UserError(f"{config.labels[0]!r} is neither two labels nor a file of them, and one is always 100%; "
+                            "name another, or the right file")
         text_emb = label_embeddings(run.model, run.tokenizer, labels, config.template, clean)             # (n, D)
     else:
         labels = read_lines(config.captions, "captions")
@@ -375,6 +384,9 @@ def search_folder(run, config, clean):
 
 
 MODES = {"caption": speak, "vqa": answer, "clip": find}
+# The options that only some modes heed
+ONLY = {"caption": "attention guidance", "vqa": "chat", "clip": "labels template captions search images hits sheet",
+        "caption or vqa": "prompt temperature top_k top_p num_beams length_penalty max_tokens seed"}
 
 
 def main():
@@ -388,17 +400,15 @@ def main():
         flag = "--text" if task == "gpt" else "--vision"
         raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; train.py {flag} "
                         f"{where} starts a captioner from it")
-    wants = "clip" if config.labels or config.captions or config.search is not None else "vqa" if config.chat else task
-    if wants != task:
-        raise UserError(f"{where} was trained for --task {task}; that option is for a run of --task {wants}")
+    if run.config.get("clean", "none") not in [*CLEAN]:
+        raise UserError(f"{where}/config.json: clean is {run.config['clean']!r}, not {', '.join(CLEAN)}; train again")
+    for tasks, names in ONLY.items():
+        ignored = config.given & {*names.split()}
+        if ignored and task not in tasks:
+            raise UserError(f"{where} was trained for --task {task}; --{min(ignored).replace('_', '-')} is for a run "
+                            f"of --task {tasks}")
     if config.features and not run.config.get("features"):
         raise UserError(f"{where} looks at pixels itself: drop --features")
-    if config.attention and task != "caption":
-        raise UserError(f"{where} was trained for --task {task}; --attention draws a captioner's")
-    if config.guidance is not None and task != "caption":
-        raise UserError(f"{where} was trained for --task {task}; --guidance is for captions")
-    if config.prompt and task == "clip":
-        raise UserError(f"{where} was trained for --task clip; --prompt is for captions and questions")
     run.model.to(config.device)
     MODES[task](run, config)
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import sample
@@ -90,6 +91,9 @@ def test_broken_images_are_named_and_left_out(tmp_path):
     ({"feats": torch.zeros(2, 4)}, {"ids": '["a", "b"]'}, "needs a tensor `features`"),
     ({"features": torch.zeros(2, 4)}, {"ids": '["0.jpg"]'}, "a name for each"),
     ({"features": torch.zeros(2)}, {"ids": '["0.jpg", "1.jpg"]'}, "should hold features of shape"),
+    ({"features": torch.zeros(2, 0)}, {"ids": '["0.jpg", "1.jpg"]'}, r"features are \(2, 0\)"),
+    ({"features": torch.tensor([[1.0], [torch.inf], [torch.nan]])}, {"ids": '["0.jpg", "1.jpg", "2.jpg"]'},
+     "f.safetensors holds inf or nan for 1.jpg"),
     ({"features": torch.zeros(1, 4)}, {"ids": "{"}, "image names as a JSON list"),
     ({"features": torch.zeros(1, 4)}, {"ids": '["other.jpg"]'}, "belongs to another data set"),
     ({"features": torch.zeros(20, 4)}, {"ids": json.dumps([f"{k}.jpg" for k in range(20)]), "dataset": "coco"},
@@ -98,6 +102,29 @@ def test_files_that_do_not_fit_are_refused(made, tmp_path, tensors, metadata, wo
     save_safetensors(tensors, tmp_path / "f.safetensors", metadata)
     with pytest.raises(UserError, match=words):
         FeatureStore(tmp_path / "f.safetensors", photos("folder", made))
+
+
+def test_a_file_of_another_folder_with_the_same_names_is_refused(made, tmp_path):
+    """Every folder is called "folder", and cameras count from 1: the features of other photographs once passed."""
+    other = album(tmp_path / "other")
+    for picture in (other / "Images").iterdir():
+        Image.new("RGB", (90, 90), "teal").save(picture)
+    with pytest.raises(UserError, match="no features of 20 of the 20 images"):
+        FeatureStore(made / "f.safetensors", photos("folder", other))
+    with pytest.raises(UserError, match="other images of the same names, such as 0.jpg"):
+        write_features(VIT, photos("folder", other), made / "f.safetensors")
+    made.rename(tmp_path / "moved")                             # the same photographs elsewhere, and with other words
+    captions = tmp_path / "moved" / "captions.txt"
+    captions.write_text(captions.read_text().replace("wau", "miau"))
+    FeatureStore(tmp_path / "moved" / "f.safetensors", photos("folder", tmp_path / "moved"))
+    (tmp_path / "moved").rename(made)
+
+
+def test_features_of_drawn_scenes_belong_to_their_seed(tmp_path):
+    write_features(VIT, data.Shapes(n_scenes=20), tmp_path / "f.safetensors")
+    FeatureStore(tmp_path / "f.safetensors", data.Shapes(n_scenes=20))
+    with pytest.raises(UserError, match="belongs to another data set"):
+        FeatureStore(tmp_path / "f.safetensors", data.Shapes(n_scenes=20, seed=1))
 
 
 def test_another_encoder_does_not_continue_the_file(made):

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tinyvlm import layouts
 from tinyvlm.config import UserError
-from tinyvlm.layouts import (Dataset, check_absent, coco, fetch_coco, fetch_flickr30k, find_files, flickr30k, karpathy,
-                             list_files, make_splits, open_photos, photos)
+from tinyvlm.layouts import (Dataset, check_absent, coco, fetch_coco, fetch_flickr30k, find_files, find_images,
+                             flickr30k, karpathy, list_files, make_splits, open_photos, photos, read_captions)
 
 S3 = "https://s3.amazonaws.com/images.cocodataset.org/"
 
@@ -90,6 +90,50 @@ def test_an_opener_takes_the_place_of_the_file():
     """How a streamed set gives its images: no file is looked for."""
     ds = Dataset("toy", ["a"], [["b"]], {"train": [0]}, urls=["https://x/a"], opener=lambda i: f"image {i}")
     assert ds.open(0) == "image 0" and ds.urls == ["https://x/a"]
+
+
+@pytest.mark.parametrize("text", ['0.jpg,"a dog\n1.jpg,a cat', '0.jpg,"a dog\n1.jpg,"a cat"', '0.jpg,"a "big" dog"'])
+def test_a_quote_left_open_swallows_no_rows(tmp_path, text):
+    """Read leniently, each of these is a caption: of the first quote and all that follows up to the next."""
+    with pytest.raises(UserError, match="captions.csv is not a proper CSV .*quote left open"):
+        read_captions(write(tmp_path / "captions.csv", f"image,caption\n{text}\n"))
+
+
+@pytest.mark.parametrize("encoding, byte", [("latin-1", 22), ("utf-16", 0)])
+def test_other_encodings_are_named_and_not_printed(tmp_path, encoding, byte):
+    """Python's error carries the file, which once filled the screen."""
+    (tmp_path / "captions.csv").write_bytes("image,caption\n0.jpg,ca\u00e9\n".encode(encoding))
+    with pytest.raises(UserError) as error:
+        read_captions(tmp_path / "captions.csv")
+    assert str(error.value) == f"{tmp_path}/captions.csv is not UTF-8 (byte {byte}); save it as UTF-8"
+
+
+@pytest.mark.parametrize("name, row", [("captions.txt", "{}\t{}"),
+                                       ("captions.jsonl", '{{"image": "{}", "caption": "{}"}}')])
+def test_only_a_newline_ends_a_line(tmp_path, name, row):
+    """str.splitlines() also cuts at U+2028 and U+0085, which JSON allows inside a text."""
+    lines = [row.format(f"{k}.jpg", "a\u2028dog,\x85runs") for k in range(2)]
+    (tmp_path / name).write_bytes("\r\n".join([*lines, ""]).encode())
+    assert read_captions(tmp_path / name) == ({f"{k}.jpg": ["a dog, runs"] for k in range(2)}, 0)
+
+
+def test_names_differ_from_files_in_the_case_of_the_suffix(tmp_path):
+    """The name as it is spelled goes first, of paths too; what could be either of two is an error still."""
+    pictures(tmp_path, ["a/0.JPG", "b/0.JPG", "1.jpg", "1.JPG", "2.tif", "b/c/3.JPG", "d/3.jpg"])
+    names = {"a/0.jpg": "a/0.JPG", "b/0.jpg": "b/0.JPG", "1.JPG": "1.JPG", "1.jpg": "1.jpg", "2.TIF": "2.tif",
+             "c/3.jpg": "b/c/3.JPG"}
+    assert find_images(tmp_path, names) == names
+    for name, words in (("1.Jpg", "1.JPG or 1.jpg"), ("0.jpg", "a/0.JPG or b/0.JPG")):
+        with pytest.raises(UserError, match=words):
+            find_images(tmp_path, [name])
+
+
+def test_images_without_captions_are_counted(tmp_path):
+    """In a folder of one's own; a published set lies about in copies, and hidden files are nobody's pictures."""
+    pictures(tmp_path, [*(f"{k}.jpg" for k in range(5)), ".thumbnails/0.jpg"])
+    write(tmp_path / "captions.csv", "image,caption\n" + "\n".join(f"{k}.jpg,a dog" for k in range(3)))
+    note = "2 images in the folder have no caption and were left out, such as 3.jpg"
+    assert note in photos("folder", tmp_path).notes and note not in photos("flickr8k", tmp_path).notes
 
 
 # -- Flickr30k ---------------------------------------------------------------------------------------------------------

@@ -690,7 +690,7 @@ def test_export_of_a_run(monkeypatch, capsys, tmp_path):
                       text=GPTConfig(block_size=12, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16))
     model, end = build(sizes).eval(), tokenizer.token_to_id("<|endoftext|>")
     config = {"task": "caption", "model": "cross", "sizes": to_dict(sizes), "recipe": vars(Recipe(16)),
-              "first": end, "end": end, "max_tokens": 10}
+              "first": end, "end": end, "max_tokens": 10, "options": {}}
     folder(tmp_path / "run", model.state_dict(), config)
     tokenizer.save(tmp_path / "run")
     assert "wrote" in run(monkeypatch, capsys, "export", tmp_path / "run", tmp_path / "hf")

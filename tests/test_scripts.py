@@ -97,13 +97,15 @@ def test_the_command_printed_at_the_end_works(tmp_path, capsys):
 def test_sample_on_files_and_folders_as_json(trained, tmp_path, capsys, how):
     """Every way of decoding: a line an image, and the same captions again, whatever the batches."""
     album(tmp_path, n=3, captions=False)
+    (tmp_path / "Images" / "below").mkdir()                     # folders inside count, and so does any image format
+    Image.open(tmp_path / "Images" / "2.jpg").save(tmp_path / "Images" / "below" / "3.TIF")
     argv = ["--image", trained / "example.png", tmp_path / "Images", "--out-dir", trained, "--json", *how]
     run(sample, *argv)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [set(line) for line in lines] == [{"image", "caption"}] * 4
+    assert [set(line) for line in lines] == [{"image", "caption"}] * 5
     if "--prompt" in how:
         assert all(line["caption"].startswith("a large") for line in lines)
-    run(sample, *argv, "--batch-size", "4")
+    run(sample, *argv, "--batch-size", "5")
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert again == lines
 
@@ -128,10 +130,16 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
     (["--image", "EXAMPLE", "--num-beams", "2", "--temperature", "1"], "--temperature"),
     (["--image", "EMPTY"], "holds no images"), (["--image", "x", "--top-k", "0"], "--top-k"),
     (["--image", "x", "--temperature", "nan"], "--temperature"), (["--image", "x", "--num-beams", "0"], "--num-beams"),
+    (["--image", "x", "--temperature", "1e-320"], "must be 0, or a number such as 0.8, not 1e-320"),
     (["--image", "x", "--top-p", "7", "--temperature", "1"], "--top-p"),
     (["--image", "x", "--max-tokens", "-3"], "--max-tokens"), (["--image", "x", "--device", "nonsense"], "--device"),
     (["--image", "x", "--batch-size", "-2"], "--batch-size"), (["--image", "x", "--top-k", "3"], "--temperature"),
-    (["--image", "EXAMPLE", "--features", "f.safetensors"], "drop --features")])
+    (["--image", "EXAMPLE", "--features", "f.safetensors"], "drop --features"),
+    (["--image", "EXAMPLE", "--hits", "3"], "--hits is for a run of --task clip"),
+    (["--image", "EXAMPLE", "--images", "photos"], "--images and --sheet go with --search"),
+    (["--image", "EXAMPLE", "--template", "a {}"], "--template goes with --labels"),
+    (["--search", "x", "--labels", "a", "b"], "ask one at a time"),
+    (["--search", "x", "--image", "y"], "drop --image")])
 def test_sample_mistakes_are_one_sentence(trained, tmp_path, capsys, argv, words):
     argv = [{"EXAMPLE": trained / "example.png", "EMPTY": tmp_path}.get(a, a) for a in argv]
     run(sample, *(argv if "--out-dir" in argv else [*argv, "--out-dir", trained]), code=2)
@@ -145,11 +153,18 @@ def test_sample_with_a_damaged_or_foreign_run(trained, tmp_path, capsys):
     argv = ["--image", trained / "example.png", "--out-dir", tmp_path]
     config = json.loads((tmp_path / "config.json").read_text())
     run(sample, *argv, "--labels", "a dog", code=2)                               # a checkpoint of another task
-    assert "was trained for --task caption; that option is for a run of --task clip" in capsys.readouterr().err
+    assert "was trained for --task caption; --labels is for a run of --task clip" in capsys.readouterr().err
     for foreign in ({**config, "task": "clip"}, {}, {**config, "sizes": {**config["sizes"], "model": "rnn"}}):
         (tmp_path / "config.json").write_text(json.dumps(foreign))
         run(sample, *argv, code=2)
         assert "config.json" in capsys.readouterr().err
+    recipe = config["recipe"]
+    for edit in ({"max_tokens": "x"}, {"max_tokens": 99999}, {"first": 99999}, {"end": "q"}, {"end": None},
+                 {"clean": "foo"}, {"options": None}, {"recipe": {**recipe, "mode": "zoom"}},
+                 {"recipe": {**recipe, "size": 0}}, {"model": "prefix"}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **edit}))
+        run(sample, *argv, code=2)
+        assert re.search(rf"config.json.*{[*edit][0]} is ", capsys.readouterr().err), edit
     (tmp_path / "config.json").write_text("{")
     run(sample, *argv, code=2)
     assert "config.json" in capsys.readouterr().err

@@ -191,6 +191,17 @@ def test_a_cache_of_another_model_is_refused_or_rebuilt(album):
     assert len({fingerprint(m, RECIPE) for m in (model, other, tuned)}) == 3
 
 
+def test_a_damaged_cache_is_made_anew_and_said(album):
+    folder, cache, opened = album
+    (folder / "broken.jpg").unlink()
+    names, emb = embed_folder(tiny(), RECIPE, folder, cache)
+    whole, said = cache.read_bytes(), []
+    cache.write_bytes(whole[:-20])
+    again = embed_folder(tiny(), RECIPE, folder, cache, say=said.append)
+    assert again[0] == names and torch.equal(again[1], emb) and cache.read_bytes() == whole
+    assert len(said) == 1 and said[0].startswith(f"{cache} is damaged")
+
+
 def test_folders_and_files_that_are_of_no_use(album, tmp_path):
     folder, cache, _ = album
     save_safetensors({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})

@@ -70,7 +70,9 @@ def test_clip_trains_searches_and_labels(clip_run, tmp_path, capsys):
     run(sample, *example, "--labels", "a red circle", "a blue square", "--json", *where)
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert set(labels) == {"a red circle", "a blue square"} and sum(labels.values()) == pytest.approx(1)
-    (tmp_path / "texts.txt").write_text("a red circle\n\na blue square\n")
+    (tmp_path / "texts.txt").write_text("\ufeffa red circle\n\na blue square\n", encoding="utf-8")
+    run(sample, *example, "--labels", tmp_path / "texts.txt", "--json", *where)
+    assert json.loads(capsys.readouterr().out)["labels"] == labels                # .. with a byte order mark
     run(sample, *example, "--captions", tmp_path / "texts.txt", *where)
     assert "a red circle" in capsys.readouterr().out
 
@@ -80,7 +82,9 @@ def test_clip_trains_searches_and_labels(clip_run, tmp_path, capsys):
     (["--search", "x", "--images", "none"], "none"), (["--image", "x.png"], "this run compares pictures and words"),
     (["--image", "x.png", "--captions", "empty.txt"], "empty.txt holds no captions"),
     (["--image", "x.png", "--labels", "empty.txt"], "empty.txt holds no labels"),
-    (["--image", "x.png", "--chat"], "was trained for --task clip; that option is for a run of --task vqa")])
+    (["--image", "x.png", "--labels", "a", "b", "--max-tokens", "3"], "--max-tokens is for a run of --task caption or"),
+    (["--image", "x.png", "--labels", "typo.txt"], "'typo.txt' is neither two labels nor a file"),
+    (["--image", "x.png", "--chat"], "was trained for --task clip; --chat is for a run of --task vqa")])
 def test_clip_mistakes_are_a_sentence(clip_run, tmp_path, capsys, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -176,6 +180,16 @@ def test_vqa_trains_scores_and_answers(vqa_run, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt, lines=iter([*asked, ""]): next(lines))
     run(sample, "--image", vqa_run / "example.png", "--chat", "--out-dir", vqa_run)
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_an_answer_is_as_long_as_asked_for(vqa_run, monkeypatch):
+    """--max-tokens was taken and ignored: the training data alone decided."""
+    longest, real = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *args: longest.append(args[3]) or real(*args))
+    argv = ["--image", vqa_run / "example.png", "--prompt", "is it red?", "--out-dir", vqa_run]
+    for most in (1, 999):
+        run(sample, *argv, "--max-tokens", most)
+    assert longest == [1, load_run(vqa_run).config["longest"]]
 
 
 def test_several_images_in_one_prompt(vqa_run, capsys):

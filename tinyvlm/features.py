@@ -7,7 +7,8 @@ and the same for captions and CLIP's text tower (write_text_embeddings, TextEmbe
 
 One safetensors file holds `features`, (images, D) in float16 (or (images, N, D), a vector for each of N places), and in
 its metadata `ids`, the image names as a JSON list. Any file of that form will do, whoever made it. Ours also says which
-encoder made it (so that sample.py can treat new pictures alike), with which recipe, and for which data set.
+encoder made it (so that sample.py can treat new pictures alike), with which recipe, for which data set, and in `marks`
+what tells its images from others of the same names.
 """
 import hashlib
 import json
@@ -75,6 +76,21 @@ def short_names(names):
     return short if len(set(short)) == len(short) else [str(name) for name in names]
 
 
+def _marks(dataset):
+    """{image name: what tells it from others of that name}: a file's length, a scene's caption; {}: names suffice."""
+    names = short_names(dataset.names)
+    if dataset.name == "shapes":
+        return {name: said[0] for name, said in zip(names, dataset.captions)}
+    own = dataset.name in ("folder", "capsfusion")              # the names in published sets are unique
+    return {name: (dataset.folder / path).stat().st_size for name, path in zip(names, dataset.names)} if own else {}
+
+
+def _strangers(dataset, meta):
+    """The names that stood for another image when the file was made. Files from elsewhere do not tell."""
+    then = json.loads(meta.get("marks", "{}"))
+    return {name for name, mark in _marks(dataset).items() if then.get(name, mark) != mark}
+
+
 def write_features(source, dataset, path, grid=False, batch_size=32, device="cpu", say=print):
     """Encode every image of the data set into the file `path`, going on where an earlier call was cut off.
 
@@ -89,8 +105,12 @@ def write_features(source, dataset, path, grid=False, batch_size=32, device="cpu
         if wrong:
             raise UserError(f"{path} was made with another {wrong[0]} ({str(old.get(wrong[0]))[:60]}, not "
                             f"{about[wrong[0]][:60]}); choose another file, or remove it")
+        if strange := _strangers(dataset, old):
+            raise UserError(f"{path} was made of other images of the same names, such as {min(strange)}; choose "
+                            "another file, or remove it")
         done = dict(zip(json.loads(old["ids"]), load_safetensors(path)["features"].clone()))
         say(f"{path} already holds {len(done)} images")
+    about["marks"] = json.dumps(_marks(dataset))
     names, broken = short_names(dataset.names), []
     todo = [i for i, name in enumerate(names) if name not in done]
 
@@ -130,10 +150,14 @@ def read_features(path):
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is no feature file: it needs a tensor `features` and, in its metadata, `ids`, the "
                         "image names as a JSON list") from None
-    if not isinstance(ids, list) or feats.dim() not in (2, 3) or len(ids) != len(feats) or not len(ids):
+    if not isinstance(ids, list) or feats.dim() not in (2, 3) or len(ids) != len(feats) or 0 in feats.shape:
         raise UserError(f"{path} should hold features of shape (images, D) or (images, N, D) and a name for each; its "
                         f"features are {tuple(feats.shape)}, its names {len(ids)}")
-    return dict(zip(short_names(map(str, ids)), feats))
+    known = dict(zip(short_names(map(str, ids)), feats))
+    for name, x in known.items():
+        if not x.float().isfinite().all():
+            raise UserError(f"{path} holds inf or nan for {name}; make it again, or leave that image out")
+    return known
 
 
 class FeatureStore:
@@ -149,6 +173,8 @@ class FeatureStore:
         self.dataset, self.path = dataset, Path(path)
         by_name = read_features(path)
         self.meta = read_metadata(path)
+        for name in _strangers(dataset, self.meta):             # not this image's: as good as missing
+            by_name.pop(name, None)
         names = short_names(dataset.names)
         wanted = sorted({i for members in dataset.splits.values() for i in members})
         missing = [names[i] for i in wanted if names[i] not in by_name]

@@ -49,7 +49,7 @@ CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "captions.csv", "captions
 NAME_COLUMNS, CAPTION_COLUMNS = ("image", "file_name", "filename", "image_name"), ("caption", "text", "comment")
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json", "dataset.json")
 FLICKR30K_FILES = ("flickr_annotations_30k.csv", "results.csv", "results_20130124.token")
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 KAGGLE_FLICKR8K = "https://www.kaggle.com/api/v1/datasets/download/adityajn105/flickr8k"
 GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 HUB_FLICKR30K = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/"
@@ -63,6 +63,8 @@ def _layout(path, wanted, remedy="mend it or fetch it again"):
     """Whatever goes wrong in taking a file apart is one UserError: `PATH is not WANTED (what was wrong); REMEDY`."""
     try:
         yield
+    except UnicodeDecodeError as error:                         # it carries the whole file: not for the screen
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (OSError, csv.Error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not {wanted} ({error!r}); {remedy}") from None
 
@@ -83,6 +85,11 @@ def list_files(folder):
         folders[:] = sorted(f for f in folders if f != "__MACOSX" and not f.endswith(".incomplete"))
         found += files if inner == "." else [f"{inner}/{file}" for file in files]
     return sorted(sorted(found), key=lambda path: path.count("/"))
+
+
+def list_images(folder):
+    """["b.jpg", "a/c.png", ..]: the images in and below a folder, but for hidden ones (thumbnails and the like)."""
+    return [path for path in list_files(folder) if path.lower().endswith(IMAGE_TYPES) and "/." not in f"/{path}"]
 
 
 def find_files(folder, names):
@@ -106,7 +113,7 @@ def read_captions(path, notes=None):
         text, mended = re.subn(r"(?m)^([^|\n]+\|[ \t]*\d+)[ \t]+(?![|\s])", r"\1| ", text)
         if mended and notes is not None:
             notes.append(f"{mended} rows of {path.name} lacked the bar before the caption and were mended")
-    with _layout(path, "a proper CSV", "a quote left open is the usual cause"):
+    with _layout(path, "a proper CSV", "a quote left open, or not doubled, is the usual cause"):
         for name, caption in _jsonl_rows(text, path) if path.suffix == ".jsonl" else _table_rows(text, path):
             if name.strip() and caption.strip():
                 captions.setdefault(name.strip(), []).append(" ".join(caption.split()))
@@ -121,7 +128,7 @@ def _table_rows(text, path):
     """`a.jpg#0<TAB>a dog`, or, below a header `image,caption`, `a.jpg,"a dog, asleep"` -> ("a.jpg", caption)."""
     head = text.partition("\n")[0]
     if "\t" in head:
-        for number, line in enumerate(text.splitlines()):
+        for number, line in enumerate(filter(str.strip, text.split("\n"))):
             name, _, caption = line.partition("\t")
             if number or name.strip().lower() not in NAME_COLUMNS:                # a header is welcome, not required
                 yield re.sub(r"#\d+$", "", name), caption
@@ -129,7 +136,7 @@ def _table_rows(text, path):
     if "|" in head:                         # bars without any quoting: whatever follows the last one is the caption's
         rows = (line.split("|", head.count("|")) for line in text.split("\n") if line.strip())
     else:
-        rows = csv.reader(io.StringIO(text), skipinitialspace=True)
+        rows = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
     header = [cell.strip().lower() for cell in next(rows, [])]
     name = next((header.index(n) for n in NAME_COLUMNS if n in header), None)
     caption = next((header.index(n) for n in CAPTION_COLUMNS if n in header), None)
@@ -145,7 +152,7 @@ def _table_rows(text, path):
 
 def _jsonl_rows(text, path):
     """`{"image": "a.jpg", "captions": ["a dog", "a pet"]}` -> ("a.jpg", "a dog"), ("a.jpg", "a pet")."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):         # splitlines() would also cut at U+2028
         if not line.strip():
             continue
         with _layout(f"line {number} of {path}", 'like {"image": "a.jpg", "caption": "a dog"}', "mend it"):
@@ -162,18 +169,21 @@ def find_images(folder, names, unique=False):
     """{name: path within folder} of the named images that are there: by path, by the end of a path, or by file name.
 
     "val/7.jpg" is found at val/7.jpg, else at all/val/7.jpg, else at pictures/7.jpg; of several there an error tells.
+    The case of a suffix matters only where files differ by it: cameras write 7.JPG, and programs call it 7.jpg.
     unique: the publisher gave no two images one name, so of several copies the first will do.
     """
-    by_path, by_name = set(), {}
-    for path in list_files(folder):
-        if path.lower().endswith(IMAGE_TYPES):
-            by_path.add(path)
-            by_name.setdefault(path.rpartition("/")[2], []).append(path)
-    found = {}
+    def plain(path):
+        stem, kind = os.path.splitext(path)
+        return stem + kind.lower()                              # "val/7.JPG" -> "val/7.jpg"
+    by_path, by_name, found = set(), {}, {}
+    for path in list_images(folder):
+        by_path.add(path)
+        by_name.setdefault(plain(path).rpartition("/")[2], []).append(path)
     for name in names:
-        there = [name] if name in by_path else by_name.get(name.rpartition("/")[2], [])
-        if len(there) > 1:
-            there = [path for path in there if path.endswith("/" + name)] or there
+        there = [name] if name in by_path else by_name.get(plain(name).rpartition("/")[2], [])
+        for spelled in (str, plain):
+            if len(there) > 1:
+                there = [path for path in there if f"/{spelled(path)}".endswith(f"/{spelled(name)}")] or there
         if len(there) > 1 and not unique:
             raise UserError(f"{name} could be {there[0]} or {there[1]} in {folder}; write its folder there as well")
         if there:
@@ -264,6 +274,9 @@ def _assemble(name, folder, where, captions, lists, notes, seed, allow_broken, u
     check_absent(notes, [n for n in said if n not in found], len(said), where, folder, allow_broken)
     if len(set(found.values())) < len(found):
         raise UserError(f"{where} gives several of its images one and the same file in {folder}; rename them")
+    extra = set() if unique or urls else {*list_images(folder)} - {*found.values()}
+    if extra:                                                   # a published set may lie there twice: no matter
+        notes.append(f"{len(extra)} images in the folder have no caption and were left out, such as {min(extra)}")
     names = list(found)
     return Dataset(name, [found[n] for n in names], [list(filter(None, said[n])) for n in names],
                    make_splits(names, lists, seed, notes, folder), folder, notes, urls and [urls[n] for n in names])
@@ -272,8 +285,8 @@ def _assemble(name, folder, where, captions, lists, notes, seed, allow_broken, u
 def _hub_table(path):
     """flickr_annotations_30k.csv: a row an image, with its captions as a json list -> what karpathy() returns."""
     captions, lists, wanted = {}, {}, "the hub's table of Flickr30k, with columns raw (a json list), split and filename"
-    with _layout(path, wanted), open(path, newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
+    with _layout(path, wanted):
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))):
             texts = json.loads(row["raw"])
             if not isinstance(texts, list):                     # the letters of a string could be looped over, too
                 raise TypeError(f"raw is {texts!r}")

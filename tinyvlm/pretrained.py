@@ -62,12 +62,24 @@ def _build_run(config):
     """config.json of a run -> the freshly made model it describes."""
     sizes = config["sizes"]
     if config["task"] in ("caption", "vqa"):
-        _ = [config[key] for key in ("model", "first", "end", "max_tokens")]     # what sample.py will need: KeyError
         return build(from_dict(sizes))
     tower = sizes["vision"] and (ResNetConfig if "blocks" in sizes["vision"] else ViTConfig)(**sizes["vision"])
     if config["task"] == "classify":
         return Classifier(ClassifierConfig(**{**sizes, "vision": tower}))
     return CLIP(CLIPConfig(**{**sizes, "vision": tower, "text": sizes["text"] and GPTConfig(**sizes["text"])}))
+
+
+def _check_run(config, model, recipe):
+    """Entries that nothing has used by now, and where they will be used no error could name them: AssertionError."""
+    fits = {"options": isinstance(config.get("options"), dict), "recipe": recipe.mode in ("squash", "crop", "adaptive")
+            and recipe.interpolation in INTERPOLATIONS.values() and type(recipe.size) is int and recipe.size > 0}
+    if config["task"] in ("caption", "vqa"):
+        fits["model"], text = config.get("model") == model.config.model, model.config.text
+        ids, room = range(text.vocab_size), range(1, getattr(text, "block_size", 2 ** 31) + 1)
+        spans = {"first": ids, "end": ids, "max_tokens": room} | ({"longest": room} if config["task"] == "vqa" else {})
+        fits |= {key: type(config.get(key)) is int and config[key] in span for key, span in spans.items()}
+    for key, fit in fits.items():
+        assert fit, f"{key} is {config.get(key)!r:.200}"
 
 
 def load_run(folder):
@@ -78,6 +90,7 @@ def load_run(folder):
     config = read_json(folder / "config.json")
     try:
         model, recipe = _build_run(config), Recipe(**config["recipe"])
+        _check_run(config, model, recipe)
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{folder / 'config.json'} is not the config of a run this version made ({error}); train again"
                         ) from None

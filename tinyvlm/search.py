@@ -21,7 +21,7 @@ from .clip import similarities
 from .config import UserError
 from .draw import INK, PAPER, progress, wrap
 from .image import load_image, normalise, to_uint8
-from .layouts import IMAGE_TYPES
+from .layouts import IMAGE_TYPES, list_images
 from .weights import load_safetensors, read_metadata, save_safetensors
 
 # bare words are rare in captions: a label is put into all of these
@@ -112,12 +112,15 @@ def embed_folder(model, recipe, folder, cache_path, batch_size=32, device="cpu",
     if model.vision is None:
         raise UserError("this model learned from ready-made features and cannot see; use the tower that made them")
     folder, path, model_name = Path(folder), Path(cache_path), fingerprint(model, recipe)
-    stamps = {name: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))
-              if "/." not in "/" + (name := p.relative_to(folder).as_posix())     # hidden: thumbnails and the like
-              and p.suffix.lower() in IMAGE_TYPES and p.is_file()}
+    stamps = {name: (p.stat().st_size, p.stat().st_mtime_ns) for name in sorted(list_images(folder))
+              if (p := folder / name).is_file()}                # not a link that leads nowhere
     if not stamps:
         raise UserError(f"the folder {folder} holds no images ({', '.join(IMAGE_TYPES)}); check the path")
-    old = read_cache(path, model_name) if path.exists() and not rebuild else {}
+    try:
+        old = read_cache(path, model_name) if path.exists() and not rebuild else {}
+    except (KeyError, TypeError, ValueError) as error:          # SafetensorsError is a ValueError, too
+        say(f"{path} is damaged ({error}) and is made anew")
+        old = {}
     known = {name: old[name] for name, stamp in stamps.items() if name in old and old[name][0] == stamp}
     todo, saved = [name for name in stamps if name not in known], len(known)
 
