@@ -1,5 +1,6 @@
 """Preparation of images: each step by itself, and the odd files people have."""
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -111,6 +112,40 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     assert bomb.stat().st_size < 100_000
     with pytest.raises(UserError, match=bomb.name):
         load_image(bomb)
+
+
+@pytest.mark.parametrize("size, fits", [((50, 1), True), ((51, 1), False), ((1, 101), False), ((40000, 1), False)])
+def test_a_long_thin_strip_is_refused(size, fits, tmp_path):
+    """A file of a few hundred bytes would be gigabytes once its short side is 224."""
+    strip = saved(tmp_path, Image.new("1", size))
+    if fits:
+        assert load_image(strip).size == size
+    else:
+        with pytest.raises(UserError, match=f"a.png is {size[0]}x{size[1]} pixels, too long and thin"):
+            load_image(strip)
+
+
+def test_a_damaged_exif_leaves_the_picture_as_it_is(tmp_path):
+    """A note beside the orientation is damaged, and Pillow fails to write it again (struct.error)."""
+    exif = Image.Exif()
+    exif[274], exif[282] = 6, 72
+    raw = bytearray(exif.tobytes())
+    raw[29] = 0x19                                                                # 282, the resolution, becomes 281
+    assert load_image(saved(tmp_path, noise(40, 20), "a.jpg", exif=bytes(raw))).size == (40, 20)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), NotImplementedError("pixel format"),
+                                   TypeError("a str"), struct.error("4 bytes"), MemoryError()])
+def test_whatever_a_decoder_raises_is_a_sentence(error, tmp_path, monkeypatch):
+    """AVIF, DDS and BLP, TIFF: each of Pillow's decoders has its own way to fail."""
+    path = saved(tmp_path, noise(4, 4))
+
+    def load(self):
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(UserError, match=f"a.png is a damaged image \\({type(error).__name__}: "):
+        load_image(path)
 
 
 def test_damage_anywhere_is_a_sentence(tmp_path):

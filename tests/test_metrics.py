@@ -37,6 +37,8 @@ REFERENCES = [["a dog runs across the grass", "a brown dog is running on grass",
     ("it’s “so” don’t ½ £5 café", "it 's so do n't 1/2 # 5 café"),
     ("an ant's-eye-view of a slip n 'slide", "an ant 's eye-view of a slip n slide"),
     ("1 1/2 cups", "1\u00a01/2 cups"),
+    ("I ❤\ufe0f dogs", "i ❤ dogs"), ("keycap 1\ufe0f\u20e3 shirt", "keycap 1 shirt"),
+    ("¿Dónde está? ¡Hola! „Hallo“ sagt er", "¿ dónde está ¡ hola „ hallo sagt er"),
     ("", ""), (" . , ' \" ", ""), ("red,blue\nend", "red blue end")])
 def test_tokenize_follows_penn_treebank(text, tokens):
     """Each rule of the lexer on its own example; one different token changes every n-gram that holds it."""

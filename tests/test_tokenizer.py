@@ -16,6 +16,8 @@ from tinyvlm.tokenizer import (BYTE_CHAR, CACHE_WORDS, GPT2_WORDS, GPT2_WORDS_AS
 
 REFERENCE = json.loads(Path(__file__).with_name("reference_tokenizer.json").read_text(encoding="utf-8"))
 CORPUS, TEXTS = REFERENCE["corpus"], REFERENCE["texts"]
+ADDED = {"id": 400, "content": "<mask>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}
 
 
 def spec_of(case):
@@ -238,6 +240,15 @@ def test_old_merge_strings_and_a_missing_model_type(tmp_path):
     assert [tokenizer.encode(text) for text in TEXTS] == REFERENCE["cases"]["gpt2"]["ids"]
 
 
+def test_tokens_taken_as_they_stand_are_cut_before_normalized_ones(tmp_path):
+    """As `tokenizers` does, normaliser or not: <mask> owns the spaces on its left, although "  " begins first."""
+    spaces = ADDED | {"id": 401, "content": "  ", "normalized": True, "special": False}
+    for tokens, text, ids in (([ADDED | {"lstrip": True}, spaces], "a  <mask>", [64, 400]),
+                              ([ADDED, spaces | {"content": "b<"}], "ab<mask>", [64, 65, 400])):
+        path = write(tmp_path / "t.json", spec_of("gpt2") | {"added_tokens": tokens})
+        assert load_tokenizer(path).encode(text) == ids
+
+
 def test_vocab_size_is_the_highest_id_plus_one(tmp_path):
     """An embedding of len(vocab) rows would be too small where ids are left out (32000 + <image> at id 32000)."""
     spec = spec_of("gpt2")
@@ -272,11 +283,32 @@ def test_what_is_not_known_is_refused_by_name(change, name, tmp_path):
     assert "odd.json" in str(error.value)
 
 
+@pytest.mark.parametrize("fault", [
+    {"id": True}, {"id": 1.0}, {"id": -1}, {"id": "1"}, {"id": 2**24}, {"id": None}, {"content": ""}, {"content": 7},
+    {"special": 1}, {"normalized": None}, {"lstrip": "no"}])
+def test_a_damaged_added_token_is_refused_when_the_file_is_opened(fault, tmp_path):
+    """An id of 1e30 became the size of an embedding, and an empty token was found before every letter."""
+    assert load_tokenizer(write(tmp_path / "t.json", spec_of("gpt2") | {"added_tokens": [ADDED]})).vocab_size == 401
+    with pytest.raises(UserError, match="t.json is broken"):
+        load_tokenizer(write(tmp_path / "t.json", spec_of("gpt2") | {"added_tokens": [ADDED | fault]}))
+
+
+@pytest.mark.parametrize("i", [True, 5.0, -1, 2**24, 10**30])
+def test_a_damaged_id_of_the_vocabulary_or_the_frame_is_refused(i, tmp_path):
+    model = spec_of("gpt2")["model"]
+    frame = {"type": "BertProcessing", "cls": ["<cls>", i], "sep": ["<sep>", 1]}
+    for change in ({"model": model | {"vocab": model["vocab"] | {"dog": i}}}, {"post_processor": frame}):
+        with pytest.raises(UserError, match="the id .* is not a whole number"):
+            load_tokenizer(write(tmp_path / "t.json", spec_of("gpt2") | change))
+
+
 def test_missing_and_broken_files_name_themselves(tmp_path):
     (tmp_path / "broken.json").write_text('{"model": ', encoding="utf-8")
+    (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     for path, words in ((tmp_path / "none.json", "none.json"), (tmp_path, "holds no tokenizer.json"),
-                        (tmp_path / "broken.json", "broken.json"), (tmp_path / "bytes.json", "bytes.json")):
+                        (tmp_path / "broken.json", "broken.json"), (tmp_path / "deep.json", "deep.json"),
+                        (tmp_path / "bytes.json", "bytes.json")):
         with pytest.raises(UserError, match=words):
             BPETokenizer.load(path)
     write(tmp_path / "vocab.json", {"a": 0})
@@ -306,6 +338,40 @@ def test_wordpiece_added_tokens_survive_a_round_trip(bert, tmp_path):
     for tokenizer in (bert, load_tokenizer(tmp_path), WordPieceTokenizer.load(tmp_path / "tokenizer.json")):
         assert tokenizer.vocab_size == size + 2
         assert tokenizer.encode("<SOS>a<EOS>") == [size, bert.token_to_id("a"), size + 1]
+
+
+def test_wordpiece_normalized_tokens_are_found_however_written(bert, tmp_path):
+    """add_tokens(["covid"]) of `transformers`: the text and the token are cleaned alike, then compared."""
+    bert.save(path := tmp_path / "tokenizer.json")
+    spec, soft = json.loads(path.read_text(encoding="utf-8")), {"normalized": True, "special": False}
+    names = ["Covid", "café au", "COVID", "\u0301"]           # of two that become one the first counts; one is nothing
+    spec["added_tokens"] += [ADDED | soft | {"id": 30 + i, "content": name} for i, name in enumerate(names)]
+    tokenizer = load_tokenizer(write(path, spec))
+    a, dash = tokenizer.token_to_id("a"), tokenizer.token_to_id("-")
+    assert [tokenizer.encode(text) for text in ("covid", "a COVID-a", "Cafe\u0301 AU", "a \u0301 a")] == [
+        [30], [a, 30, dash, a], [31], [a, a]]
+
+
+@pytest.mark.parametrize("config", [{"do_lower_case": False}, {"strip_accents": False}, []])
+def test_a_cased_vocab_txt_is_refused(config, bert, tmp_path):
+    """Its folder says so beside the vocabulary. Lower-casing would quietly give other ids than its model learned."""
+    assert WordPieceTokenizer.load(tmp_path).encode("A") == bert.encode("a")
+    write(tmp_path / "tokenizer_config.json", {"do_lower_case": True, "strip_accents": None})
+    assert WordPieceTokenizer.load(tmp_path).encode("A") == bert.encode("a")
+    write(tmp_path / "tokenizer_config.json", config)
+    with pytest.raises(UserError, match="uncased BERT" if config else "vocab.txt"):
+        load_tokenizer(tmp_path)
+
+
+def test_wordpiece_cleanup_takes_spaces_before_punctuation_out(bert, tmp_path):
+    """The `cleanup` of the file's decoder, which BERT's own tokenizer.json asks for."""
+    bert.add_special_tokens([".", ","])
+    ids = bert.encode("a dogs' - a, dog!.")
+    assert bert.decode(ids) == "a dogs ' - a , dog ! ."
+    bert.save(path := tmp_path / "tokenizer.json")
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["decoder"]["cleanup"] = True
+    assert load_tokenizer(write(path, spec)).decode(ids) == "a dogs ' - a, dog!."
 
 
 def test_the_word_cache_is_bounded(tok):

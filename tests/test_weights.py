@@ -136,12 +136,19 @@ def test_writing_into_a_loaded_tensor_is_private(tmp_path):
     ({3: torch.zeros(1)}, None, "named 3"),
     ({"__metadata__": torch.zeros(1)}, None, "__metadata__"),
     ({"\ud800": torch.zeros(1)}, None, "not text"),
-    ({}, {"epoch": 3}, "strings to strings"),
+    ({}, {"epoch": 3}, "strings to strings"), ({}, [("a", "b")], "strings to strings"), ({}, "ab", "to strings"),
 ])
 def test_what_the_format_cannot_hold_is_refused_and_nothing_written(tmp_path, tensors, metadata, fault):
     with pytest.raises(SafetensorsError, match=fault):
         save_safetensors(tensors, tmp_path / "x.safetensors", metadata)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused(tmp_path):
+    """It calls its layout strided, as a dense one does, and has no shape."""
+    with pytest.raises(SafetensorsError, match="a dense tensor"):
+        save_safetensors({"x": torch.nested.nested_tensor([torch.zeros(1)])}, tmp_path / "x.safetensors")
 
 
 # ---- malformed files
@@ -209,6 +216,14 @@ def test_each_rule_of_the_format_is_enforced_and_named(tmp_path, case):
         load_safetensors(put(tmp_path, raw))
     assert fault in str(caught.value) and "x.safetensors" in str(caught.value)
     assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
+
+
+def test_a_complaint_about_a_huge_shape_stays_short(tmp_path):
+    """A shape of 75 MB was printed whole."""
+    for raw in (pack({"x": line(shape=[1] * 10_000 + [-1])}, D4), pack({"x" * 10_000: line("F4", (8,))}, D4)):
+        with pytest.raises(SafetensorsError) as caught:
+            load_safetensors(put(tmp_path, raw))
+        assert len(str(caught.value)) < 500 + len(str(tmp_path))
 
 
 def test_a_header_over_the_limit_is_refused_without_reading_it(tmp_path):
@@ -389,6 +404,8 @@ def broken(**changes):
     ({"tensors": {"mean": torch.ones(3)}}, ["wrong shape: ours mean (2,), theirs mean (3,) viewed"]),
     ({"tensors": {"0.w": torch.ones(1, 2, 6)}},
      ["wrong shape: ours h.0.weight (6, 2), theirs 0.w (1, 2, 6) transposed"]),
+    ({"tensors": {"mean": torch.ones(2, dtype=torch.complex64)}},       # the copy would drop the imaginary parts
+     ["wrong shape: ours mean (2,), theirs mean (2,) viewed: complex, ours is real"]),
     ({"tensors": {"0.w": torch.ones(3, 6), "1.w": None, "z": torch.ones(1)}},
      ["missing in the file: 1.w", "unused in the file: z", "ours h.0.weight (6, 2), theirs 0.w (3, 6)"]),
 ])

@@ -7,6 +7,7 @@ there is one function that carries it out. Resizing is Pillow's, antialiased: wh
     file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
                                                  ^ cached, batched, augmented on the device
 """
+import contextlib
 import functools
 import io
 import math
@@ -24,6 +25,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MAX_PIXELS = 100_000_000                    # a decoded image of 300 MB; larger "photos" are bombs or maps
+MAX_ASPECT = 50                             # a strip of 40000x1, its short side blown up to 224, would be gigabytes
 
 
 @dataclass
@@ -71,15 +73,20 @@ def load_image(source, name=None, formats=None):
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{name} is {image.width}x{image.height} pixels, more than this program will decode")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise UserError(f"{name} is {image.width}x{image.height} pixels, too long and thin to resize; crop it")
             image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        with contextlib.suppress(Exception):        # a damaged EXIF costs the turning, not the picture
+            image = ImageOps.exif_transpose(image)
+        return to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"there is no image {name}; check the path") from None
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image Pillow can read; convert it to JPEG or PNG") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:      # what Pillow's decoders raise on damaged files
-        raise UserError(f"{name} is a damaged image ({error}); replace or remove it") from None
+    except UserError:
+        raise
+    except Exception as error:      # Pillow's decoders raise nearly anything on a damaged file, MemoryError included
+        raise UserError(f"{name} is a damaged image ({type(error).__name__}: {error}); replace or remove it") from None
 
 
 def to_rgb(image):
@@ -103,7 +110,10 @@ def resize_short(image, size, interpolation="bicubic"):
 
 
 def centre_crop(image, size):
-    """Cut size x size from the middle; an odd pixel goes where Python's round() puts half (as torchvision does)."""
+    """Cut size x size from the middle; an odd pixel goes where Python's round() puts half (as torchvision does).
+
+    The image processors of `transformers` round down instead, so their cut may lie one pixel beside ours.
+    """
     w, h = image.size
     left, top = round((w - size) / 2), round((h - size) / 2)
     return image.crop((left, top, left + size, top + size))

@@ -78,7 +78,7 @@ _RULES = r"""
 | [<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]] (?![A-Za-z0-9])           # a smiley :-)
 | -+ | [?!]+ | \.{3,5} | '' | &(?i:amp|lt|gt|quot|nbsp|\#\d+);  # "-" and "!" are dropped below, "!!" is not
 | @+ | \#+ | _+ | \*+ | << | >>
-| [=/(){}\[\]<>+%&~^|\\¢-©¬®-º¼-¾×÷†-‣‰-‸⁄€℀-⯿]                 # symbols that stand alone
+| [=/(){}\[\]<>+%&~^|\\¡-©¬®-º¼-¿„×÷†-‣‰-‸⁄€℀-⯿]                # symbols that stand alone
 """
 _SPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "¢": "cents", "£": "#",
             "¤": "$", "€": "$", "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", " ": "\u00a0",
@@ -98,6 +98,7 @@ def tokenize(caption):
     tokenize('The man\'s dog can\'t catch "it" (yet).')  ->  the man 's dog ca n't catch it -lrb- yet -rrb-
     """
     tokens = []
+    caption = regex.sub("[\ufe00-\ufe0f\u20dd-\u20e4]", " ", caption)     # how an emoji or a keycap is drawn: ❤️, 1️⃣
     for token in _lexer()(caption.replace("\u00ad", "").replace("&apos;", "'") + "\n"):     # U+00AD: the soft hyphen
         if token.isalpha():
             tokens.append(token.lower())

@@ -21,7 +21,7 @@ from pathlib import Path
 import regex
 
 from .config import UserError
-from .weights import atomic_write
+from .weights import atomic_write, read_json
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<image>", "<|system|>", "<|user|>", "<|assistant|>")
 CACHE_WORDS = 1 << 16       # distinct words remembered with their ids: captions repeat the same few thousand
@@ -254,14 +254,16 @@ def _read_spec(path):
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".txt":
-            return _wordpiece_spec({token: i for i, token in enumerate(text.removesuffix("\n").split("\n"))})
+            vocab = {token: i for i, token in enumerate(text.removesuffix("\n").split("\n"))}
+            config = path.with_name("tokenizer_config.json")
+            return _wordpiece_spec(vocab, read_json(config) if config.exists() else {})
         spec = json.loads(text)
         if path.name == "vocab.json":
             lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
             return _bpe_spec(spec, [line for line in lines if line and not line.startswith("#version")])
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}); name a tokenizer.json or folder") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable tokenizer ({error}); fetch it again") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise UserError(f"{path} is not a tokenizer.json (it has no model); name one, or the folder that holds it")
@@ -293,10 +295,11 @@ def _bpe_spec(vocab, merges):
             "post_processor": frame, "decoder": byte_level, "model": model}
 
 
-def _wordpiece_spec(vocab):
-    """The tokenizer.json for BERT's vocab.txt (uncased)."""
+def _wordpiece_spec(vocab, config):
+    """The tokenizer.json for BERT's vocab.txt; its tokenizer_config.json may tell of a cased one, which is refused."""
     names = [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name in vocab]
-    cleaning = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+    cleaning = {"clean_text": True, "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+                "strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)}
     return {"version": "1.0", "added_tokens": [_added_token(name, vocab[name]) for name in names],
             "normalizer": {"type": "BertNormalizer", **cleaning}, "pre_tokenizer": {"type": "BertPreTokenizer"},
             "post_processor": None, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
@@ -306,18 +309,32 @@ def _wordpiece_spec(vocab):
 
 # ---- what all kinds of tokenizer share
 
+def _check_tokens(ids, added):
+    """Refuse what would show late: an embedding has a row for every id, and a flag is read when its token is met."""
+    for i in ids:
+        if type(i) is not int or not 0 <= i < 2**24:            # to isinstance, True is an int too
+            raise ValueError(f"the id {i!r:.40} is not a whole number from 0 and below 2**24")
+    for token in added:
+        flags = [token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special")]
+        if not (isinstance(token["content"], str) and token["content"] and all(type(flag) is bool for flag in flags)):
+            raise ValueError(f"the added token of id {token['id']} has no text, or a flag that is not true or false")
+
+
 class _Tokenizer:
     """Ids and names, and the special tokens, which are cut out of a text before anything else looks at it.
 
-    A subclass brings `_setup` (read its components), `_words` (text -> words), `_word_ids` (word -> ids) and `decode`.
+    A subclass brings `_setup` (read its components, and put a text's cleaning into `_normalize` if it has one),
+    `_words` (clean text -> words), `_word_ids` (word -> ids) and `decode`.
     """
 
     def __init__(self, spec):
         self._spec, self._vocab = spec, spec["model"]["vocab"]
-        self._normalize, self._before, self._after = None, [], []
+        self._normalize, self._before, self._after = str, [], []
         self._setup(spec)
+        added = spec.get("added_tokens") or []
+        _check_tokens([*self._vocab.values(), *self._before, *self._after, *(token["id"] for token in added)], added)
         self._cached_ids = functools.lru_cache(CACHE_WORDS)(self._word_ids)
-        self._added = {token["content"]: token for token in spec.get("added_tokens") or []}
+        self._added = {token["content"]: token for token in added}
         self._index()
 
     def _index(self):
@@ -325,10 +342,12 @@ class _Tokenizer:
         self._ids = self._vocab | {name: token["id"] for name, token in self._added.items()}
         self._names = {i: name for name, i in self._ids.items()}
         self._specials = {token["id"] for token in self._added.values() if token["special"]}
-        # Some tokens are looked for in the text as given, some after normalising both: CLIP's match in capitals too.
-        late = {name for name, token in self._added.items() if token["normalized"] and self._normalize}
-        self._early_finder = _finder({name: token for name, token in self._added.items() if name not in late})
-        self._late_finder = _finder({self._normalize(name): self._added[name] for name in late})
+        # Some tokens are looked for in the text as given, the others then, after normalising both: CLIP's match in
+        # capitals too. Of two that become one string the first counts (reversed: a dict keeps the last).
+        early = {name: token for name, token in self._added.items() if not token["normalized"]}
+        late = {self._normalize(name): token for name, token in reversed(self._added.items()) if token["normalized"]}
+        late.pop("", None)                      # a lone accent, say, of which nothing is left
+        self._early_finder, self._late_finder = _finder(early), _finder(late)
 
     @classmethod
     def load(cls, path):
@@ -386,7 +405,7 @@ class _Tokenizer:
     def _pieces(self, text, special):
         """Text -> plain strings (normalised) and the ids of added tokens, in order."""
         for piece in _cut(text, self._early_finder, special):
-            if isinstance(piece, str) and self._normalize:
+            if isinstance(piece, str):
                 yield from _cut(self._normalize(piece), self._late_finder, special)
             else:
                 yield piece
@@ -483,7 +502,7 @@ class BPETokenizer(_Tokenizer):
     def _setup(self, spec):
         model, vocab = spec["model"], self._vocab
         steps = [_normalizer(part) for part in _parts(spec.get("normalizer"), "normalizers")]
-        self._normalize = (lambda text: functools.reduce(lambda t, step: step(t), steps, text)) if steps else None
+        self._normalize = lambda text: functools.reduce(lambda t, step: step(t), steps, text)
         parts = _parts(spec.get("pre_tokenizer"), "pretokenizers")
         if [part["type"] for part in parts].count("ByteLevel") != 1 or parts[-1]["type"] != "ByteLevel":
             _refuse("pre_tokenizer", "without ByteLevel as its last step")
@@ -556,10 +575,9 @@ class WordPieceTokenizer(_Tokenizer):
             _refuse("pre_tokenizer", "other than BertPreTokenizer")
         self._prefix, self._longest = model["continuing_subword_prefix"], model["max_input_chars_per_word"]
         self._unk = self._vocab[model["unk_token"]]
+        self._normalize, self._cleanup = _bert_clean, (spec.get("decoder") or {}).get("cleanup")
 
     def _words(self, text):
-        if not (text.isascii() and text.isprintable()):     # plain ASCII needs no cleaning
-            text = unicodedata.normalize("NFC", "".join(map(_clean_char, text)))
         return text.split()
 
     def _word_ids(self, word):
@@ -578,8 +596,12 @@ class WordPieceTokenizer(_Tokenizer):
         return ids or [self._unk]
 
     def decode(self, ids, special=True):
-        """Ids -> text: tokens joined by spaces, "##" glued on. Case, accents and the original spacing are lost."""
-        return " ".join(self._names_of(ids, special)).replace(" " + self._prefix, "")
+        """Ids -> text: tokens joined by spaces, "##" glued on. Case, accents and the original spacing are lost.
+
+        A file may ask for `cleanup`: no space before . , ? and !
+        """
+        text = " ".join(self._names_of(ids, special)).replace(" " + self._prefix, "")
+        return re.sub(" (?=[.,?!])", "", text) if self._cleanup else text
 
 
 class WordTokenizer(_Tokenizer):
@@ -631,11 +653,18 @@ def _clean_char(char):
     return f" {char} " if IDEOGRAPH.match(char) else char
 
 
+def _bert_clean(text):
+    """Odd characters out, lower case, accents off: "Le Café" -> "le cafe"."""
+    if text.isascii() and text.isprintable():
+        return text.lower()
+    text = unicodedata.normalize("NFC", "".join(map(_clean_char, text)))
+    return "".join(char for char in unicodedata.normalize("NFD", _lower(text)) if unicodedata.category(char) != "Mn")
+
+
 def _bert_words(word):
-    """Lower case, accents off, every punctuation character apart: "Café!" -> ["cafe", "!"]."""
-    plain = [char for char in unicodedata.normalize("NFD", _lower(word)) if unicodedata.category(char) != "Mn"]
+    """Every punctuation character apart: "cafe!" -> ["cafe", "!"]."""
     # All of ASCII's symbols count as punctuation ("$" and "`" too), beyond ASCII only Unicode's categories P*.
-    apart = [f" {c} " if unicodedata.category(c)[0] == "P" or c.isascii() and not c.isalnum() else c for c in plain]
+    apart = [f" {c} " if unicodedata.category(c)[0] == "P" or c.isascii() and not c.isalnum() else c for c in word]
     return "".join(apart).split()
 
 
@@ -653,5 +682,5 @@ def load_tokenizer(path):
         return kinds[kind](spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (LookupError, ValueError, TypeError, AttributeError, regex.error) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError, regex.error) as error:
         raise UserError(f"{path} is broken ({type(error).__name__}: {error}); fetch it again") from None

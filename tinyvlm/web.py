@@ -38,7 +38,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .config import UserError
 from .download import Fault, Limits, download, locked, may_pass, number, origin, persist
-from .image import adaptive_square, load_image
+from .image import MAX_ASPECT, adaptive_square, load_image
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")     # Guard: Pillow would hand an EPS to Ghostscript
 HEADERS = {"User-Agent": "tinyvlm/0.1 (collects training images)", "Accept": "image/*", "Accept-Encoding": "identity"}
@@ -231,7 +231,7 @@ class _Web:
                     w, h = head.size
                 if w * h > self.how.max_pixels:
                     raise FetchError("too many pixels")
-                if max(w, h) > 50 * min(w, h):                  # padded to a square, such a strip would be gigabytes
+                if max(w, h) > MAX_ASPECT * min(w, h):          # padded to a square, such a strip would be gigabytes
                     raise FetchError("too long and thin")
                 return load_image(data, "it", FORMATS)
         except FetchError:

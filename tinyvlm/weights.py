@@ -168,7 +168,7 @@ def _open(path):
     try:
         return buffer, *_parse(buffer)
     except (ValueError, RecursionError) as fault:
-        why = "its JSON is nested too deeply" if isinstance(fault, RecursionError) else fault
+        why = "its JSON is nested too deeply" if isinstance(fault, RecursionError) else str(fault)[:300]  # may be MBs
         raise SafetensorsError(f"{path} is not a valid safetensors file: {why}; fetch or save it again") from fault
 
 
@@ -185,12 +185,12 @@ def _tensor(where, buffer, dtype, shape, begin, end):
     try:
         return flat.reshape(shape)
     except (RuntimeError, TypeError) as fault:  # [0, 2**63] needs no bytes, yet is beyond torch's own integers
-        raise SafetensorsError(f"{where} has a shape too large for torch, {shape}; save it again") from fault
+        raise SafetensorsError(f"{where} has a shape too large for torch, {shape!s:.300}; save it again") from fault
 
 
 def _load_file(path):
     buffer, _, entries, start = _open(path)
-    return {name: _tensor(f"tensor {name!r} in {path}", buffer, dtype, shape, start + begin, start + end)
+    return {name: _tensor(f"tensor {name!r:.300} in {path}", buffer, dtype, shape, start + begin, start + end)
             for name, (dtype, shape, begin, end) in entries.items()}
 
 
@@ -241,14 +241,15 @@ def _header(tensors, metadata):
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise SafetensorsError(f"a tensor cannot be named {name!r} in a safetensors file; rename it")
-        if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in kinds:
+        dense = torch.is_tensor(tensor) and tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+        if not dense or tensor.dtype not in kinds:
             what = f"{tensor.layout} {tensor.dtype} on {tensor.device}" if torch.is_tensor(tensor) else type(tensor)
             raise SafetensorsError(f"safetensors cannot hold {name!r} ({what}); pass a dense tensor of a known dtype")
     header, rank, begin = {}, list(DTYPES), 0
     if metadata is not None:
-        header["__metadata__"] = dict(metadata)
-        if not all(isinstance(word, str) for pair in metadata.items() for word in pair):
+        if not (isinstance(metadata, dict) and all(isinstance(s, str) for pair in metadata.items() for s in pair)):
             raise SafetensorsError(f"safetensors metadata maps strings to strings, got {metadata}; convert with str()")
+        header["__metadata__"] = dict(metadata)
     names = sorted(tensors, key=lambda name: (-rank.index(kinds[tensors[name].dtype]), name))
     for name in names:
         dtype, shape = tensors[name].dtype, list(tensors[name].shape)
@@ -320,7 +321,8 @@ class Row(NamedTuple):
 def _misfit(name, target, rule, tensors):
     """Try a rule and drop the result (most are views; a join is small): "" if its shape is ours, else the reason."""
     try:
-        got = tuple(rule.apply([tensors[theirs] for theirs in rule.names], target.shape).shape)
+        got = rule.apply([tensors[theirs] for theirs in rule.names], target.shape)
+        got = "complex, ours is real" if got.is_complex() and not target.is_complex() else tuple(got.shape)
     except (RuntimeError, IndexError, ValueError) as fault:
         got = str(fault).splitlines()[0]
     theirs = " + ".join(f"{theirs} {tuple(tensors[theirs].shape)}" for theirs in rule.names)
