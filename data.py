@@ -404,7 +404,8 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, store, texts, split, batch_size, K=1, accum=1, seed=0, rank=0, world=1, pad_to=None):
-        self.store, self.texts, self.members = store, texts, store.usable(split)
+        self.store, self.texts = store, texts
+        self.members = [i for i in store.usable(split) if texts.rows[i]]          # with something to learn from it
         self.batch_size, self.accum, self.seed = batch_size, accum, seed
         self.K = min(K, max(map(len, texts.rows)))              # more rows than any image has captions would be empty
         self.rank, self.world, self.pad_to = rank, world, pad_to
@@ -473,7 +474,7 @@ def eval_batches(store, texts, split, batch_size, limit=None, pad_to=None):
 
     The last Batch may be smaller. share is left at 1: who adds up losses weighs them by n_targets.
     """
-    members = store.usable(split)[:limit]
+    members = [i for i in store.usable(split)[:limit] if texts.rows[i]]
     for start in range(0, len(members), batch_size):
         part = members[start:start + batch_size]
         part = store.present(part) if isinstance(store, StreamStore) else part
@@ -572,8 +573,9 @@ def check_device(name):
     try:
         torch.zeros(1, device=name).cpu()
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} cannot be used here; try cpu") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise UserError(f"--device {name} cannot be used here ({why}); try cpu") from None
 
 
 def check_options(c):

@@ -261,8 +261,9 @@ class Captioning(Task):
         torch.manual_seed(c.seed)
         vision = None if feats else replace(self.eyes.sizes, dropout=c.dropout) if self.eyes else fresh_eyes(c)
         seen = vision.n_patches if vision else feats.n_tokens
-        if c.shuffle > 1 and math.isqrt(seen) % c.shuffle + seen - math.isqrt(seen) ** 2:
-            raise UserError(f"--shuffle {c.shuffle} does not divide a square of {seen} image tokens")
+        side = math.isqrt(seen)
+        if c.shuffle > 1 and (side * side != seen or side % c.shuffle):
+            raise UserError(f"--shuffle {c.shuffle} needs a square grid that it divides, not {seen} image tokens")
         n_image = 0 if c.model != "prefix" else seen // c.shuffle ** 2
         room = c.max_tokens + 2 + n_image                       # start and end frame the caption
         if c.model == "lstm":

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from data import CLEAN, Batches, DataConfig, ImageStore, StreamStore, check_device, load_dataset, report
 from tasks import TASKS, add_to_table, learning, read_table, show
-from tinyvlm.config import UserError, option, parse_config, run_script
+from tinyvlm.config import UserError, option, out_of_memory, parse_config, run_script
 from tinyvlm.draw import curves
 from tinyvlm.features import FeatureStore, short_names
 from tinyvlm.gpt import IGNORE
@@ -42,9 +42,10 @@ from tinyvlm.vlm import MODELS, to_dict
 from tinyvlm.vqa import show_tokens
 from tinyvlm.weights import atomic_write, read_json, save_safetensors, write_json
 
-RUN_FILES = ("state.pt", "config.json", "model.safetensors", "tokenizer.json", "log.csv", "curves.png", "samples.png",
+RUN_FILES = ("state.pt", "model.safetensors", "tokenizer.json", "log.csv", "curves.png", "samples.png",
              "example.png", "scores.json", "captions.jsonl", "results.json", "similarity.png", "confusion-*.png",
-             "search-*.safetensors")        # state.pt first: without it nothing is resumed
+             "search-*.safetensors", "config.json")     # the order of deletion: first what --resume needs, last what
+                                                        # tells that the rest was a run's
 
 
 @dataclass
@@ -135,8 +136,8 @@ class TrainConfig(DataConfig):
 PRESETS = {                     # those with adamw were measured, or written, before there was muon.py
     # real photographs from scratch on two cores: within 40 minutes
     "laptop": dict(dataset="flickr8k", image_size=128, n_layer=2, n_embd=256, dropout=0.2, vocab_size=2048,
-                   clean="words", max_tokens=20, epochs=10, captions_per_image=5, lr=1e-3, crop=0.4, jitter=0.3,
-                   eval_interval=376, guidance=0.3, optimizer="adamw"),
+                   clean="words", max_tokens=20, epochs=10, captions_per_image=5, crop=0.4, jitter=0.3,
+                   eval_interval=376, guidance=0.3),
     # the same at the size a GPU likes
     "gpu": dict(dataset="flickr8k", image_size=224, n_layer=6, n_head=8, n_embd=512, vocab_size=8192, clean="words",
                 max_tokens=32, dropout=0.1, epochs=40, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.4,
@@ -178,8 +179,9 @@ class Machine:
             raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu or a CUDA build")
         if self.world > 1 and kind == "cuda":
             kind = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(kind)
         self.device = check_device(kind)
+        if self.world > 1 and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.cuda = self.device.type == "cuda"
         if self.world > 1:
             dist.init_process_group("nccl" if self.cuda else "gloo")
@@ -330,8 +332,8 @@ class Run:
         """Put everything back where save_state took it from; returns (step, best, log)."""
         state = read_state(self.out)
         if state["data"] != self.fingerprint:
-            raise UserError(f"the images or captions of {self.dataset.name} are not those that the run in {self.out} "
-                            "began with; bring them back, or start again without --resume")
+            raise UserError(f"the images, captions, labels or tokenizer of {self.dataset.name} are not those that the "
+                            f"run in {self.out} began with; bring them back, or start again without --resume")
         try:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizers"])
@@ -340,6 +342,8 @@ class Run:
             if self.machine.cuda and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.machine.device)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"{self.out}/state.pt does not fit the model of its own options ({type(error).__name__}); "
                             "start again without --resume") from None
         return state["step"], state["best"], state["log"]
@@ -367,8 +371,9 @@ def as_worker(_):
 def old_files(out):
     """What an earlier run left in the folder `out`. Raises UserError where files of these names are not a run's."""
     old = [path for name in RUN_FILES for path in out.glob(name)]
-    if old and not (out / "state.pt").exists() and not is_run(out):
-        raise UserError(f"{out} holds {old[0].name}, but not of a run of train.py; give another --out-dir")
+    foreign = [path.name for path in old if not path.name.startswith("search-")]          # sample.py leaves those, too
+    if foreign and not (out / "state.pt").exists() and not is_run(out):
+        raise UserError(f"{out} holds {foreign[0]}, but not of a run of train.py; give another --out-dir")
     return old
 
 
@@ -391,6 +396,8 @@ def read_state(out):
         return state
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
             pickle.UnpicklingError) as error:
+        if out_of_memory(error) or getattr(error, "filename", None):              # not the file's fault
+            raise
         raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None
 
 
@@ -582,7 +589,7 @@ def check_options(c):
 def resumed_options(config, out):
     """The options of the saved run: --resume means the same run, so a flag that says otherwise is refused."""
     if not (out / "state.pt").exists():
-        if old_files(out):
+        if is_run(out) and old_files(out):
             raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its "
                             f"weights with --init {out} (or --vision) in another --out-dir")
         print(f"{out} holds no saved state yet: starting from the beginning")
@@ -654,12 +661,12 @@ def main():
     if config.resume:
         config, config.resume = resumed_options(config, Path(config.out_dir))
     check_options(config)
-    for source in (config.init, config.vision, config.text, config.tokenizer):
+    for source in (config.init, config.vision, config.text):
         if source and not config.resume and Path(source).resolve() == Path(config.out_dir).resolve():
             raise UserError(f"{source} would be replaced by the run that starts from it; give another --out-dir")
     if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
         raise UserError(f"--out-dir {config.out_dir} is a file; name a folder")
-    if not config.resume:
+    if not config.resume and not config.show_batch:
         old_files(Path(config.out_dir))
     machine = Machine(config)
     run = Run(config, machine)

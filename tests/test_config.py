@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tinyvlm.config import UserError, option, parse_config, run_script
+from tinyvlm.config import UserError, option, out_of_memory, parse_config, run_script
 
 
 @dataclass
@@ -82,3 +82,10 @@ def test_run_script_does_not_hide_our_bugs():
             raise bug
         with pytest.raises(type(bug)):
             run_script(main)
+
+
+def test_a_machine_without_memory_says_so_however_it_is_said():
+    assert all(map(out_of_memory, (MemoryError(), OSError(12, "Cannot allocate memory"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))))
+    others = OSError(28, "No space left"), RuntimeError("unable to allocate shared memory(shm)"), ValueError("out of memory")
+    assert not any(map(out_of_memory, others))

@@ -304,6 +304,13 @@ def test_captions_of_which_nothing_is_left_are_counted():
     assert texts.rows[0][1] == ([50], [60]) and texts.empty == 1
 
 
+def test_images_without_any_row_are_passed_over():
+    store = SimpleNamespace(usable=lambda split: [0, 1, 2], get=torch.tensor, ready=True)
+    texts = SimpleNamespace(rows=[[], [([1], [2])], []])
+    assert Batches(store, texts, "train", 1).members == [1]
+    assert [batch.img.tolist() for batch in eval_batches(store, texts, "val", 1)] == [[1]]
+
+
 def test_all_captions_take_their_turn():
     batches = toy(K=1)
     assert {tuple(batches.captions_of(2, epoch)[0][1]) for epoch in range(3)} == {(1, 2, 60), (1, 2, 3, 60), (1, 60)}

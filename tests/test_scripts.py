@@ -19,7 +19,7 @@ import train
 from conftest import REFERENCE, ROOT
 from servers import send
 from test_data import album, from_folder
-from tinyvlm.config import run_script
+from tinyvlm.config import UserError, run_script
 from tinyvlm.gpt import GPT, GPTConfig
 from tinyvlm.pretrained import export_gpt2, export_run, load_vit
 from tinyvlm.tokenizer import BPETokenizer
@@ -216,6 +216,15 @@ def test_a_new_run_replaces_an_old_one_whole(trained, tmp_path, capsys):
     run(train, *TINY, "--out-dir", tmp_path / "file", code=2)
     run(train, *TINY, "--out-dir", tmp_path / "file" / "below", code=2)
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_what_sample_py_left_in_out_is_no_foreign_folder(tmp_path):
+    """`sample.py --pretrained .. --search` keeps its embeddings in out/, where the first run will go."""
+    (tmp_path / "search-1.safetensors").write_bytes(b"")
+    assert [path.name for path in train.old_files(tmp_path)] == ["search-1.safetensors"]
+    (tmp_path / "log.csv").write_text("mine")
+    with pytest.raises(UserError, match="holds log.csv, but not of a run"):
+        train.old_files(tmp_path)
 
 
 def test_a_non_finite_loss_names_its_step(tmp_path, capsys):

@@ -91,6 +91,13 @@ def _add_flag(parser, field, hint):
         parser.add_argument(flag, type=kind, choices=choices, metavar=shown, help=text, **extra)
 
 
+def out_of_memory(error):
+    """Whether memory ran out: torch has several ways to say so, on each device."""
+    words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED|tried to allocate"
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or isinstance(
+        error, RuntimeError) and bool(re.search(words, str(error)))
+
+
 def run_script(main):
     """Run a script's main(): a UserError, a disk that refuses, memory that ran out: one sentence and exit code 2."""
     for stream, how in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):    # file names that are not UTF-8
@@ -103,16 +110,14 @@ def run_script(main):
     except BrokenPipeError:                                     # `sample.py .. | head -1`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno is None:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            sys.exit(_say("memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"))
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
         where = error.filename or "the output folder"
         sys.exit(_say(f"cannot use {where}: {error.strerror}; {remedy}, or choose another"))
-    except (MemoryError, RuntimeError) as error:                # torch has several ways to say so, on each device
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate|not enough memory", str(error)):
-            raise
-        sys.exit(_say("memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"))
     except KeyboardInterrupt:
         sys.exit(130)
 

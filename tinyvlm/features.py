@@ -82,12 +82,16 @@ def _marks(dataset):
     if dataset.name == "shapes":
         return {name: said[0] for name, said in zip(names, dataset.captions)}
     own = dataset.name in ("folder", "capsfusion")              # the names in published sets are unique
-    return {name: (dataset.folder / path).stat().st_size for name, path in zip(names, dataset.names)} if own else {}
+    paths = [dataset.folder / path for path in dataset.names] if own else []
+    return {name: path.stat().st_size for name, path in zip(names, paths) if path.is_file()}
 
 
 def _strangers(dataset, meta):
     """The names that stood for another image when the file was made. Files from elsewhere do not tell."""
-    then = json.loads(meta.get("marks", "{}"))
+    try:
+        then = dict(json.loads(meta.get("marks", "{}")))
+    except (TypeError, ValueError):
+        raise UserError("the feature file's `marks` cannot be read; make the file again") from None
     return {name for name, mark in _marks(dataset).items() if then.get(name, mark) != mark}
 
 
@@ -153,11 +157,7 @@ def read_features(path):
     if not isinstance(ids, list) or feats.dim() not in (2, 3) or len(ids) != len(feats) or 0 in feats.shape:
         raise UserError(f"{path} should hold features of shape (images, D) or (images, N, D) and a name for each; its "
                         f"features are {tuple(feats.shape)}, its names {len(ids)}")
-    known = dict(zip(short_names(map(str, ids)), feats))
-    for name, x in known.items():
-        if not x.float().isfinite().all():
-            raise UserError(f"{path} holds inf or nan for {name}; make it again, or leave that image out")
-    return known
+    return dict(zip(short_names(map(str, ids)), feats))
 
 
 class FeatureStore:
@@ -173,15 +173,17 @@ class FeatureStore:
         self.dataset, self.path = dataset, Path(path)
         by_name = read_features(path)
         self.meta = read_metadata(path)
-        for name in _strangers(dataset, self.meta):             # not this image's: as good as missing
+        strange = _strangers(dataset, self.meta)
+        for name in strange:                                    # not this image's: as good as missing
             by_name.pop(name, None)
         names = short_names(dataset.names)
         wanted = sorted({i for members in dataset.splits.values() for i in members})
         missing = [names[i] for i in wanted if names[i] not in by_name]
         if len(missing) > MAX_LOST * len(wanted):
+            remedy = ("it was made of other images of these names: remove it and" if strange else
+                      "it belongs to another data set, or was not finished:")
             raise UserError(f"{path} has no features of {len(missing)} of the {len(wanted)} images of {dataset.name} "
-                            f"(such as {missing[0]}); it belongs to another data set, or was not finished: run "
-                            "data.py --features again")
+                            f"(such as {missing[0]}); {remedy} run data.py --features again")
         if missing:
             say(f"left out: {len(missing)} images that {path} has no features of, such as {missing[0]}")
         if self.meta.get("dataset", dataset.name) != dataset.name:
@@ -205,8 +207,13 @@ class FeatureStore:
         return [i for i in self.dataset.splits[split] if i in self.feats]
 
     def get(self, members):
-        """float32 (B, D) or (B, N, D) of the images `members`."""
-        return torch.stack([self.feats[i] for i in members]).float()
+        """float32 (B, D) or (B, N, D) of the images `members`. Raises UserError where a number is inf or nan."""
+        feats = torch.stack([self.feats[i] for i in members]).float()
+        if not feats.isfinite().all():                          # here and not on opening, which reads nothing yet
+            bad = next(i for i, x in zip(members, feats) if not x.isfinite().all())
+            raise UserError(f"{self.path} holds inf or nan for {self.dataset.names[bad]}; make it again, or leave that "
+                            "image out")
+        return feats
 
 
 # ---- captions, likewise

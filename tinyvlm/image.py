@@ -86,7 +86,8 @@ def load_image(source, name=None, formats=None):
     except UserError:
         raise
     except Exception as error:      # Pillow's decoders raise nearly anything on a damaged file, MemoryError included
-        raise UserError(f"{name} is a damaged image ({type(error).__name__}: {error}); replace or remove it") from None
+        raise UserError(f"{name} is a damaged image, or too large for the free memory ({type(error).__name__}: "
+                        f"{error}); replace or remove it") from None
 
 
 def to_rgb(image):

@@ -405,10 +405,12 @@ class _Tokenizer:
     def _pieces(self, text, special):
         """Text -> plain strings (normalised) and the ids of added tokens, in order."""
         for piece in _cut(text, self._early_finder, special):
-            if isinstance(piece, str):
+            if isinstance(piece, int):
+                yield piece
+            elif self._late_finder:
                 yield from _cut(self._normalize(piece), self._late_finder, special)
             else:
-                yield piece
+                yield self._normalize(piece)
 
     def encode(self, text, special=True, max_length=None):
         """Text -> list of ids.
@@ -502,7 +504,8 @@ class BPETokenizer(_Tokenizer):
     def _setup(self, spec):
         model, vocab = spec["model"], self._vocab
         steps = [_normalizer(part) for part in _parts(spec.get("normalizer"), "normalizers")]
-        self._normalize = lambda text: functools.reduce(lambda t, step: step(t), steps, text)
+        if steps:
+            self._normalize = lambda text: functools.reduce(lambda t, step: step(t), steps, text)
         parts = _parts(spec.get("pre_tokenizer"), "pretokenizers")
         if [part["type"] for part in parts].count("ByteLevel") != 1 or parts[-1]["type"] != "ByteLevel":
             _refuse("pre_tokenizer", "without ByteLevel as its last step")
