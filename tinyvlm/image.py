@@ -83,11 +83,10 @@ def load_image(source, name=None, formats=None):
         raise UserError(f"there is no image {name}; check the path") from None
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image Pillow can read; convert it to JPEG or PNG") from None
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except Exception as error:      # Pillow's decoders raise nearly anything on a damaged file, MemoryError included
-        raise UserError(f"{name} is a damaged image, or too large for the free memory ({type(error).__name__}: "
-                        f"{error}); replace or remove it") from None
+    except Exception as error:                              # Pillow's decoders raise nearly anything on a damaged file
+        raise UserError(f"{name} is a damaged image ({type(error).__name__}: {error}); replace or remove it") from None
 
 
 def to_rgb(image):
