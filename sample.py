@@ -383,7 +383,7 @@ def search_folder(run, config, clean):
 
 
 MODES = {"caption": speak, "vqa": answer, "clip": find}
-# The options that only some modes heed
+# The options that only runs of some tasks heed: {tasks: names}
 ONLY = {"caption": "attention guidance", "vqa": "chat", "clip": "labels template captions search images hits sheet",
         "caption or vqa": "prompt temperature top_k top_p num_beams length_penalty max_tokens seed"}
 

@@ -321,9 +321,8 @@ class Run:
     def save_state(self, model, optimizer, step, best, log):
         """All that --resume needs to go on from `step` as if nothing had happened. One file: no kill can split it."""
         state = {"step": step, "best": best, "log": log, "options": asdict(self.config), "data": self.fingerprint,
-                 "model": model.state_dict(),
-                 "optimizers": optimizer.state_dict(), "scaler": self.machine.scaler.state_dict(),
-                 "rng": torch.get_rng_state(),
+                 "model": model.state_dict(), "optimizers": optimizer.state_dict(),
+                 "scaler": self.machine.scaler.state_dict(), "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state(self.machine.device) if self.machine.cuda else None}
         atomic_write(self.out / "state.pt", lambda file: write_state(state, file))
         self.write_log(log)
@@ -378,7 +377,7 @@ def old_files(out):
 
 
 def write_state(state, file):
-    """torch.save, which hides a full disk behind an error of its own."""
+    """torch.save. A full disk, which it hides behind an error of its own, is the OSError that it was."""
     try:
         torch.save(state, file)
     except RuntimeError as error:
@@ -608,7 +607,8 @@ def resumed_options(config, out):
 
 def evaluate_run(config):
     """--eval-only: score a finished run on a whole split; scores.json, captions.jsonl, and a row of the table."""
-    saved, _ = load_run(config.out_dir), read_table(config.table)                 # no table is seen now, not afterwards
+    saved = load_run(config.out_dir)
+    read_table(config.table)                                    # a file that is no table is refused before the scoring
     options = saved.config["options"]
     here = {"eval_only", "out_dir", "split", "num_beams", "length_penalty", "table", "device", "dtype"}
     unfit = set(config.given) - here - {"data_dir", "features", "cache", "allow_broken", "batch_size", "guidance"}

@@ -61,8 +61,8 @@ class Product(torch.autograd.Function):
 def by_hand(x, weight):
     """Whether the two ways of this file apply: float32 on a CPU, outside autocast and torch.compile.
 
-    And a whole weight, or a whole one turned: for columns cut out of one, oneDNN falls back to a loop for reference that
-    takes a thousand times as long.
+    And a whole weight, or a whole one turned: for columns cut out of one, oneDNN falls back to its reference loop,
+    which takes a thousand times as long.
     """
     return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
             and x.numel() > 0 and (weight.is_contiguous() or weight.t().is_contiguous())

@@ -350,7 +350,7 @@ def _open_clip_config(ck):
 
 def _clip(ck, rules):
     """Sizes from config.json, or open_clip's file beside it. end_token None: a text ends at the largest of its ids."""
-    if "model_type" in ck.config:                               # where an old file has both, its .._dict counts
+    if {"model_type", "vision_config"} & set(ck.config):        # where an old file has both, its .._dict counts
         eyes, words = (ck.config.get(f"{side}_dict") or ck.config.get(side)
                        for side in ("vision_config", "text_config"))
     else:
