@@ -1,14 +1,11 @@
 """How fast, always as a ratio: two ways of doing the same thing, in turn, in one process. Absolute times only explain.
 
-    python bench.py tokenizer --captions captions.txt     training and encoding, beside the Rust `tokenizers` library
-    python bench.py decode                                ViT-B/16 + GPT-2 captioning beside transformers, and uncached
-    python bench.py train                                 one training step of the same pair
-    python bench.py weights                               opening safetensors files beside the public library
-    python bench.py lstm                                  a training step beside torch.nn.LSTM, and word by word
-    python bench.py contrastive                           a large contrastive batch, whole and in micro-batches
-    python bench.py images                                the prefix model's decoding with one image and with four
-    python bench.py web                                   fetching small images from a slow server of our own
-    python bench.py parity                                not speed: full-size models beside transformers, same weights
+    python tests/bench.py tokenizer --captions captions.txt     training and encoding, beside the Rust `tokenizers` library
+    python tests/bench.py decode                                ViT-B/16 + GPT-2 captioning beside transformers, and uncached
+    python tests/bench.py train                                 one training step of the same pair
+    python tests/bench.py weights                               opening safetensors files beside the public library
+    python tests/bench.py lstm                                  a training step beside torch.nn.LSTM, and word by word
+    python tests/tests/bench.py parity                                not speed: full-size models beside transformers, same weights
 
 The peers (transformers, tokenizers, safetensors) are no part of this project: install them to compare, or read our side
 alone. All weights are random; speed does not depend on them. Pairs alternate, and the median of the ratios is quoted,
@@ -26,24 +23,27 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tinyvlm.clip import similarities
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.generate import generate
-from tinyvlm.gpt import IGNORE, GPTConfig
+from tinyvlm.gpt import IGNORE
 from tinyvlm.layouts import read_captions
 from tinyvlm.lstm import LSTM
-from tinyvlm.pretrained import export_vit_gpt2, load_clip, load_gpt2, load_resnet50, load_vit, load_vit_gpt2
+from tinyvlm.export import export_vit_gpt2
+from tinyvlm.pretrained import load_clip, load_gpt2, load_resnet50, load_vit, load_vit_gpt2
 from tinyvlm.tokenizer import BPETokenizer
 from tinyvlm.vit import ViTConfig
 from tinyvlm.vlm import LSTMConfig, VLMConfig, build
-from tinyvlm.web import Fetch, ImageStream, download_images
 from tinyvlm.weights import load_safetensors, save_safetensors
 
 
 @dataclass
 class BenchConfig:
     """Options of a benchmark."""
-    pairs: int = option(5, "how many times each side runs, after one warm-up")
-    threads: int = option(2, "processor threads of torch")
+    pairs: int = option(5, "how many times each side runs, after one warm-up", above=0)
+    threads: int = option(2, "processor threads of torch", above=0)
     captions: str | None = option(None, "tokenizer: a caption file, such as Flickr8k's captions.txt")
     dtype: str = option("float32", "decode, train: number format on cuda", ("float32", "bfloat16"))
     device: str = option("cpu", "decode, train: cpu or cuda")
@@ -85,7 +85,7 @@ def have(package):
 def tokenizer(config):
     """Training 8,192 entries, and one encode() call per caption, on one core."""
     if not config.captions:
-        raise UserError("bench.py tokenizer needs --captions FILE, for example Flickr8k's captions.txt")
+        raise UserError("tests/bench.py tokenizer needs --captions FILE, for example Flickr8k's captions.txt")
     texts = [c for group in read_captions(Path(config.captions))[0].values() for c in group]
     megabytes = sum(len(t.encode()) for t in texts) / 1e6
     ours, peer = BPETokenizer.train(texts, 8192), None
@@ -145,24 +145,6 @@ def decode(config):
         for _ in range(24):
             idx = torch.cat([idx, model(img[:1], idx)[0][:, -1:].argmax(-1)], dim=1)
     compare("greedy, 1 image, cached / uncached", ours(1, 1), uncached, config, "uncached")
-    with torch.inference_mode():
-        vision = statistics.median(seconds(lambda: model.vision(img[:1]), config.device) for _ in range(4))
-        whole = statistics.median(seconds(ours(1, 1), config.device) for _ in range(4))
-    explain(model, vision, (whole - vision) / 24)
-
-
-def explain(model, vision_s, token_s):
-    """Where the time goes: FLOPs of looking and bytes of speaking, against what the machine can do."""
-    a = torch.randn(2048, 2048)
-    peak = 2 * 2048 ** 3 / min(seconds(lambda: a @ a) for _ in range(5))
-    big = torch.zeros(64 << 20)                                 # 256 MB, more than any cache
-    bandwidth = 256e6 * 1.048576 / min(seconds(lambda: big.sum()) for _ in range(5))
-    flops = 197 * 2 * sum(p.numel() for n, p in model.vision.named_parameters() if p.dim() == 2)
-    size = sum(p.numel() * p.element_size() for n, p in model.text.named_parameters() if "wpe" not in n)
-    print(f"    looking: {vision_s * 1000:.0f} ms for {flops / 1e9:.1f} GFLOP, {flops / vision_s / peak:.0%} of the "
-          f"{peak / 1e9:.0f} GFLOP/s that a large product reaches here")
-    print(f"    speaking: {token_s * 1000:.1f} ms a token, each reading all {size / 1e6:.0f} MB of the decoder: "
-          f"{size / token_s / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s that a plain sum reads here")
 
 
 def train(config):
@@ -223,7 +205,7 @@ def weights_of(n_tensors, public, config):
         rows = {True: [], False: []}
         for _ in range(config.pairs):
             for ours in (True, False)[:1 + public]:
-                code = PROBE.format(root=str(Path(__file__).parent), path=path, ours=ours)
+                code = PROBE.format(root=str(Path(__file__).resolve().parent.parent), path=path, ours=ours)
                 out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
                 rows[ours].append([float(x) for x in out.split()])
         assert len(load_safetensors(path)) == n_tensors
@@ -267,79 +249,10 @@ def prefixes(config):
     print(f"    {targets.numel() / a:.0f} words a second in one pass")
 
 
-CONTRASTIVE = """
-import re, sys, time
-sys.path.insert(0, {root!r})
-import torch
-from tinyvlm.clip import CLIP, CLIPConfig, contrastive_step
-from tinyvlm.gpt import GPTConfig
-from tinyvlm.vit import ViTConfig
-torch.manual_seed(0)
-torch.set_num_threads({threads})
-sizes = dict(n_layer=4, n_head=4, n_embd=128)
-model = CLIP(CLIPConfig(ViTConfig(image_size=64, patch_size=8, **sizes),
-                        GPTConfig(block_size=24, vocab_size=2048, **sizes), 128))
-img, idx = torch.randn({batch}, 3, 64, 64), torch.randint(0, 2048, ({batch}, 24))
-def peak():
-    try:
-        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-    except OSError:
-        return 0
-before, times = peak(), []
-for _ in range({pairs} + 1):
-    start = time.perf_counter()
-    loss = contrastive_step(model, list(zip(img.chunk({chunks}), idx.chunk({chunks}))))
-    times.append(time.perf_counter() - start)
-    model.zero_grad(set_to_none=True)
-print(float(loss), sorted(times[1:])[len(times) // 2 - 1], peak() - before)
-"""
-
-
-def contrastive(config):
-    """Seconds and memory of a contrastive step: 32 pairs, 256, and 256 in 8 micro-batches; a process for each."""
-    for batch, chunks in ((32, 1), (256, 1), (256, 8)):
-        code = CONTRASTIVE.format(root=str(Path(__file__).parent), batch=batch, chunks=chunks, pairs=config.pairs,
-                                  threads=config.threads)
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        loss, took, memory = map(float, out.split())
-        print(f"{batch} pairs in {chunks} micro-batch{'es' * (chunks > 1)}: {batch / took:.0f} pairs/s, peak memory + "
-              f"{memory / 1000:.0f} MB, loss {loss:.6f}", flush=True)
-
-
-def images(config):
-    """ViT-B/16 + GPT-2: 24 tokens after one image (196 tokens) and after four, with and without the cache; and what it
-
-    saves in training that texts about one image share its reading.
-    """
-    torch.manual_seed(0)
-    model = build(VLMConfig("prefix", ViTConfig(), GPTConfig(), image_token=50256)).eval()
-    for M in (1, 4):
-        img, prompt = torch.randn(1, M, 3, 224, 224), [50256] * M + list(range(10))
-
-        @torch.inference_mode()
-        def uncached():
-            feats, row = model.eyes(img[0])[None], list(prompt)                   # the ViT runs once on either side
-            for _ in range(24):
-                x, _ = model.splice(model.bridge(feats), torch.tensor([row]))
-                row.append(int(model.text.head(model.text.hidden(x)[:, -1]).argmax()))
-        compare(f"{M} image{'s' * (M > 1)}, 24 tokens", lambda: generate(model, img, [prompt], 24), uncached, config,
-                "uncached")
-        with torch.inference_mode():
-            _, state = model.prefill(img, torch.tensor([prompt]), None, 24)
-        size = sum(t.numel() * t.element_size() for kv in state.self_kv for t in kv)
-        print(f"    the cache holds {state.length} tokens: {size / 1e6:.1f} MB")
-    model.train()
-    img, idx = torch.randn(1, 3, 224, 224), torch.randint(0, 50000, (5, 21))
-    idx[:, 0] = 50256
-    targets = idx.roll(-1, dims=1)
-    compare("5 texts about an image, a training step", lambda: model(img, idx, targets, n_shared=1)[1].backward(),
-            lambda: model(img, idx, targets)[1].backward(), config, "the image read for each")
-
-
 def parity(config):
     """Full-size models with random weights, written by transformers, read by us: the worst difference of any output."""
     if not have("transformers"):
-        raise UserError("bench.py parity needs a peer to be equal to: pip install transformers")
+        raise UserError("tests/bench.py parity needs a peer to be equal to: pip install transformers")
     import transformers as hf
     torch.manual_seed(0)
     img, idx = torch.randn(2, 3, 224, 224), torch.randint(0, 40000, (2, 32))
@@ -352,7 +265,8 @@ def parity(config):
             ("ViT-B/16", lambda: hf.ViTForImageClassification(hf.ViTConfig(num_labels=1000)), load_vit,
              lambda m: m(img).logits, lambda m: m.classify(img)),
             ("CLIP ViT-B/32", lambda: hf.CLIPModel(clip), load_clip,
-             lambda m: m(input_ids=idx, pixel_values=img).logits_per_image, lambda m: m(img, idx)[0]),
+             lambda m: m(input_ids=idx, pixel_values=img).logits_per_image,
+             lambda m: similarities(m.encode_image(img), m.encode_text(idx), m.logit_scale)),
             ("ResNet-50", lambda: hf.ResNetForImageClassification(hf.ResNetConfig(num_labels=1000)), load_resnet50,
              lambda m: m(img).logits, lambda m: m.classify(img)),
             ("ViT + GPT-2", lambda: hf.VisionEncoderDecoderModel(vision_encoder_decoder), load_vit_gpt2,
@@ -369,51 +283,7 @@ def parity(config):
               f"{a.abs().max().item():.2f}; opened in {opened:.1f} s", flush=True)
 
 
-SERVER = """
-import http.server, io, time
-from PIL import Image
-picture = io.BytesIO()
-Image.effect_noise((160, 120), 40).convert("RGB").save(picture, "JPEG", quality=80)
-class Slow(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def do_GET(self):
-        time.sleep(0.05)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(picture.getvalue())))
-        self.end_headers()
-        self.wfile.write(picture.getvalue())
-    def log_message(self, *args):
-        pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
-
-
-def web(config):
-    """1,000 small images from a server in this machine that takes 50 ms for each: downloaded, then streamed."""
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
-    try:
-        port, how = int(server.stdout.readline()), Fetch(allow_private=True)
-        urls = [f"http://127.0.0.1:{port}/{k}.jpg" for k in range(1000)]
-        with tempfile.TemporaryDirectory() as folder:
-            took = seconds(lambda: download_images(((url, "a picture", {}) for url in urls), Path(folder) / "images",
-                                                   how=how, say=lambda text: None))
-            print(f"downloaded, cut to 128 x 128 and written: {len(urls) / took:.0f} images/s")
-            stream, waited = ImageStream(urls, Path(folder) / "cache", 10 ** 9, how), 0.0
-            stream.prefetch(range(len(urls)))
-            start = time.perf_counter()
-            for i in range(len(urls)):
-                waited += seconds(lambda: stream.get(i))
-                time.sleep(0.005)                               # what a consumer does with an image
-            print("streamed to a consumer that takes 5 ms an image: it waits "
-                  f"{waited / (time.perf_counter() - start):.1%} of the time")
-            stream.close()
-    finally:
-        server.kill()
-
-
-BENCHES = {f.__name__: f for f in (tokenizer, decode, train, weights, lstm, contrastive, images, web, parity)}
+BENCHES = {f.__name__: f for f in (tokenizer, decode, train, weights, lstm, parity)}
 
 
 def main():

@@ -1,0 +1,326 @@
+"""--task caption: systems 1, 2 and 3, a sentence for a picture by cross-attention, by a prefix, or by an LSTM.
+
+The model itself is in vlm.py. Here its rows are made (what it reads, and which token it should predict after each), it
+is put together from what the options name, and its captions are scored. After that training, `--reinforce` continues
+with rewards for the model's own captions.
+"""
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from . import metrics
+from .batches import pad_rows
+from .config import UserError, flag_name, option
+from .generate import generate
+from .gpt import IGNORE, GPTConfig
+from .image import Recipe
+from .layouts import clean_caption
+from .lstm import LSTM
+from .pretrained import load_gpt2, load_run
+from .shapes import meaning
+from .task import (Prepared, TextOptions, forbidden_ids, fresh_vision, load_vision, make_tokenizer, mean_losses,
+                   tower_sizes, train_mode)
+from .tokenizer import END
+from .vit import ViTConfig
+from .vlm import MODELS, LSTMConfig, VLMConfig
+from .vlm import build as build_vlm
+from .vqa import SYSTEM, TAGS, to_sentence
+
+
+@dataclass
+class DecoderOptions(TextOptions):
+    """Options of every model that writes text: captioners, and the one that answers questions."""
+    init: str | None = option(None, "go on from the model of this run, with another stage or data set")
+    shuffle: int = option(1, "prefix: join this many by this many neighbouring patches into one image token", above=0)
+    captions_per_image: int = option(1, "texts of each image a step; the vision tower runs once for all", above=0)
+    show_batch: bool = option(False, "print the first batch token by token (image, masked, trained), and stop")
+    num_beams: int = option(1, "with --eval-only: beams of the search; 1 is greedy", above=0)
+    length_penalty: float = option(1.0, "with --eval-only: above 1 favours long texts, below 1 short ones", least=-9)
+
+
+@dataclass
+class Options(DecoderOptions):
+    """What only captioners have."""
+    model: str = option("cross", "how the decoder sees: cross-attention; image tokens in place of <image>; or an LSTM "
+                                 "whose first state is the image", tuple(MODELS), group="captioner")
+    wiring: str = option("final", "cross: all blocks attend to the last vision layer, or block i to layer i",
+                         ("final", "lockstep"))
+    n_hidden: int | None = option(None, "lstm: width of its state; default --n-embd", above=0)
+    soft_attention: bool = option(False, "lstm: every state also attends to the image features (--n-head heads)")
+    features: str | None = option(None, "learn from ready-made image features in this file (data.py --features)")
+    reinforce: int = option(0, "draw this many captions of each image and reward the better ones (CIDEr-D), starting "
+                               "from --init", least=0)
+
+
+# options that are a model's or its tokenizer's own: a stage that goes on from --init cannot change them
+MADE_WITH = {"image_size", "patch_size", "stem", "class_token", "n_layer", "n_head", "n_embd", "n_hidden", "shuffle",
+             "wiring", "soft_attention", "tokenizer", "vocab_size", "min_count"}
+
+
+# ---- what the model reads, and what it should predict
+
+def prepare(config, dataset, features=None, run=None):
+    """-> Prepared. run: a Loaded run that is only to be evaluated."""
+    start = load_start(config, features, run)
+    tokenizer, first, end = start_tokenizer(config, dataset, start)
+    rows, notes = caption_rows(dataset.captions, tokenizer, first, end, config.max_tokens, config.clean)
+    meta = {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean}
+    if config.reinforce:
+        start.reward = Reward(dataset)
+    return Prepared(start.recipe, rows, tokenizer, meta, start, notes)
+
+
+def load_start(config, features=None, run=None):
+    """What a model begins with -> a namespace of run (--init, or the one to evaluate), vision (--vision), gpt (--text),
+    and the recipe that follows from them. Public weights bring their own picture size and tokenizer."""
+    if config.reinforce and not (config.init and features and config.reinforce > 1 and config.captions_per_image == 1):
+        raise UserError("--reinforce needs 2 or more captions, --init RUN, --features, and --captions-per-image 1")
+    if config.init and (config.vision or config.text):
+        raise UserError("--init brings a whole model: drop --vision and --text")
+    vision = gpt = None
+    if config.init and not run:
+        run = load_run(config.init)
+        then = run.config["options"]
+        if run.config["task"] not in ("caption", "vqa") or run.config["model"] != config.model:
+            raise UserError(f"--init {config.init} holds a {run.config['task']} run of model {run.config['model']}; a "
+                            f"{config.model} captioner goes on from a {config.model} captioner")
+        for name in sorted(MADE_WITH & config.given):
+            if getattr(config, name) != then.get(name):
+                raise UserError(f"--init {config.init} was made with {flag_name(name)} {then.get(name)}, which stays: "
+                                "drop the flag, or train anew without --init")
+    if not run:
+        vision = load_vision(config.vision) if config.vision else None
+        if vision and (features or not isinstance(vision.config, ViTConfig)):
+            raise UserError(f"--vision {config.vision}: a captioner takes a ViT, or ready-made --features of any network")
+        new = TAGS if config.task == "vqa" else ("<image>",) if config.model == "prefix" else ()
+        if config.text and config.model == "lstm":
+            raise UserError("--text brings a GPT-2, and --model lstm has none: drop one of them")
+        gpt = load_gpt2(config.text, special_tokens=new) if config.text else None
+        if gpt is not None and gpt.tokenizer is None:
+            raise UserError(f"--text {config.text} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    elif run.model.config.feat_dim != (features and features.feat_dim):
+        has, wants = features and features.feat_dim, run.model.config.feat_dim
+        raise UserError(f"{config.init or config.out_dir} takes " + (f"features of {wants} numbers" if wants else
+                        "pixels") + f", not {f'features of {has} numbers' if has else 'pixels'}: see --features")
+    chosen = run or vision
+    return SimpleNamespace(run=run, vision=vision, gpt=gpt, reward=None,
+                           recipe=chosen.recipe if chosen else Recipe(size=config.image_size))
+
+
+def start_tokenizer(config, dataset, start):
+    """The tokenizer of the run or GPT-2 that the model starts from, else a new one; the ids a text begins and ends with."""
+    tokenizer = start.run.tokenizer if start.run else start.gpt.tokenizer if start.gpt is not None else \
+        make_tokenizer(config, corpus(config, dataset))
+    end = tokenizer.token_to_id(END)
+    first = tokenizer.token_to_id("<image>") if config.model == "prefix" else end
+    if first is None or end is None:
+        raise UserError(f"the tokenizer of {config.text or config.init or config.out_dir} has no {END}; name a GPT-2, or "
+                        "train one")
+    return tokenizer, first, end
+
+
+def corpus(config, dataset):
+    """What a new tokenizer is trained on: the training captions, as strings; for a prefix model also the dialogues,
+    since it keeps its tokenizer through all stages, and without them it would spell "what" letter by letter."""
+    train = dataset.splits["train"]
+    yield from (clean_caption(text, config.clean) for i in train for text in dataset.captions[i])
+    if config.model == "prefix":
+        yield SYSTEM
+        for q in (q for i in train for q in getattr(dataset, "questions", None) and dataset.questions[i] or ()):
+            yield from (q.question, to_sentence(q.question, q.answer, q.question_type))
+
+
+def caption_rows(captions, tokenizer, first, end, max_tokens, clean):
+    """Captions -> rows[i], a list of (idx, targets) for image i, and notes. targets[t] is the token after idx[..t].
+
+    first: the start token (cross, lstm) or <image> (prefix).
+        "a dog"  ->  idx [first, a, dog], targets [a, dog, end]
+    A caption that is too long loses its end, and the model must not learn to stop in mid-sentence, so there is no end
+    token to predict. Nor should it learn to say "unknown word". What then teaches nothing is left out.
+    """
+    rows, cut, unknown, empty = [], 0, 0, 0
+    for texts in captions:
+        rows.append([])
+        for text in texts:
+            ids = tokenizer.encode_plain(clean_caption(text, clean))
+            row = [first] + ids[:max_tokens] + ([end] if len(ids) <= max_tokens else [])
+            targets = [IGNORE if i == tokenizer.unk_id else i for i in row[1:]]
+            unknown += targets.count(IGNORE)
+            if ids and targets.count(IGNORE) < len(targets):
+                cut += len(ids) > max_tokens
+                rows[-1].append((row[:-1], targets))
+            else:
+                empty += 1
+    return rows, [note for n, note in (
+        (cut, f"{cut} captions are longer than --max-tokens {max_tokens} and were cut"),
+        (empty, f"{empty} captions hold nothing to learn after --clean {clean} and were left out"),
+        (unknown, f"{unknown} words of the captions are not among the vocabulary's {tokenizer.vocab_size}")) if n]
+
+
+# ---- the model
+
+def build(config, prepared, features=None):
+    """The captioner: each tower public, from another run, or fresh as the options say."""
+    start, tokenizer = prepared.start, prepared.tokenizer
+    if start.run:
+        return extend(start.run.model, config, tokenizer, features)
+    vision = None if features else replace(start.vision.config, dropout=config.dropout) if start.vision else \
+        fresh_vision(config)
+    if config.wiring == "lockstep" and (config.model != "cross" or features):
+        raise UserError("--wiring lockstep pairs the layers of a vision tower with those of a --model cross decoder")
+    if config.shuffle > 1 and config.model != "prefix":
+        raise UserError("--shuffle joins the image tokens of --model prefix")
+    n_image = n_image_tokens(config.model, vision, config.shuffle, features)
+    room = config.max_tokens + 2 + n_image                      # start and end frame the caption
+    if config.model == "lstm":
+        text = LSTMConfig(tokenizer.vocab_size, config.n_layer, config.n_embd, config.n_hidden or config.n_embd,
+                          config.dropout, config.n_head if config.soft_attention else 0)
+    elif start.gpt is not None:
+        text = replace(start.gpt.config, dropout=config.dropout)
+    else:
+        text = GPTConfig(block_size=room, vocab_size=tokenizer.vocab_size, **tower_sizes(config))
+    if config.model != "lstm" and text.block_size < room:
+        raise UserError(f"--text {config.text} reads only {text.block_size} tokens; image and caption need {room}")
+    if config.wiring == "lockstep" and vision.n_layer != text.n_layer:
+        raise UserError(f"--wiring lockstep pairs the layers of both towers, but they have {vision.n_layer} and "
+                        f"{text.n_layer}; use --wiring final, or give --n-layer")
+    model = build_vlm(VLMConfig(model=config.model, vision=vision, text=text, wiring=config.wiring,
+                                shuffle=config.shuffle, feat_dim=features and features.feat_dim,
+                                image_token=prepared.meta["first"] if config.model == "prefix" else None))
+    if start.vision:
+        model.vision.load_state_dict(start.vision.weights)
+    if start.gpt is not None:                                   # all but the new cross-attention, which starts at zero
+        missing, extra = model.text.load_state_dict(start.gpt.state_dict(), strict=False)
+        new = [name for name in missing if "cross" not in name]
+        assert not extra and not new, f"GPT weights do not fit the decoder: missing {new}, extra {extra}"
+    return model
+
+
+def n_image_tokens(model, vision, shuffle, features=None):
+    """How many tokens an image takes in the decoder's context: 196 in a prefix of 16-pixel patches at 224, else none."""
+    if model != "prefix":
+        return 0
+    n = vision.n_patches if vision else features.n_tokens
+    side = math.isqrt(n)
+    if shuffle > 1 and (side * side != n or side % shuffle):
+        raise UserError(f"--shuffle {shuffle} needs a square grid that it divides, not {n} image tokens")
+    return n // shuffle ** 2
+
+
+def extend(model, config, tokenizer, features=None):
+    """The model of --init for another stage: rows for tokens it did not have, positions for longer texts, new dropout."""
+    if config.model != "lstm":
+        c, text = model.config, model.text
+        n_image = n_image_tokens(c.model, c.vision, c.shuffle, features)
+        text.extend_vocab(max(text.config.vocab_size, tokenizer.vocab_size))
+        text.extend_context(max(text.config.block_size, config.max_tokens + 2 + n_image))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = config.dropout
+        elif isinstance(module, LSTM):
+            module.dropout = config.dropout
+    return model
+
+
+# ---- what is minimised, and what is measured
+
+def loss(model, batch, setup):
+    """Cross-entropy of one micro-batch in nats per token, or with --reinforce minus the score of the model's captions."""
+    if setup.config.reinforce:
+        return self_critical_loss(model, batch, setup)
+    return model(batch.img, batch.idx, batch.targets)[1]
+
+
+class Reward:
+    """CIDEr-D of a caption against those of its training image."""
+
+    def __init__(self, dataset):
+        self.place = {i: k for k, i in enumerate(dataset.splits["train"])}
+        self.cider = metrics.CiderD([[" ".join(metrics.tokenize(text)) for text in dataset.captions[i]]
+                                     for i in self.place])
+
+    def __call__(self, caption, i):
+        return self.cider.score(" ".join(metrics.tokenize(caption)), self.place[i])
+
+
+def self_critical_loss(model, batch, setup):
+    """Draw K captions of each image, make the better ones likelier and the worse ones less.
+
+    "Self-critical sequence training" (Rennie et al. 2016, arXiv:1612.00563): cross-entropy rewards the next word of
+    somebody's caption, this a high score of the model's own. A caption's advantage is its CIDEr-D minus the mean of the
+    other K - 1 of its image; the loss is minus the advantage times the caption's log-probability.
+    """
+    config, device, meta = setup.config, setup.device, setup.prepared.meta
+    K, plain = config.reinforce, getattr(model, "module", model)                  # DDP holds the model as .module
+    img = batch.img.repeat_interleave(K, dim=0)                                   # (B * K, D) or (B * K, N, D)
+    plain.eval()
+    drawn = predict(plain, img, setup, temperature=1.0)
+    train_mode(plain)
+    captions = [setup.prepared.tokenizer.decode(row) for row in drawn]
+    score = torch.tensor([setup.prepared.start.reward(text, batch.members[k // K]) for k, text in enumerate(captions)])
+    score = score.view(-1, K).to(device.torch)                                    # (B, K)
+    advantage = (score - score.mean(dim=1, keepdim=True)) * K / (K - 1)           # (B, K)
+    full = [row + [meta["end"]] if len(row) < config.max_tokens else row for row in drawn]
+    idx, targets = (t.long().to(device.torch) for t in pad_rows([([meta["first"]] + row[:-1], row) for row in full]))
+    logits = model(img, idx)[0]                                                   # (B * K, T, V)
+    # cross_entropy takes (rows, V, T), and gives 0 where there is no target: log_p is (B * K,)
+    log_p = -F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(dim=1)
+    mean = (batch.share * config.batch_size * K) / len(img)     # the loop weighs by targets, here each caption counts once
+    value = -(advantage.flatten() * log_p).mean() / mean
+    return value + (-score.mean() / mean - value).detach()      # this gradient; as the number to log, minus the score
+
+
+def predict(model, img, setup, **how):
+    """Captions as rows of ids for ready images. how: for generate."""
+    meta = setup.prepared.meta
+    with setup.device.autocast():
+        return generate(model, img, [[meta["first"]]] * len(img), meta["max_tokens"], eos_id=meta["end"],
+                        forbidden=forbidden_ids(setup.prepared.tokenizer, meta["end"], model.config.text.vocab_size),
+                        **how)
+
+
+def evaluate(model, setup, split, limit=None, n_predict=None, num_beams=1, length_penalty=1.0):
+    """-> scores, examples: the loss, and the captions of the first n_predict images (None: all), scored if all are made.
+
+    "shuffled": the same with every image in its neighbour's place; what is left of a score then is what the model knows
+    of captions in general. nats per word: comparable between vocabularies, as the loss per token is not.
+    """
+    config, dataset, captions = setup.config, setup.dataset, {}
+    n_predict = limit if config.reinforce and n_predict is not None else n_predict
+
+    def visit(batch):
+        if n_predict is None or setup.device.world > 1 or len(captions) < n_predict:
+            rows = predict(model, batch.img, setup, num_beams=num_beams, length_penalty=length_penalty)
+            captions.update((i, setup.prepared.tokenizer.decode(row).strip()) for i, row in zip(batch.members, rows))
+    value, shuffled, n_tokens = mean_losses(model, setup, split, limit, lambda m, b: m(b.img, b.idx, b.targets)[1], visit)
+    members = setup.store.usable(split)[:limit]
+    n_words = sum(len(clean_caption(text, config.clean).split()) for i in members for text in dataset.captions[i])
+    captions = setup.device.merge(captions)
+    members = [i for i in members if i in captions][:n_predict]
+    predictions = [captions[i] for i in members]
+    scores = {"loss": value, "perplexity": math.exp(min(value, 50)), "nats per word": value * n_tokens / max(1, n_words),
+              "shuffled loss": shuffled}
+    if n_predict is None or config.reinforce:
+        scores |= score_captions(dataset, members, predictions)
+        key = "exact" if "exact" in scores else "CIDEr-D"
+        scores[f"shuffled {key}"] = score_captions(dataset, members[1:] + members[:1], predictions)[key]
+        if config.reinforce:                                    # what is trained is the score, so it also decides
+            scores = {"CIDEr-D": scores.pop("CIDEr-D"), **scores}
+    else:
+        scores["distinct"] = len(set(predictions)) / max(1, len(predictions))
+    return scores, [{"image": i, "prediction": text, "truth": dataset.captions[i][0], "text": text}
+                    for i, text in zip(members, predictions)]
+
+
+def score_captions(dataset, members, predictions):
+    """How often the meaning is right (shapes) or the papers' scores; and the share of distinct captions."""
+    truths = [dataset.captions[i] for i in members]
+    distinct = {"distinct": len(set(predictions)) / len(predictions),
+                "distinct in truth": len({t[0] for t in truths}) / len(truths)}
+    if dataset.name == "shapes":
+        right = [meaning(text) == meaning(truth[0]) for text, truth in zip(predictions, truths)]
+        return {"exact": sum(right) / len(right), **distinct}
+    return {**metrics.score_captions(predictions, truths), **distinct}

@@ -1,0 +1,217 @@
+"""--task classify: the first stage of system 5. A vision tower learns labels, several categories at once.
+
+Before a vision tower meets text, it learns to tell colours, things and places apart, from labels that people or CLIP
+gave (pseudo-labels: "Self-training with Noisy Student", Xie et al. 2020, arXiv:1911.04252). One linear head per
+category; the heads are thrown away afterwards, the tower stays: train.py --vision RUN.
+"""
+import csv
+import io
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .cnn import ResNetConfig
+from .config import UserError, option
+from .features import open_encoder
+from .files import ImageFinder, read_json, write_csv
+from .gpt import IGNORE
+from .image import Recipe, open_batches, preprocess
+from .layouts import clean_caption
+from .retrieval import classify, label_embeddings
+from .task import Prepared, fresh_vision, load_vision, mean_losses
+from .vit import ViTConfig, build_vision
+
+
+@dataclass
+class Options:
+    """What only --task classify has."""
+    labels: str | None = option(None, "the file of labels (data.py --label); shapes have their own", group="labels")
+
+
+# ---- the model
+
+@dataclass
+class ClassifierConfig:
+    """The tower's sizes, and the labels of every category: {"color": ["red", ..], "shape": [..]}; label 0 is "red"."""
+    vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
+    labels: dict = field(default_factory=dict)
+
+
+class Classifier(nn.Module):
+    """One tower, a head per category. An image without a label of some category (IGNORE) teaches that head nothing."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.vision = config, build_vision(config.vision)
+        self.heads = nn.ModuleList(nn.Linear(self.vision.n_feat, len(names)) for names in config.labels.values())
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=0.02)                                # (n_labels, C)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, img, labels):
+        """img (B, 3, H, W), labels (B, categories) of label numbers -> a list of logits (B, n_labels), and the loss.
+
+        The loss is the mean over categories of each one's cross-entropy (nats). labels[:, k] counts within category k,
+        or is IGNORE.
+        """
+        x = self.vision.features(img)                                             # (B, C)
+        logits = [head(x) for head in self.heads]                                 # categories x (B, n_labels)
+        # sum / count, as the mean of F.cross_entropy is nan in a batch without any label of a category
+        losses = [F.cross_entropy(scores.float(), labels[:, k], ignore_index=IGNORE, reduction="sum") /
+                  (labels[:, k] != IGNORE).sum().clamp(min=1) for k, scores in enumerate(logits)]
+        return logits, torch.stack(losses).mean()                                 # categories x (B, n_labels), ()
+
+    def parts(self):
+        """{"connector" | "decoder" | "vision": parameters}: the heads are what is new, and nothing here makes text."""
+        return {"connector": list(self.heads.parameters()), "decoder": [], "vision": list(self.vision.parameters())}
+
+
+# ---- the task
+
+def prepare(config, dataset, features=None, run=None):
+    """-> Prepared. An image has one row: its label's number in each category as idx, and one target that counts it once.
+
+    A label that the training split lacks has no number: nothing could learn it.
+    """
+    start = load_vision(config.vision) if config.vision and not run else None
+    given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
+    if given is None:
+        raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, and give the file "
+                        "with --labels")
+    labels, train, notes = {}, set(dataset.splits["train"]), []
+    for i in given.keys() & train:
+        for category, name in given[i].items():
+            labels.setdefault(category, set()).add(name)
+    labels = run.model.config.labels if run else {category: sorted(names) for category, names in sorted(labels.items())}
+    number = {category: {name: k for k, name in enumerate(names)} for category, names in labels.items()}
+    rows = [[] for _ in dataset.names]
+    for i, found in given.items():
+        row = [number[category].get(found.get(category), IGNORE) for category in labels]
+        if any(k != IGNORE for k in row):
+            rows[i] = [(row, [0] + [IGNORE] * (len(row) - 1))]
+    for split, members in dataset.splits.items():
+        known = [i for i in members if rows[i]]
+        if not known:
+            raise UserError(f"no image of the {split} split has a label that is learned; label more images, or with a "
+                            "lower --margin")
+        if len(known) < len(members):
+            notes.append(f"{len(members) - len(known)} of {len(members)} images of the {split} split have no label that "
+                         "is learned and are left out")
+        dataset.splits[split] = known
+    recipe = run.recipe if run else start.recipe if start else Recipe(size=config.image_size)
+    return Prepared(recipe, rows, meta={"labels": labels}, start=start, notes=notes)
+
+
+def read_labels(path, dataset):
+    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")       # without the mark that Excel begins with
+        rows = [(row["image"], row["category"], row["label"]) for row in csv.DictReader(io.StringIO(text))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the labels in {path}: {str(error)[:100]}") from None
+    except KeyError:
+        raise UserError(f"{path} should begin with the line image,category,label") from None
+    find, found = ImageFinder.among(dataset.names), {}
+    number = {name: i for i, name in enumerate(dataset.names)}
+    for name, category, label in rows:
+        i = number.get(find(name or ""))
+        if i is not None and label and category:
+            found.setdefault(i, {})[category] = label
+    if not found:
+        raise UserError(f"{path} holds no label for any image of {dataset.name}; make it with data.py --label, perhaps "
+                        "with a lower --margin")
+    return found
+
+
+def build(config, prepared, features=None):
+    """A tower, public or fresh, and a new head for each category."""
+    start = prepared.start
+    model = Classifier(ClassifierConfig(start.config if start else fresh_vision(config), prepared.meta["labels"]))
+    if start:
+        model.vision.load_state_dict(start.weights)
+    return model
+
+
+def loss(model, batch, setup):
+    """Mean cross-entropy over the categories, in nats."""
+    return model(batch.img, batch.idx)[1]
+
+
+def evaluate(model, setup, split, limit=None, n_predict=None, **_):
+    """-> scores, examples: the loss, and the share of right labels by category, with true and with shuffled images."""
+    labels, guesses = model.config.labels, {}
+
+    def visit(batch):
+        with setup.device.autocast():
+            logits, _ = model(batch.img, batch.idx)                               # categories x (b, n_labels)
+        best = torch.stack([scores.argmax(dim=1) for scores in logits], dim=1)    # (b, categories)
+        guesses.update(zip(batch.members, best.tolist()))
+    value, shuffled, _ = mean_losses(model, setup, split, limit, lambda m, b: m(b.img, b.idx)[1], visit)
+    guesses = setup.device.merge(guesses)
+    members = [i for i in setup.store.usable(split)[:limit] if i in guesses]
+    guess = torch.tensor([guesses[i] for i in members])                           # (n, categories)
+    truth = torch.tensor([setup.prepared.rows[i][0][0] for i in members])         # (n, categories), or IGNORE
+    scores = {"loss": value, "shuffled loss": shuffled}
+    for k, category in enumerate(labels):
+        known = truth[:, k] != IGNORE                                             # (n,)
+        if known.any():
+            scores[category] = (guess[:, k] == truth[:, k])[known].float().mean().item()
+            scores[f"shuffled {category}"] = (guess[:, k].roll(1) == truth[:, k])[known].float().mean().item()
+    names = list(labels.values())
+
+    def text(row):
+        return ", ".join(names[k][n] for k, n in enumerate(row) if n != IGNORE)
+    return scores, [{"image": i, "prediction": text(g), "truth": text(t), "text": text(g)}
+                    for i, g, t in zip(members, guess.tolist(), truth.tolist())]
+
+
+# ---- pseudo-labels
+
+def read_categories(path):
+    """A label file, {"category": ["phrase", ..], ..} -> the same. Raises UserError where it is not of that form."""
+    categories = read_json(path)
+    if not isinstance(categories, dict) or not categories or not all(
+            isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n.strip() for n in names)
+            for names in categories.values()):
+        raise UserError(f'{path} should be like {{"color": ["red", "blue"], "place": ["a kitchen", "a beach"]}}, with '
+                        "two phrases or more in each category")
+    return categories
+
+
+@torch.inference_mode()
+def write_pseudo_labels(config, dataset, path, say=print):
+    """Each image's best label per category, by CLIP, with its probability, into the csv `path`. Returns the path.
+
+    A label that is hardly likelier than the next best (--margin) teaches more noise than it is worth: it is left empty.
+    config: data.PrepareConfig.
+    """
+    categories, loaded = read_categories(config.label), open_encoder(config.labeler)
+    model, tokenizer = loaded.model.to(config.device), loaded.tokenizer
+    if getattr(model, "text", None) is None or not hasattr(model, "encode_image") or tokenizer is None:
+        raise UserError(f"--labeler {config.labeler} is no CLIP with both an image tower and a text tower")
+    how = loaded.config.get("clean", "none")
+    label_emb = {category: label_embeddings(model, tokenizer, names, clean=lambda text: clean_caption(text, how))
+                 for category, names in categories.items()}                       # (n_labels, D) each
+    rows, broken, unsure = [], {}, Counter()
+    for part in open_batches(range(len(dataset.names)), lambda i: preprocess(dataset.open(i), loaded.recipe),
+                             config.batch_size, broken, "labelling"):
+        if not part:
+            continue
+        emb = model.encode_image(torch.stack([img for _, img in part]).to(config.device))          # (b, D)
+        for category, names in categories.items():
+            best, order = classify(emb, label_emb[category], model.logit_scale).topk(2)           # (b, 2) both
+            for (i, _), (p, q), (k, _) in zip(part, best.tolist(), order.tolist()):
+                sure = p - q >= config.margin
+                unsure[category] += not sure
+                rows.append([dataset.names[i], category, names[k] if sure else "", f"{p:.4f}", f"{p - q:.4f}"])
+    write_csv(path, ["image", "category", "label", "probability", "margin"], rows)
+    n = len(rows) // len(categories)
+    for category in categories:
+        say(f"  {category}: {n - unsure[category]} images labelled, {unsure[category]} too unsure (margin {config.margin})")
+    if broken:
+        say(f"  {len(broken)} images could not be opened, such as: {next(iter(broken.values()))}")
+    return path

@@ -1,0 +1,71 @@
+"""Named sets of options for train.py, and which one a command line gets that names none. Flags win over a preset.
+
+Each was chosen on a validation split; the README says what each reaches, in what time. Drawn scenes need no preset: the
+defaults are theirs.
+"""
+import torch
+
+from .config import peek
+
+PHOTOS = dict(dataset="flickr8k", image_size=128, n_embd=256, dropout=0.2, crop=0.4, jitter=0.3)
+WORDS = dict(clean="words", optimizer="adamw")
+
+PRESETS = {
+    # real photographs from scratch on two cores: within 40 minutes
+    "laptop": dict(PHOTOS, vocab_size=2048, clean="words", max_tokens=20, epochs=10, captions_per_image=5,
+                   eval_interval=376),
+    # the same at the size a GPU likes
+    "gpu": dict(PHOTOS, image_size=224, n_layer=6, n_head=8, n_embd=512, vocab_size=2048, clean="words", max_tokens=24,
+                dropout=0.3, epochs=20, batch_size=128, captions_per_image=5, lr=1e-3, crop=0.5, eval_interval=94),
+    # an LSTM on ready-made features (--features FILE), as captioners were built before attention
+    "lstm": dict(WORDS, dataset="flickr8k", model="lstm", tokenizer="words", n_layer=1, n_embd=256, n_hidden=512,
+                 soft_attention=True, n_head=1, dropout=0.5, max_tokens=24, epochs=10, batch_size=64,
+                 captions_per_image=5, accum=4, eval_interval=188, eval_images=1000),
+    # a GPT decoder on ready-made features, by cross-attention (or --model prefix)
+    "decoder": dict(WORDS, dataset="flickr8k", optimizer="muon", tokenizer="words", n_layer=2, n_embd=256, dropout=0.3,
+                    max_tokens=24, epochs=4, batch_size=64, captions_per_image=5, accum=4, lr=1e-3, eval_interval=94,
+                    eval_images=1000),
+    # after either: the model's own captions, rewarded by their score (--features FILE --init RUN)
+    "reward": dict(WORDS, dataset="flickr8k", model="lstm", max_tokens=24, reinforce=5, epochs=2, batch_size=64,
+                   lr=3e-4, warmup=0.1, eval_interval=94, eval_images=1000),
+    # pictures and sentences in one space, from pixels or ready-made features (--features FILE)
+    "clip": dict(PHOTOS, task="clip", clean="words", tokenizer="words", head="mlp", dropout=0.3, max_tokens=16,
+                 epochs=40, batch_size=256, lr=1e-3, eval_interval=94, eval_images=1000, optimizer="adamw"),
+    # labels of photographs: the first stage of the TinyVLM recipe
+    "labels": dict(PHOTOS, task="classify", dataset="capsfusion", epochs=10, batch_size=64, lr=1e-3),
+    # questions and answers about drawn scenes
+    "vqa": dict(task="vqa", max_tokens=120, turns=5, epochs=5.4, lr_vision=0.5, warmup=0.1),
+    # .. and about photographs
+    "vqa-photos": dict(PHOTOS, task="vqa", dataset="vqav2", vocab_size=4096, max_tokens=160, turns=5, batch_size=64,
+                       lr=1e-3),
+    # public weights: first the new cross-attention, then the decoder, then all, at gentle rates
+    "public": dict(dataset="flickr8k", vision="google/vit-base-patch16-224-in21k", text="openai-community/gpt2",
+                   max_tokens=40, dropout=0.1, epochs=8, batch_size=32, lr=1e-4, lr_decoder=0.3, lr_vision=0.1,
+                   unfreeze_decoder=1, unfreeze_vision=2, crop=0.3, eval_interval=376, optimizer="adamw"),
+}
+
+
+def choose(argv):
+    """A command line -> the task it names, and its preset: the one named, or the one its task and data set bring.
+
+    ["--dataset", "flickr8k"] -> ("caption", "laptop"), or "gpu" where a GPU will be used.
+    """
+    named = peek(argv, "preset")
+    values = PRESETS.get(named, {})
+    task, dataset = peek(argv, "task", values.get("task", "caption")), peek(argv, "dataset", values.get("dataset", "shapes"))
+    if named:
+        return task, named
+    gpu = peek(argv, "device", "auto").partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
+    if task == "vqa":
+        return task, "vqa-photos" if dataset == "vqav2" else "vqa"
+    if dataset == "shapes":
+        return task, None
+    if task != "caption":
+        return task, {"clip": "clip", "classify": "labels"}.get(task)
+    if peek(argv, "reinforce"):
+        return task, "reward"
+    if peek(argv, "features"):
+        return task, "lstm" if peek(argv, "model", "lstm") == "lstm" else "decoder"
+    if peek(argv, "vision") or peek(argv, "text"):
+        return task, "public"
+    return task, "gpu" if gpu else "laptop"

@@ -1,0 +1,161 @@
+"""A run's folder: the best model, the state that --resume needs, the log. Every file appears whole or not at all.
+
+    model.safetensors, config.json, tokenizer.json      the best model so far; all that sample.py needs
+    state.pt                                            everything at the last save: weights, optimizer, random numbers
+    log.csv, curves.png                                 a line per logged step, and the same as a picture
+"""
+import hashlib
+import json
+import pickle
+import shlex
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .config import UserError, out_of_memory
+from .draw import caption_sheet, curves, similarity_picture
+from .features import short_names
+from .files import atomic_write, read_json, write_csv, write_image, write_json
+from .pretrained import is_run
+from .task import show
+from .weights import load_safetensors, save_safetensors
+
+RUN_FILES = ("state.pt", "model.safetensors", "tokenizer.json", "log.csv", "curves.png", "samples.png", "example.png",
+             "scores.json", "predictions.jsonl", "results.json", "similarity.png", "search-*.safetensors",
+             "config.json")     # the order of deletion: first what --resume needs, last what tells that the rest was a run's
+LOG = ("step", "train_loss", "val_loss", "shuffled_loss", "lr", "grad_norm", "ms", "images_per_s")
+
+
+def old_files(out):
+    """What an earlier run left in the folder `out`. Raises UserError where files of these names are not a run's."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out-dir {out} is a file; name a folder")
+    old = [path for name in RUN_FILES for path in out.glob(name)]
+    foreign = [path.name for path in old if not path.name.startswith("search-")]          # sample.py leaves those, too
+    if foreign and not (out / "state.pt").exists() and not is_run(out):
+        raise UserError(f"{out} holds {foreign[0]}, but not of a run of train.py; give another --out-dir")
+    return old
+
+
+def fingerprint(dataset, prepared):
+    """A hash of what is learned from. On other captions the vocabulary would change under the weights."""
+    data = [short_names(dataset.names), dataset.captions, dataset.splits, prepared.rows]
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def save_model(out, model, setup, features, scores):
+    """The best model so far: what it is, how it reads text, its weights."""
+    config, prepared, out = setup.config, setup.prepared, Path(out)
+    if prepared.tokenizer:
+        prepared.tokenizer.save(out / "tokenizer.json")
+    save_safetensors(model.state_dict(), out / "model.safetensors", {"format": "pt"})
+    recipe = features.recipe or prepared.recipe if features else prepared.recipe
+    write_json(out / "config.json", {
+        "task": config.task, "model": getattr(config, "model", config.task), "sizes": asdict(model.config),
+        "recipe": asdict(recipe), **prepared.meta, "features": features.meta if features else None,
+        "dataset": setup.dataset.name, "scores": scores, "options": asdict(config)})
+
+
+def add_scores(out, scores):
+    """Put more of them, by name, into config.json."""
+    config = read_json(Path(out) / "config.json")
+    config["scores"].update(scores)
+    write_json(Path(out) / "config.json", config)
+
+
+def save_state(out, model, optimizer, device, **rest):
+    """All that --resume needs to go on as if nothing had happened, in one file: no kill can split it. rest: step, best,
+    log, options, data (the fingerprint)."""
+    state = {"model": model.state_dict(), "optimizers": optimizer.state_dict(), "scaler": device.scaler.state_dict(),
+             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(device.torch) if device.cuda else None,
+             **rest}
+
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                           # torch hides a full disk behind an error of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+    atomic_write(Path(out) / "state.pt", write)
+
+
+def read_state(out):
+    """The content of a run's state.pt, or a UserError: torch.load trusts the numbers, so the checksums are compared here."""
+    path = Path(out) / "state.pt"
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise UserError(f"{path} is damaged (a checksum is wrong); start again without --resume")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"optimizers", "data", "options", "log"} <= state.keys():
+            raise KeyError("it is of an earlier version")
+        return state
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile,
+            NotImplementedError, pickle.UnpicklingError) as error:
+        if out_of_memory(error) or getattr(error, "filename", None):              # not the file's fault
+            raise
+        raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None
+
+
+def load_state(out, state, model, optimizer, device, data):
+    """Put everything back where save_state took it from."""
+    if state["data"] != data:
+        raise UserError(f"the images, captions, labels or tokenizer are not those that the run in {out} began with; "
+                        "bring them back, or start again without --resume")
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizers"])
+        device.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if device.cuda and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device.torch)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{out}/state.pt does not fit the model of its own options ({type(error).__name__}); start again "
+                        "without --resume") from None
+
+
+def write_log(out, log, title):
+    """log.csv, a line per logged step, and the same as curves.png."""
+    write_csv(Path(out) / "log.csv", LOG, log)
+    series = {name: [(row["step"], row[key]) for row in log if key in row] for name, key in
+              (("training", "train_loss"), ("validation", "val_loss"), ("shuffled images", "shuffled_loss"))}
+    write_image(Path(out) / "curves.png", curves(series, f"{title}: loss (nats per target) by step"))
+
+
+def report_test(model, setup, features, evaluate):
+    """The result by the best weights on the test split, as the task's `evaluate` has it: scores, samples.png, example.png, and what to run next."""
+    config, dataset, out = setup.config, setup.dataset, Path(setup.config.out_dir)
+    model.load_state_dict(load_safetensors(out / "model.safetensors"))
+    scores, examples = evaluate(model, setup, "test", config.test_images)
+    if not setup.device.main:
+        return
+    print(f"\n{len(examples)} held-out examples, by the best model:")
+    for example in examples[:6]:
+        print("".join(f"    {key:10}  {example[key]}\n" for key in ("question", "prediction", "truth") if key in example))
+    print("test split: " + show(scores))
+    add_scores(out, {f"test {name}": value for name, value in scores.items()})
+    shown = list({example["image"]: example for example in examples}.values())[:16]
+    pictures = [dataset.open(example["image"]) for example in shown]
+    write_image(out / "samples.png", caption_sheet(pictures, [example["text"] for example in shown]))
+    write_image(out / "example.png", pictures[0])
+    if config.task == "clip":
+        n = min(12, len(examples))
+        sim = torch.tensor([example["similarity"][:n] for example in examples[:n]])                # (n, n)
+        write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:n]]))
+    where = "" if str(out) == "out" else f" --out-dir={shlex.quote(str(out))}"
+    picture = f"{out}/example.png"
+    if features and not features.meta["source"]:                # a new picture cannot be encoded: look it up by name
+        where += f" --features={shlex.quote(str(config.features))}"
+        picture = dataset.names[shown[0]["image"]]
+    more = {"vqa": f" --prompt {shlex.quote(shown[0].get('question', ''))}",
+            "clip": " --labels 'a dog' 'a child' 'a boat'"}.get(config.task, "")
+    print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training. Now try")
+    if config.task == "classify":
+        data = f"--dataset {dataset.name}" + (f" --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else "")
+        print(f"    python train.py {data} --vision={shlex.quote(str(out))} --out-dir out/captions")
+    else:
+        print(f"    python sample.py{where} --image={shlex.quote(picture)}{more}")
