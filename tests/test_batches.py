@@ -1,0 +1,190 @@
+"""Training steps as a pure function of (seed, step): which images, which captions, in which order, how padded."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import ImageStore
+from helpers import album
+from tinyvlm.batches import NO_ROW, Batches, Rows, eval_batches, pad_rows, step_order
+from tinyvlm.captioning import caption_rows
+from tinyvlm.config import UserError
+from tinyvlm.gpt import IGNORE
+from tinyvlm.image import Recipe
+from tinyvlm.layouts import Dataset, photos
+from tinyvlm.tokenizer import END, BPETokenizer
+
+
+class Letters:
+    """A tokenizer for tests: a letter, a token."""
+    unk_id, vocab_size = 26, 99
+
+    def encode_plain(self, text):
+        return [ord(c) - 96 for c in text if c != " "]
+
+
+def rows_of(captions, max_tokens=10, clean="none"):
+    return caption_rows(captions, Letters(), 50, 60, max_tokens, clean)
+
+
+def toy(n=7, K=1, batch_size=3, features=False, **how):
+    """Batches over n grey images (or numbers in their place), image i with 1 + i % 3 captions."""
+    captions = [["ab", "abc", "a"][:1 + i % 3] for i in range(n)]
+    dataset = Dataset("toy", list(map(str, range(n))), captions, {"train": list(range(n)), "val": list(range(n))})
+    dataset.open = lambda i: Image.new("RGB", (4, 4), (i, i, i))
+    if features:
+        store = ImageStore(dataset, None, torch.arange(n).half()[:, None], {i: i for i in range(n)})
+    else:
+        store = ImageStore.of_pixels(dataset, ["train"], Recipe(size=4), say=lambda text: None)
+    return Batches(store, Rows(rows_of(captions)[0]), batch_size, K, **how)
+
+
+def test_every_epoch_sees_every_sample_once_in_a_new_order():
+    picks = [pick for step in range(14) for pick in step_order(7, 3, step, seed=0)]
+    epochs = [[i for i, e in picks if e == epoch] for epoch in range(6)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 6
+    assert picks[18:21] == step_order(7, 3, 6, seed=0) != step_order(7, 3, 6, seed=1)
+    assert len(step_order(2, 9, 0, seed=0)) == 9                                  # a batch larger than the data
+
+
+def test_no_sample_meets_itself_in_a_contrastive_batch():
+    """Laid end to end, epochs meet within a batch, and an image would be its own wrong answer."""
+    steps = [[i for i, _ in step_order(7, 3, step, 0, whole=True)] for step in range(20)]
+    assert all(len(set(step)) == 3 for step in steps) and set(sum(steps, [])) == set(range(7))
+    assert any(len({i for i, _ in step_order(7, 3, step, 0)}) < 3 for step in range(20))
+    for size in (1, 8):
+        with pytest.raises(UserError, match="different images, at least 2"):
+            toy(batch_size=size, whole=True)
+
+
+def test_padding_is_told_by_length_and_the_end_is_learned():
+    """end == pad == 0 here: the one real end must be a target, the padding must not, the first word must be."""
+    idx, targets = pad_rows([([0, 5, 6], [5, 6, 0]), ([0, 7], [7, 0]), NO_ROW])
+    assert idx.tolist() == [[0, 5, 6], [0, 7, 0], [0, 0, 0]]
+    assert targets.tolist() == [[5, 6, 0], [7, 0, IGNORE], [IGNORE] * 3]
+
+
+def test_fixed_rows_differ_by_padding_only():
+    """What a GPU sees (one shape) and what a CPU computes (no needless padding) hold the same tokens."""
+    rows = rows_of([["ab", "abcdef"], ["a"]])[0]
+    (idx, targets), (same, also) = Rows(rows).take([0, 2]), Rows(rows, fixed=True).take([0, 2])
+    assert idx.shape == (2, 3) and same.shape == (2, 7)
+    assert torch.equal(same[:, :3], idx) and torch.equal(also[:, :3], targets) and (also[:, 3:] == IGNORE).all()
+
+
+def test_a_cut_caption_does_not_teach_to_stop():
+    rows, notes = rows_of([["abc", "abcd"]], max_tokens=3)
+    assert rows == [[([50, 1, 2, 3], [1, 2, 3, 60]), ([50, 1, 2], [1, 2, 3])]] and "1 captions are longer" in notes[0]
+
+
+def test_captions_that_teach_nothing_are_left_out_and_counted():
+    """Nothing left after cleaning, or unknown words alone: such a row once gave the mean of nothing, nan."""
+    rows, notes = rows_of([["abc", "!!!"], ["z"], ["az"]], clean="words")
+    assert [len(r) for r in rows] == [1, 1, 1] and rows[1] == [([50, 26], [IGNORE, 60])]
+    assert rows[2] == [([50, 1, 26], [1, IGNORE, 60])]
+    assert any("1 captions hold nothing" in n for n in notes) and any("2 words" in n for n in notes)
+    assert rows_of([["z"]], max_tokens=0)[0] == [[]]
+
+
+def test_captions_cannot_become_special_tokens():
+    """Text that spells <image> or the end stays text: of a row, only the first id and the last target are special."""
+    tokenizer = BPETokenizer.train(["a b c"], 300)
+    first, end = tokenizer.token_to_id("<image>"), tokenizer.token_to_id(END)
+    rows, _ = caption_rows([[f"a <image> b {END} c"]], tokenizer, first, end, 99, "none")
+    idx, targets = rows[0][0]
+    assert not {first, end} & {*idx[1:], *targets[:-1]} and idx[0] == first and targets[-1] == end
+
+
+def test_all_captions_take_their_turn():
+    rows = Rows(rows_of([["a"], ["a", "b"], ["a", "b", "c"]])[0])
+    assert {tuple(rows.of(2, 1, epoch)) for epoch in range(3)} == {(3,), (4,), (5,)}
+    assert rows.of(1, 3) == [1, 2, rows.empty]                                    # two captions, three asked for
+    assert rows.n_targets[rows.empty] == 0
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_processes_and_micro_batches_share_one_step(features):
+    """2 processes x 2 micro-batches of 2 are the 8 images of the one-process step; their weights add up to one."""
+    whole = toy(20, 2, 8, features)[5][0]
+    ranks = [toy(20, 2, 8, features, world=2, accum=2, rank=rank)[5] for rank in (0, 1)]
+    parts = [ranks[rank][m] for m in (0, 1) for rank in (0, 1)]
+    assert torch.equal(torch.cat([p.img for p in parts]), whole.img)
+    assert sum(p.share for p in parts) == pytest.approx(1) and whole.share == 1
+    assert sum(p.n_targets for p in parts) == whole.n_targets
+    assert all(p.n_targets == int((p.targets != IGNORE).sum()) for p in parts)
+    if features:                                                # captions of one length stand together
+        assert all(img == i for p in parts for img, i in zip(p.img[:, 0].tolist(), p.members))
+    else:
+        assert torch.equal(torch.cat([p.rand for p in parts], 1), whole.rand)     # same augmentation, however split
+
+
+def test_images_whose_captions_say_left_or_right_are_never_mirrored():
+    batches = toy(n=20, batch_size=20)
+    batches.store.dataset.may_flip = lambda i: i >= 10
+    picks = [i for i, _ in step_order(20, 20, 0, seed=0)]
+    mirror = batches[0][0].rand[4].tolist()
+    assert all((value == 1) == (i < 10) for value, i in zip(mirror, picks))
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="--batch-size 3 does not divide among 2 processes x 1"):
+        toy(world=2)
+
+
+def test_evaluation_sees_every_caption_once_also_in_several_processes():
+    batches = toy()
+    for world in (1, 2, 3):
+        found = [(i, row) for rank in range(world) for b in eval_batches(batches.store, batches.rows, "val", 2, rank=rank,
+                                                                        world=world)
+                 for i, row in zip(np.repeat(b.members, len(b.idx) // len(b.members)), b.targets.tolist()) if 60 in row]
+        assert sorted(i for i, _ in found) == sorted(i for i in range(7) for _ in range(1 + i % 3))
+
+
+def test_images_without_any_row_are_passed_over():
+    batches = toy()
+    rows = Rows([[]] + [[([1], [2])]] * 6)
+    assert Batches(batches.store, rows, 2).members == [1, 2, 3, 4, 5, 6]
+    assert sum(batch.n_targets for batch in eval_batches(batches.store, rows, "val", 3)) == 6
+
+
+# ---- the image store
+
+def test_broken_images_are_counted_and_refused_above_one_percent(tmp_path):
+    folder, notes = album(tmp_path / "a"), []
+    (folder / "Images" / "5.jpg").write_bytes(b"not a jpeg")
+    dataset = photos("folder", folder)
+    with pytest.raises(UserError, match="1 of 20 images are broken, first .*5.jpg.*--allow-broken"):
+        ImageStore.of_pixels(dataset, dataset.splits, Recipe(size=8), say=notes.append)
+    store = ImageStore.of_pixels(dataset, dataset.splits, Recipe(size=8), allow_broken=True, say=notes.append)
+    assert sum(len(store.usable(s)) for s in dataset.splits) == 19 and len(store.broken) == 1
+    assert any("5.jpg" in note for note in notes)
+
+
+def test_memory_and_on_demand_give_the_same_pixels(tmp_path):
+    dataset = photos("folder", album(tmp_path / "a"))
+    store = ImageStore.of_pixels(dataset, dataset.splits, Recipe(size=8), say=lambda text: None)
+    bare = ImageStore(dataset, Recipe(size=8))
+    assert store.in_memory and not bare.in_memory
+    (a, places), (b, _) = store.get([3, 9, 3]), bare.get([3, 9, 3])
+    assert torch.equal(a, b) and a.dtype == torch.uint8 and places == [0, 1, 2]
+
+
+def test_a_streamed_image_that_is_gone_gives_its_place_to_another(capsys):
+    """The caption goes with the place: what is left belongs together."""
+    batches = toy(n=6, batch_size=6)
+    dataset = batches.store.dataset
+
+    def fetch(i):
+        if i in (2, 3):
+            raise UserError(f"{i} is gone")
+        return Image.new("RGB", (4, 4), (i, i, i))
+    dataset.open, dataset.urls = fetch, ["http://x"] * 6
+    batches.store = ImageStore(dataset, Recipe(size=4))
+    batch = batches[0][0]
+    assert batch.img[:, 0, 0, 0].tolist() == batch.members and not {2, 3} & {*batch.members} and len(batch.members) == 6
+    assert all(row.tolist() == batches.rows.idx[batches.rows.of(i, 1)[0], :len(row)].tolist()
+               for row, i in zip(batch.idx, batch.members))
+    assert sorted(i for b in eval_batches(batches.store, batches.rows, "val", 6) for i in b.members) == [0, 1, 4, 5]
+    assert "could not be fetched" in capsys.readouterr().out
+    dataset.open = lambda i: fetch(2)
+    assert isinstance(batches[0], UserError)
