@@ -321,7 +321,8 @@ def tokenize(caption):
     """
     tokens = []
     caption = regex.sub("[\ufe00-\ufe0f\u20dd-\u20e4]", " ", caption)     # how an emoji or a keycap is drawn: ❤️, 1️⃣
-    for token in _LEXER.findall(caption.replace("\u00ad", "").replace("&apos;", "'") + "\n"):     # U+00AD: the soft hyphen
+    caption = caption.replace("\u00ad", "").replace("&apos;", "'")       # U+00AD: the soft hyphen
+    for token in _LEXER.findall(caption + "\n"):
         if token.isalpha():
             tokens.append(token.lower())
         elif token.lower() not in _DROPPED:

@@ -101,7 +101,7 @@ def meaning(caption):
     "a large red star left of a small red star" and "a small red star right of a large red star" mean the same.
     """
     things, relations = _parse(caption)
-    return (frozenset(things), relations if len(things) == 1 else _facts(things, relations)) if things else None
+    return (frozenset(things), tuple(_facts(things, relations) if things[1:] else relations)) if things else None
 
 
 def score_parts(prediction, truth):

@@ -39,6 +39,14 @@ class Question:
 
 # ---- the official files
 
+def _by_id(path, key):
+    entries = read_json(path)[key]
+    found = {entry["question_id"]: entry for entry in entries}
+    if len(found) < len(entries):
+        raise UserError(f"{path} holds {len(entries) - len(found)} of its question_ids twice; keep one entry of each")
+    return found
+
+
 def read_vqa(questions_path, annotations_path, notes):
     """The official json files, joined by question id -> list of Question in file order.
 
@@ -46,8 +54,8 @@ def read_vqa(questions_path, annotations_path, notes):
     annotations of other questions: two splits may both count from 0, but they are about other images.
     """
     try:
-        entries, questions = {e["question_id"]: e for e in read_json(questions_path)["questions"]}, []
-        people = {a["question_id"]: a for a in read_json(annotations_path)["annotations"]} if annotations_path else {
+        entries, questions = _by_id(questions_path, "questions"), []
+        people = _by_id(annotations_path, "annotations") if annotations_path else {
             i: {"image_id": e["image_id"], "answers": [], "multiple_choice_answer": ""} for i, e in entries.items()}
         for i, e in entries.items():
             a = people.get(i)
@@ -126,8 +134,8 @@ def vqav2(folder, seed=0, allow_broken=False):
 NUMBER = r"\d+(?:[.,]\d+)*|zero|one|two|three|four|five|six|seven|eight|nine|ten"
 SHAPE = "circle|square|triangle|star|diamond|cross|rectangle|heart"
 PLACE = "in|on|at|under|behind|near|next to|inside|outside|between|by|over|above|below|beside"
-# Questions are turned into statements where they are made of plain words. These are none: they mean another thing once
-# stated ("a train or a bus", "anything", "the cat that is here"), or are half of something ("the man wearing").
+# Statements are made of plain words. These are none: they mean another thing once stated ("a train or a bus", "the cat
+# that is here"), or are half of something ("the man wearing").
 WORD = (r"(?!(?:or|and|is|are|was|were|do|does|did|who|what|which|that|no|not|any\w*|some\w*|ever|yet|either|enough|of|"
         rf"to|with|from|for|up|down|out|off|taken|made|seen|{PLACE})\b|(?!building)\w{{3,}}(?:ing|ed)\b)[\w'-]+")
 BE, NOUN = "(?P<be>is|are|was|were)", f"{WORD}(?: {WORD})?"
@@ -136,7 +144,7 @@ THING = rf"(?P<it>(?:the|this|that|these|those|his|her|their|its) {NOUN}|this|th
 CLAIM = (rf"{BE} (?P<it>there|it|he|she|they|(?:this|that)(?= an? )|the {WORD}(?= (?:an? )?\w+$| \w+ing \w+ \w+$)) "
          rf"(?P<any>(?:any )?)(?P<rest>(?:\w+ing|(?:\w+ing )?(?:(?:an?|the|his|her) )?{NOUN}){WHERE})")
 COUNT = rf"how many (?P<it>{NOUN}) (?:are|do you see|can you see)(?: there| visible)?(?P<rest>{WHERE})"
-NAMED = r"(?:what|which) (?P<it>(?:(?:kind|type) of )?(?!one|all|else)\w*[^s\W]) (?:is|was) (?:th\w+|it|in|on|being)\b.*"
+NAMED = r"(?:what|which) (?P<it>(?:(?:kind|type) of )?(?!one|all|else)\w*[^s\W]) is (?:th\w+|it|in|on|being)\b.*"
 
 # (question, answer, statement with {a} for the answer): the first that fits and leads back is taken
 RULES = [(re.compile(asks, re.IGNORECASE), re.compile(says), text) for asks, says, text in (
@@ -179,10 +187,13 @@ def to_short(sentence):
     What has none of these forms is the answer itself, without its period.
     """
     text = " ".join(sentence.split()).removesuffix(".")
-    for form in (r"the answer is (.*)", "(yes|no)(?:,.*)?", rf"there (?:is|are) ({NUMBER})\b.*",
+    claim = re.fullmatch("(yes|no)(?:,.*)?", text, re.IGNORECASE)
+    if claim:
+        return claim[1].lower()
+    for form in (r"the answer is (.*)", rf"there (?:is|are) ({NUMBER})\b.*",
                  r".+? is (left|right|above|below)(?: of)? (?:the|an?) .+", r".+? (?:is|are|was|were) (?:an? )?(.+)"):
         if match := re.fullmatch(form, text, re.IGNORECASE):
-            return match[1].lower() if match[1].lower() in ("yes", "no") else match[1]
+            return match[1]
     return text[:1].lower() + text[1:]
 
 
