@@ -1,16 +1,15 @@
 """How good is a caption, a retrieval, an answer? The scores papers print, computed as the official scripts do.
 
-    tokenize                    Stanford's Penn Treebank rules (CoreNLP 3.4.1), applied by coco-caption before scoring
     bleu, rouge_l, cider        coco-caption (Papineni 2002, Lin 2004, Vedantam 2015), its quirks included, to 1e-6
     recall_at_k, vqa_accuracy   retrieval both ways (Karpathy 2015); agreement with ten humans (Antol 2015, Goyal 2017)
+    tokenize                    Stanford's Penn Treebank rules (CoreNLP 3.4.1), applied by coco-caption before scoring
 
 BLEU and ROUGE ask how many words and runs of words a caption shares with its references; CIDEr also asks how telling
 they are: "dog on the" is in every caption, "catching a frisbee" is not. Left out: METEOR and SPICE (WordNet, a
-parser and Java). Numbers are comparable only after the same tokenisation, so it comes first and is most of this file.
+parser and Java). Numbers are comparable only after the same tokenisation: it is exact, long, and the end of this file.
 """
 import math
 from collections import Counter
-from functools import lru_cache
 
 import numpy as np
 import regex
@@ -18,11 +17,236 @@ import regex
 from .config import UserError
 
 
-class MetricError(UserError, ValueError):
-    """Scores were asked of inputs that do not fit together (no images, no references, lists of different lengths)."""
+def _check_pairs(predictions, references):
+    """zip would score the shorter of two lists, and a bare string letter by letter."""
+    lists = not any(isinstance(refs, str) or not len(refs) for refs in references)
+    if isinstance(predictions, str) or not lists or not 0 < len(predictions) == len(references):
+        raise UserError(f"{len(predictions)} predictions and {len(references)} references do not pair up; give one "
+                        "prediction and a list of references for each image or question, and no empty list")
 
 
-# ----- 1. Tokens: Penn Treebank rules for captions -----
+# ----- 1. Captions: BLEU, ROUGE-L, CIDEr-D -----
+# All three take candidates (one tokenised string per image) and references (a list of such strings per image).
+
+def _ngrams(caption, longest=4):
+    """Counts of all 1- to 4-grams, keyed by tuple, and the length. "a b a" -> {("a",): 2, ("a", "b"): 1, ...}, 3"""
+    words = caption.split()
+    return Counter(gram for n in range(longest) for gram in zip(*(words[i:] for i in range(n + 1)))), len(words)
+
+
+def bleu(candidates, references):
+    """Corpus BLEU-1..4, each in 0..1: geometric mean of clipped n-gram precisions times a penalty for short output.
+
+    Counts are summed over all images before dividing (it is not a mean of sentence scores, and there is no smoothing).
+    Clipping: "the the the" against "the dog" gets credit for one "the", not three. The reference length
+    that counts is the one closest to the candidate's, the shorter if two are. An empty candidate adds only penalty.
+    """
+    _check_pairs(candidates, references)
+    correct, guessed, words_out, words_ref = [0] * 4, [0] * 4, 0, 0
+    for candidate, refs in zip(candidates, references):
+        counts, length = _ngrams(candidate)
+        refs = [_ngrams(ref) for ref in refs]
+        words_out += length
+        words_ref += min((ref_length for _, ref_length in refs), key=lambda n: (abs(n - length), n))
+        for n in range(4):
+            guessed[n] += max(0, length - n)
+        for gram, count in counts.items():
+            correct[len(gram) - 1] += min(count, max(ref_counts.get(gram, 0) for ref_counts, _ in refs))
+    ratio = (words_out + 1e-15) / (words_ref + 1e-9)  # coco-caption's guards against 0 / 0
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, []
+    for n in range(4):
+        product *= (correct[n] + 1e-15) / (guessed[n] + 1e-9)
+        scores.append(product ** (1 / (n + 1)) * penalty)
+    return scores
+
+
+def _lcs(a, b):
+    """Length of the longest common subsequence. "a dog on grass", "the dog runs on grass" (as lists) -> 3"""
+    row = [0] * (len(b) + 1)                        # row[j]: the answer for the words of a so far and the first j of b
+    for word in a:
+        corner = 0                                                                  # the row above, one column left
+        for j, other in enumerate(b, 1):
+            corner, row[j] = row[j], corner + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(candidates, references):
+    """Mean over images of ROUGE-L in 0..1: an F-score (beta 1.2: recall weighs more) of the longest common subsequence.
+
+    Best precision and best recall are taken over the references separately, so they may come from two of them.
+    """
+    _check_pairs(candidates, references)
+    beta2, total = 1.2 ** 2, 0.0
+    for candidate, refs in zip(candidates, references):
+        words, refs = candidate.split(" "), [ref.split(" ") for ref in refs]  # "" is one empty word, as in the original
+        common = [_lcs(ref, words) for ref in refs]
+        precision, recall = max(common) / len(words), max(c / len(ref) for c, ref in zip(common, refs))
+        if recall:
+            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)
+    return total / len(candidates)
+
+
+class CiderD:
+    """CIDEr-D of one caption at a time, 0 to 10: cosine of tf-idf n-gram vectors, mean over n = 1..4 and references.
+
+    An n-gram weighs its count times log(images / images whose references use it), so a phrase that fits every image
+    weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
+    (sigma 6) punishes a different length. references: per image a list of tokenised strings.
+    """
+
+    def __init__(self, references):
+        counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]
+        seen_in = Counter(gram for refs in counts for gram in set().union(*refs))
+        self.log_images = math.log(len(references))
+        self.weight = {gram: self.log_images - math.log(images) for gram, images in seen_in.items()}
+        self.references = [[self._vector(ref) for ref in refs] for refs in counts]
+
+    def _vector(self, counts):
+        weights, norm, length = {}, [0.0] * 4, 0
+        for gram, count in counts.items():
+            weights[gram] = value = count * self.weight.get(gram, self.log_images)
+            norm[len(gram) - 1] += value * value
+            length += count if len(gram) == 2 else 0                                # the official length counts bigrams
+        return weights, norm, length
+
+    def score(self, candidate, i):
+        """The tokenised string `candidate` against the references of image i."""
+        total, (weights, norm, length) = 0.0, self._vector(_ngrams(candidate)[0])
+        for ref_weights, ref_norm, ref_length in self.references[i]:
+            dots = [0.0] * 4
+            for gram in weights.keys() & ref_weights.keys():
+                dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]
+            cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
+            total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2))
+        return total / len(self.references[i])
+
+
+def cider(candidates, references):
+    """CIDEr-D, mean over images (see CiderD)."""
+    _check_pairs(candidates, references)
+    scorer = CiderD(references)
+    return sum(scorer.score(candidate, i) for i, candidate in enumerate(candidates)) / len(candidates)
+
+
+def score_captions(candidates, references):
+    """All caption scores from raw text: one sentence per image, a list of reference sentences per image.
+
+    -> {"BLEU-1": .., ..., "BLEU-4": .., "ROUGE-L": .., "CIDEr-D": ..}; papers print 100 times that.
+    """
+    _check_pairs(candidates, references)
+    candidates = [" ".join(tokenize(caption)) for caption in candidates]
+    references = [[" ".join(tokenize(caption)) for caption in refs] for refs in references]
+    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu(candidates, references), 1)}
+    return {**scores, "ROUGE-L": rouge_l(candidates, references), "CIDEr-D": cider(candidates, references)}
+
+
+# ----- 2. Retrieval -----
+
+BLOCK = 2 ** 22         # scores made at a time: 32 MB, whatever N x M
+
+
+def _ranks(image_emb, text_emb, owner):
+    """(N, D), (M, D), (M,) -> ranks (N,) of each image's best own text, (M,) of each text's image; 1 is best.
+
+    Only what belongs to others is counted, and a tie with it counts against us: a model that says the same of
+    everything comes last.
+    """
+    # float64, then rounded: equal vectors must tie although their products may be summed up in another order
+    image_emb, text_emb, N, M = image_emb.astype(np.float64), text_emb.astype(np.float64), len(image_emb), len(text_emb)
+    mine, best = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32), np.full(N, -np.inf, np.float32)
+    np.maximum.at(best, owner, mine)                            # (M,) each text with its image, (N,) the best of each
+    image_ranks, text_ranks = np.ones(N), np.ones(M)
+    for rows in np.array_split(np.arange(N), math.ceil(N * M / BLOCK)):
+        scores = (image_emb[rows] @ text_emb.T).astype(np.float32)                  # (b, M)
+        scores[owner == rows[:, None]] = -np.inf                # what is left is the others'
+        image_ranks[rows] += (scores >= best[rows, None]).sum(axis=1)
+        text_ranks += (scores >= mine).sum(axis=0)
+    return image_ranks, text_ranks
+
+
+def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
+    """Retrieval both ways. Score = dot product, so L2-normalise the rows first for cosine (as CLIP.encode_* does).
+
+    image_emb (N, D), text_emb (M, D): arrays or tensors; owner (M,): index of each text's image.
+    Returns {"image_to_text": {"R@1": .., ..., "R@10": .., "median_rank": ..}, "text_to_image": {...}}, R@K in 0..1.
+    image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is.
+    """
+    image_emb, text_emb, owner = (np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x)
+                                  for x in (image_emb, text_emb, owner))
+    owner = owner.astype(np.int64)
+    if len(owner) != len(text_emb) or set(owner.tolist()) != set(range(len(image_emb))):
+        raise UserError(f"the owners of {len(text_emb)} texts are {len(owner)} and must name each of {len(image_emb)} "
+                        "images, and no other; give every image at least one text")
+    if not np.isfinite(image_emb).all() or not np.isfinite(text_emb).all():         # NaN would come first: nothing is
+        raise UserError("some embeddings are not finite and cannot be ranked; look for the step that made them")
+    ways = zip(("image_to_text", "text_to_image"), _ranks(image_emb, text_emb, owner))
+    return {way: {**{f"R@{k}": float((ranks <= k).mean()) for k in ks}, "median_rank": float(np.median(ranks))}
+            for way, ranks in ways}
+
+
+# ----- 3. Visual question answering -----
+# The official script mends missing apostrophes from a table. Every entry of it is a word below with one apostrophe
+# taken out: "couldnt've" and "couldn'tve" both become "couldn't've". (Its I'm and I've cannot match lower case.)
+
+_APOSTROPHES = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+_CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in _APOSTROPHES.split() for i, c in enumerate(word) if c == "'"}
+_CONTRACTIONS["somebody'd"] = "somebodyd"               # sic: the official entry is backwards
+_DIGITS = {"none": "0"} | {word: str(n) for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
+
+
+def _normalize_answer(text):
+    """The official clean-up: "The two dogs." -> "2 dogs"."""
+    glue = regex.search(r"\d,\d", text) is not None  # "1,000": then every mark is deleted
+    cleaned = text
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        near_space = mark + " " in text or " " + mark in text
+        cleaned = cleaned.replace(mark, "" if near_space or glue else " ")
+    # The original hands its flag to the wrong argument, so only the first 32 periods go; "1.5" keeps its own
+    cleaned = regex.sub(r"\.(?!\d)", "", cleaned, count=32)
+    words = [_DIGITS.get(word, word) for word in cleaned.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def _answer_score(prediction, humans):
+    """Agreement with the humans, each compared with the others: m matches of ten give 0, .3, .6, .9, then 1."""
+    prediction, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *humans))
+    if len(set(humans)) > 1 or len(humans) == 1:          # official: ten equal answers are compared as they are typed
+        clean = {text: _normalize_answer(text) for text in {prediction, *humans}}
+        prediction, humans = clean[prediction], [clean[text] for text in humans]
+    matches, others = sum(human == prediction for human in humans), min(3, len(humans) - 1)
+    if not others:
+        return float(matches)
+    total = matches * min(1, (matches - 1) / others) + (len(humans) - matches) * min(1, matches / others)
+    return total / len(humans)
+
+
+def vqa_accuracy(predictions, answers, answer_types=None):
+    """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten.
+
+    For each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than
+    four humans "three" becomes all the others; a single answer must be equal after clean-up.
+    answer_types, one word per question ("yes/no", "number", "other"): then returns {"overall": .., "number": ..}.
+    """
+    _check_pairs(predictions, answers)
+    scores = [_answer_score(prediction, humans) for prediction, humans in zip(predictions, answers)]
+    if answer_types is None:
+        return sum(scores) / len(scores)
+    parts = {"overall": scores}
+    for kind, score in zip(answer_types, scores, strict=True):
+        parts.setdefault(kind, []).append(score)
+    return {kind: sum(part) / len(part) for kind, part in parts.items()}
+
+
+# ----- 4. Tokens: Penn Treebank rules for captions -----
 # A lexer stands at one place of the text, tries every rule and keeps the longest match; Python's `|` keeps the first
 # that fits, so the rules below go from the greedy to the plain. What no rule claims (spaces, commas, quotes, emoji) is
 # skipped: coco-caption drops it anyway. <NAME> stands for a piece of the table. Left out: file and phone numbers, HTML.
@@ -87,19 +311,18 @@ _SPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
 _DROPPED = frozenset("'' ? ! - -- --- ---- ... .... ..... &quot; &nbsp;".split())
 
 
-@lru_cache(maxsize=1)
-def _lexer():
-    return regex.compile(regex.sub("<([A-Z]+[0-9]?)>", lambda name: _PIECES[name[1]], _RULES), regex.VERBOSE).findall
+_LEXER = regex.compile(regex.sub("<([A-Z]+[0-9]?)>", lambda name: _PIECES[name[1]], _RULES), regex.VERBOSE)
 
 
 def tokenize(caption):
-    """Words of one caption: Stanford PTB, lower case, punctuation dropped.
+    """Words of one caption: Stanford PTB, lower case, punctuation dropped:
 
     tokenize('The man\'s dog can\'t catch "it" (yet).')  ->  the man 's dog ca n't catch it -lrb- yet -rrb-
     """
     tokens = []
     caption = regex.sub("[\ufe00-\ufe0f\u20dd-\u20e4]", " ", caption)     # how an emoji or a keycap is drawn: ❤️, 1️⃣
-    for token in _lexer()(caption.replace("\u00ad", "").replace("&apos;", "'") + "\n"):     # U+00AD: the soft hyphen
+    caption = caption.replace("\u00ad", "").replace("&apos;", "'")       # U+00AD: the soft hyphen
+    for token in _LEXER.findall(caption + "\n"):
         if token.isalpha():
             tokens.append(token.lower())
         elif token.lower() not in _DROPPED:
@@ -108,263 +331,3 @@ def tokenize(caption):
             curly = len(token) <= 3 and not token[-1].isdigit()  # ’s n’t become 's n't; o’clock stays
             tokens.append((regex.sub("[’`‘‛]", "'", token) if curly else token).lower())
     return tokens
-
-
-# ----- 2. Captions: BLEU, ROUGE-L, CIDEr-D -----
-# All three take candidates (one tokenised string per image) and references (a list of such strings per image).
-
-def _check_captions(candidates, references):
-    if isinstance(candidates, str) or len(candidates) != len(references):
-        raise MetricError(f"captions are scored image by image, but there are {len(candidates)} candidates and "
-                          f"{len(references)} lists of references; give one candidate and one list per image")
-    if not len(candidates):
-        raise MetricError("there is no caption to score; give at least one image (is the split empty?)")
-    for i, refs in enumerate(references):
-        if isinstance(refs, str) or not len(refs):
-            raise MetricError(f"image {i} has {'a bare string' if isinstance(refs, str) else 'nothing'} where its list "
-                              "of reference captions belongs; give every image at least one reference in a list")
-
-
-def _ngrams(caption, longest=4):
-    """Counts of all 1- to 4-grams, keyed by tuple, and the length. "a b a" -> {("a",): 2, ("a", "b"): 1, ...}, 3"""
-    words = caption.split()
-    return Counter(gram for n in range(longest) for gram in zip(*(words[i:] for i in range(n + 1)))), len(words)
-
-
-def bleu(candidates, references):
-    """Corpus BLEU-1..4, each in 0..1: geometric mean of clipped n-gram precisions times a penalty for short output.
-
-    Counts are summed over all images before dividing (it is not a mean of sentence scores, and there is no smoothing).
-    Clipping: "the the the" against "the dog" gets credit for one "the", not three. The reference length
-    that counts is the one closest to the candidate's, the shorter if two are. An empty candidate adds only penalty.
-    Raises MetricError on an empty set, on lists of different lengths and on an image without references.
-    """
-    _check_captions(candidates, references)
-    correct, guessed, words_out, words_ref = [0] * 4, [0] * 4, 0, 0
-    for candidate, refs in zip(candidates, references):
-        counts, length = _ngrams(candidate)
-        refs = [_ngrams(ref) for ref in refs]
-        words_out += length
-        words_ref += min((ref_length for _, ref_length in refs), key=lambda n: (abs(n - length), n))
-        for n in range(4):
-            guessed[n] += max(0, length - n)
-        for gram, count in counts.items():
-            correct[len(gram) - 1] += min(count, max(ref_counts.get(gram, 0) for ref_counts, _ in refs))
-    ratio = (words_out + 1e-15) / (words_ref + 1e-9)  # coco-caption's guards against 0 / 0
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    product, scores = 1.0, []
-    for n in range(4):
-        product *= (correct[n] + 1e-15) / (guessed[n] + 1e-9)
-        scores.append(product ** (1 / (n + 1)) * penalty)
-    return scores
-
-
-def _lcs(a, b):
-    """Length of the longest common subsequence. "a dog on grass", "the dog runs on grass" (as lists) -> 3"""
-    row = [0] * (len(b) + 1)                        # row[j]: the answer for the words of a so far and the first j of b
-    for word in a:
-        corner = 0                                                                  # the row above, one column left
-        for j, other in enumerate(b, 1):
-            corner, row[j] = row[j], corner + 1 if word == other else max(row[j], row[j - 1])
-    return row[-1]
-
-
-def rouge_l(candidates, references):
-    """Mean over images of ROUGE-L in 0..1: an F-score (beta 1.2: recall weighs more) of the longest common subsequence.
-
-    Best precision and best recall are taken over the references separately, so they may come from two of them.
-    Raises MetricError as bleu does.
-    """
-    _check_captions(candidates, references)
-    beta2, total = 1.2 ** 2, 0.0
-    for candidate, refs in zip(candidates, references):
-        words, refs = candidate.split(" "), [ref.split(" ") for ref in refs]  # "" is one empty word, as in the original
-        common = [_lcs(ref, words) for ref in refs]
-        precision, recall = max(common) / len(words), max(c / len(ref) for c, ref in zip(common, refs))
-        if recall:
-            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)
-    return total / len(candidates)
-
-
-class CiderD:
-    """CIDEr-D of one caption at a time, 0 to 10: cosine of tf-idf n-gram vectors, mean over n = 1..4 and references.
-
-    An n-gram weighs its count times log(images / images whose references use it), so a phrase that fits every image
-    weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
-    (sigma 6) punishes a different length. references: per image a list of tokenised strings.
-    """
-
-    def __init__(self, references):
-        counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]
-        seen_in = Counter(gram for refs in counts for gram in set().union(*refs))
-        self.log_images = math.log(len(references))
-        self.weight = {gram: self.log_images - math.log(images) for gram, images in seen_in.items()}
-        self.references = [[self._vector(ref) for ref in refs] for refs in counts]
-
-    def _vector(self, counts):
-        weights, norm, length = {}, [0.0] * 4, 0
-        for gram, count in counts.items():
-            weights[gram] = value = count * self.weight.get(gram, self.log_images)
-            norm[len(gram) - 1] += value * value
-            length += count if len(gram) == 2 else 0                                # the official length counts bigrams
-        return weights, norm, length
-
-    def score(self, candidate, i):
-        """The tokenised string `candidate` against the references of image i."""
-        total, (weights, norm, length) = 0.0, self._vector(_ngrams(candidate)[0])
-        for ref_weights, ref_norm, ref_length in self.references[i]:
-            dots = [0.0] * 4
-            for gram in weights.keys() & ref_weights.keys():
-                dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]
-            cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
-            total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2))
-        return total / len(self.references[i])
-
-
-def cider(candidates, references):
-    """CIDEr-D, mean over images (see CiderD). Raises MetricError as bleu does."""
-    _check_captions(candidates, references)
-    scorer = CiderD(references)
-    return sum(scorer.score(candidate, i) for i, candidate in enumerate(candidates)) / len(candidates)
-
-
-def score_captions(candidates, references):
-    """All caption scores from raw text: one sentence per image, a list of reference sentences per image.
-
-    -> {"BLEU-1": .., ..., "BLEU-4": .., "ROUGE-L": .., "CIDEr-D": ..}; papers print 100 times that.
-    """
-    _check_captions(candidates, references)
-    candidates = [" ".join(tokenize(caption)) for caption in candidates]
-    references = [[" ".join(tokenize(caption)) for caption in refs] for refs in references]
-    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu(candidates, references), 1)}
-    return {**scores, "ROUGE-L": rouge_l(candidates, references), "CIDEr-D": cider(candidates, references)}
-
-
-# ----- 3. Retrieval -----
-
-BLOCK = 2 ** 22         # scores made at a time: 32 MB, whatever N x M
-
-
-def _ranks(image_emb, text_emb, owner):
-    """(N, D), (M, D), (M,) -> ranks (N,) of each image's best own text, (M,) of each text's image; 1 is best.
-
-    Only what belongs to others is counted, and a tie with it counts against us: a model that says the same of
-    everything comes last. The table of scores is made once, some images at a time, and read both ways.
-    """
-    N, M = len(image_emb), len(text_emb)
-    image_emb, text_emb = image_emb.astype(np.float64), text_emb.astype(np.float64)
-    # float64, then rounded: equal vectors must tie although their products may be summed up in another order
-    mine = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32)     # (M,) each text with its image
-    image_ranks, text_ranks = np.ones(N), np.ones(M)
-    step = max(1, BLOCK // M)
-    for start in range(0, N, step):
-        stop = min(N, start + step)
-        scores = (image_emb[start:stop] @ text_emb.T).astype(np.float32)            # (b, M)
-        texts = np.flatnonzero((owner >= start) & (owner < stop))
-        scores[owner[texts] - start, texts] = -np.inf       # what is left is the others'
-        best = np.full(stop - start, -np.inf, dtype=np.float32)
-        np.maximum.at(best, owner[texts] - start, mine[texts])                      # (b,) each image's best own text
-        image_ranks[start:stop] += (scores >= best[:, None]).sum(axis=1)
-        text_ranks += (scores >= mine).sum(axis=0)
-    return image_ranks, text_ranks
-
-
-def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
-    """Retrieval both ways. Score = dot product, so L2-normalise the rows first for cosine (as CLIP.encode_* does).
-
-    image_emb (N, D), text_emb (M, D): arrays or tensors; owner (M,): index of each text's image.
-    Returns {"image_to_text": {"R@1": .., ..., "R@10": .., "median_rank": ..}, "text_to_image": {...}}, R@K in 0..1.
-    image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is.
-    Memory does not grow with N x M. Raises MetricError when shapes disagree, an image owns no text, or a number is NaN.
-    """
-    image_emb, text_emb, owner = (np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x)
-                                  for x in (image_emb, text_emb, owner))
-    owner = owner.astype(np.int64)
-    flat = image_emb.ndim != 2 or text_emb.ndim != 2
-    if flat or image_emb.shape[1] != text_emb.shape[1] or owner.shape != text_emb.shape[:1]:
-        raise MetricError(f"recall needs images (N, D), texts (M, D) and owners (M,), but the shapes are "
-                          f"{image_emb.shape}, {text_emb.shape} and {owner.shape}")
-    lonely = np.setdiff1d(np.arange(len(image_emb)), owner)
-    if not owner.size or len(lonely) or owner.min() < 0 or owner.max() >= len(image_emb):
-        raise MetricError(f"owner must name every one of the {len(image_emb)} images (0 to {len(image_emb) - 1}) "
-                          f"and no other; images without a text: {lonely[:5].tolist()}")
-    for name, emb in (("image", image_emb), ("text", text_emb)):
-        bad = np.flatnonzero(~np.isfinite(emb).all(axis=1))
-        if len(bad):
-            raise MetricError(f"{len(bad)} {name} embeddings are not finite, first number {bad[0]}; NaN cannot be "
-                              "ranked: look for the step that made it")
-    ways = zip(("image_to_text", "text_to_image"), _ranks(image_emb, text_emb, owner))
-    return {way: {**{f"R@{k}": float((ranks <= k).mean()) for k in ks}, "median_rank": float(np.median(ranks))}
-            for way, ranks in ways}
-
-
-# ----- 4. Visual question answering -----
-# The official script mends missing apostrophes from a table. Every entry of it is a word below with one apostrophe
-# taken out: "couldnt've" and "couldn'tve" both become "couldn't've". (Its I'm and I've cannot match lower case.)
-
-_APOSTROPHES = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
-when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
-_DIGITS = {"none": "0"} | {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}
-
-
-@lru_cache(maxsize=1)
-def _contractions():
-    table = {word[:i] + word[i + 1:]: word for word in _APOSTROPHES.split() for i, c in enumerate(word) if c == "'"}
-    return table | {"somebody'd": "somebodyd"}  # sic: the official entry is backwards
-
-
-def _normalize_answer(text):
-    """The official clean-up: "The two dogs." -> "2 dogs"."""
-    glue = regex.search(r"\d,\d", text) is not None  # "1,000": then every mark is deleted
-    cleaned = text
-    for mark in ";/[]\"{}()=+\\_-><@`,?!":
-        near_space = mark + " " in text or " " + mark in text
-        cleaned = cleaned.replace(mark, "" if near_space or glue else " ")
-    # The original hands its flag to the wrong argument, so only the first 32 periods go; "1.5" keeps its own
-    cleaned = regex.sub(r"\.(?!\d)", "", cleaned, count=32)
-    words = [_DIGITS.get(word, word) for word in cleaned.lower().split()]
-    return " ".join(_contractions().get(word, word) for word in words if word not in ("a", "an", "the"))
-
-
-def _answer_score(prediction, humans):
-    """Agreement with the humans, each compared with the others: m matches of ten give 0, .3, .6, .9, then 1."""
-    prediction, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *humans))
-    if len(set(humans)) > 1 or len(humans) == 1:          # official: ten equal answers are compared as they are typed
-        clean = {text: _normalize_answer(text) for text in {prediction, *humans}}
-        prediction, humans = clean[prediction], [clean[text] for text in humans]
-    matches = sum(human == prediction for human in humans)
-    others = min(3, len(humans) - 1)
-    if not others:
-        return float(matches)
-    left_out = matches * min(1, (matches - 1) / others) + (len(humans) - matches) * min(1, matches / others)
-    return left_out / len(humans)
-
-
-def vqa_accuracy(predictions, answers, answer_types=None):
-    """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten.
-
-    For each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than
-    four humans "three" becomes all the others; a single answer must be equal after clean-up.
-    answer_types, one word per question ("yes/no", "number", "other"): then returns {"overall": .., "number": ..}.
-    Raises MetricError on an empty set, lists of different lengths, or a question nobody answered.
-    """
-    lengths = [len(x) for x in (predictions, answers, answer_types) if x is not None]
-    if len(set(lengths)) > 1 or not lengths[0]:
-        raise MetricError("VQA needs one prediction, one list of answers and one type (if any) per question, but the "
-                          f"lengths are {lengths}; give at least one question and lists of one length")
-    for i, humans in enumerate(answers):
-        if isinstance(humans, str) or not len(humans):
-            raise MetricError(f"question {i} has no list of human answers ({humans!r}); give at least one")
-    scores = [_answer_score(prediction, humans) for prediction, humans in zip(predictions, answers)]
-    overall = sum(scores) / len(scores)
-    if answer_types is None:
-        return overall
-    kinds = {kind: [s for s, t in zip(scores, answer_types) if t == kind] for kind in dict.fromkeys(answer_types)}
-    return {"overall": overall, **{kind: sum(part) / len(part) for kind, part in kinds.items()}}

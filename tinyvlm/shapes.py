@@ -3,14 +3,20 @@
 One to three things, each with a size, a colour and a shape, none touching another; the one right caption; questions
 with answers; labels. All of it drawn from a random generator, so a scene is a function of its seed. The world exists
 because a model that is wrong here is wrong in a way one can see: `meaning` compares what two captions claim, not their
-words. It is no substitute for photographs; scores on it say nothing about them.
+words, and `score_parts` says which part is wrong. Scores on it say nothing about photographs.
 """
 import math
+import random
 import re
+import zlib
 from dataclasses import dataclass
-from itertools import combinations
+from functools import cached_property
+from itertools import combinations, permutations
 
 from PIL import Image, ImageDraw
+
+from .layouts import Dataset
+from .vqa import Question
 
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40),
           "purple": (140, 50, 170), "orange": (245, 140, 30), "cyan": (60, 200, 215), "brown": (120, 75, 40)}
@@ -19,6 +25,14 @@ SIZES = {"small": 14, "large": 25}          # radius, in pixels of a CANVAS x CA
 CANVAS = 128
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+PARTS = ("size", "color", "shape", "place", "relation")
+# the corners of each shape of radius 1 about (0, 0); of a star's ten, every other one is pulled in
+OUTLINES = {"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
+            "triangle": [(0, -1), (.95, .8), (-.95, .8)], "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)],
+            "cross": [(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33),
+                      (.33, 1), (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)],
+            "star": [(r * math.sin(math.pi * k / 5), -r * math.cos(math.pi * k / 5))
+                     for k, r in enumerate([1.0, 0.42] * 5)]}
 
 
 @dataclass(frozen=True)
@@ -61,24 +75,52 @@ def describe(scene):
     return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
 
 
+def _parse(caption):
+    """-> things [(size, color, shape), ..] and how the first stands to the others, or the place of a lone one.
+
+    ([], []) if the caption is no description of a scene.
+    """
+    thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+    other = rf"({'|'.join(OPPOSITE)}) {thing}"
+    match = re.fullmatch(rf"{thing}(?: in the ({'|'.join(PLACES)})|((?:(?: and)? {other})+))", caption.strip())
+    if not match:
+        return [], []
+    claims = re.findall(other, match[5] or "")
+    return [match.groups()[:3], *(claim[1:] for claim in claims)], [claim[0] for claim in claims] or [match[4]]
+
+
+def _facts(names, relations):
+    """How the first of `names` stands to each other one: (a, relation, b), in one of the two ways to say it."""
+    facts = [(names[0], relation, other) for relation, other in zip(relations, names[1:])]
+    return sorted(min(fact, (fact[2], OPPOSITE[fact[1]], fact[0])) for fact in facts)
+
+
 def meaning(caption):
-    """What a caption claims, whatever its wording: (things, relations), or None if it is no description of a scene.
+    """What a caption claims, whatever its wording: (things, claims), or None if it is no description of a scene.
 
     "a large red star left of a small red star" and "a small red star right of a large red star" mean the same.
     """
-    thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
-    joined = "|".join(OPPOSITE)
-    alone, among = rf" in the ({'|'.join(PLACES)})", rf"((?:(?: and)? (?:{joined}) {thing})+)"
-    match = re.fullmatch(rf"{thing}(?:{alone}|{among})", caption.strip())
-    if not match:
-        return None
-    first = match.groups()[:3]
-    if match[4]:
-        return frozenset([first]), frozenset([(first, match[4])])
-    claims = re.findall(rf"({joined}) {thing}", match[5])
-    facts = [(first, rel, tuple(other)) for rel, *other in claims]
-    facts = sorted(min(f, (f[2], OPPOSITE[f[1]], f[0])) for f in facts)           # one of the two ways to say it
-    return frozenset([first, *(tuple(other) for _, *other in claims)]), tuple(facts)
+    things, relations = _parse(caption)
+    return (frozenset(things), tuple(_facts(things, relations) if things[1:] else relations)) if things else None
+
+
+def score_parts(prediction, truth):
+    """Which parts of a caption are right: {"size", "color", "shape", "place", "relation": True, False or None}.
+
+    None stands for what the truth lacks: of a lone thing the relation, of several the place. A part is right if it is
+    for all things, each paired with the true one that it resembles most; so with a wrong number of things nothing is.
+        truth "a small red circle above a large blue star", prediction "a large blue circle below a small red circle"
+        -> size, color and relation are right, shape is not
+    """
+    (things, relations), (others, claims), scored = _parse(truth), _parse(prediction), []
+    for pairing in permutations(range(len(things))) if len(others) == len(things) else ():
+        same = [[a == b for a, b in zip(other, things[k])] for other, k in zip(others, pairing)]
+        right = claims == relations if len(things) == 1 else (
+            _facts(pairing, claims) == _facts(range(len(things)), relations))
+        scored.append((sum(map(sum, same)), right, [all(part) for part in zip(*same)]))
+    _, right, attributes = max(scored, default=(0, False, [False] * 3))
+    last = "place" if len(things) == 1 else "relation"
+    return {**dict.fromkeys(PARTS), **dict(zip(PARTS, attributes)), last: right}
 
 
 def make_scene(rng, n_objects):
@@ -91,18 +133,17 @@ def make_scene(rng, n_objects):
             things.append(Thing(size, rng.choice(list(COLORS)), rng.choice(SHAPES),
                                 rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
         things.sort(key=lambda t: (t.size != "large", t.x))
-        if _centred(things[0]) if len(things) == 1 else all(_apart(a, b) for a, b in combinations(things, 2)):
+        if _is_clear(*things) if len(things) == 1 else all(_are_apart(a, b) for a, b in combinations(things, 2)):
             return things
 
 
-def _apart(a, b):
+def _are_apart(a, b):
     dx, dy = abs(a.x - b.x), abs(a.y - b.y)
     return max(dx, dy) > SIZES[a.size] + SIZES[b.size] + 4 and abs(dx - dy) > 10
 
 
-def _centred(thing):
-    third = CANVAS / 3                      # a lone thing stands clear of the lines between the ninths
-    return all(min(abs(v - third), abs(v - 2 * third)) > 6 for v in (thing.x, thing.y))
+def _is_clear(thing):           # of the lines between the ninths: where a lone thing stands is no matter of taste
+    return all(abs(v - line * CANVAS / 3) > 6 for v in (thing.x, thing.y) for line in (1, 2))
 
 
 def draw_scene(scene, rng):
@@ -115,35 +156,17 @@ def draw_scene(scene, rng):
         if t.shape == "circle":
             pen.ellipse([t.x - r, t.y - r, t.x + r, t.y + r], fill=fill)
         else:
-            pen.polygon([(t.x + r * dx, t.y + r * dy) for dx, dy in _outline(t.shape)], fill=fill)
+            pen.polygon([(t.x + r * dx, t.y + r * dy) for dx, dy in OUTLINES[t.shape]], fill=fill)
     return image
 
 
-def _outline(shape):
-    """The corners of a shape of radius 1 about (0, 0)."""
-    if shape == "star":                     # ten corners, every other one pulled in
-        points = [(math.pi * k / 5, 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
-        return [(r * math.sin(a), -r * math.cos(a)) for a, r in points]
-    if shape == "cross":
-        a = 0.33
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-                (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
-    return {"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
-            "triangle": [(0, -1), (.95, .8), (-.95, .8)],
-            "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)]}[shape]
+def ask(scene, rng, i=0):
+    """Questions about scene i -> list of vqa.Question in random order, one of every kind that makes sense.
 
-
-def ask(scene, rng):
-    """Questions about a scene: [{kind, question, answer (a sentence), short}], one of every kind that makes sense.
-
-    Each is about things that its words single out. Its words alone do not tell the answer: yes and no are equally
-    frequent whatever is asked, and of small and large, one thing and two, the commoner is asked about less often. Who
-    knows the best guess for every question, but sees nothing, is right less than 45% of the time.
+    Each is about things that its words single out, and its words alone do not tell the answer: whoever knows the best
+    guess for every question, but sees nothing, is right less than 45% of the time.
     """
-    things, out = list(scene), []
-
-    def add(kind, question, answer, short):
-        out.append({"kind": kind, "question": question, "answer": answer, "short": short})
+    things, found, types = list(scene), [], {"yes/no": "yes/no", "count": "number"}
 
     def name(thing):
         same = [u for u in things if u.shape == thing.shape]
@@ -151,29 +174,59 @@ def ask(scene, rng):
         return text if sum(u.color == thing.color for u in same) == 1 else None
     t = rng.choice(things)
     if sum(u.shape == t.shape for u in things) == 1:
-        add("color", f"what color is the {t.shape}?", f"the {t.shape} is {t.color}.", t.color)
-        if t.size == "large" or rng.random() < 0.72:            # small things find room more easily: 58% of all
-            add("size", f"how big is the {t.shape}?", f"the {t.shape} is {t.size}.", t.size)
+        found.append(("color", f"what color is the {t.shape}?", t.color))
+        if t.size == "large" or rng.random() < 0.72:        # even out: 58% are small, as these find room more easily
+            found.append(("size", f"how big is the {t.shape}?", t.size))
     if sum(u.color == t.color for u in things) == 1:
-        add("shape", f"what shape is the {t.color} thing?", f"the {t.color} thing is a {t.shape}.", t.shape)
-    if len(things) > 1 or rng.random() < 0.74:                  # so do single things: 57% of all scenes
-        said = "there is 1." if len(things) == 1 else f"there are {len(things)} things."
-        add("count", "how many things are there?", said, str(len(things)))
+        found.append(("shape", f"what shape is the {t.color} thing?", t.shape))
+    if len(things) > 1 or rng.random() < 0.74:                  # so do single things: 57% of scenes
+        found.append(("count", "how many things are there?", str(len(things))))
     if len(things) > 1:
         a, b = rng.sample(things, 2)
         if name(a) and name(b):
-            rel = relation(a, b)
-            add("relation", f"where is {name(a)} relative to {name(b)}?", f"{name(a)} is {rel} {name(b)}.",
-                rel.removesuffix(" of"))
+            found.append(("relation", f"where is {name(a)} relative to {name(b)}?", relation(a, b).removesuffix(" of")))
     yes = rng.random() < 0.5
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in things)])
-    thing = f"{'an' if color[0] in 'aeiou' else 'a'} {color} thing"
-    add("yes/no", f"is there {thing}?", f"yes, there is {thing}." if yes else f"no, there is not {thing}.",
-        "yes" if yes else "no")
-    rng.shuffle(out)                        # in a dialogue any kind may come first, as when a stranger asks
-    return out
+    found.append(("yes/no", f"is there a{'n' * (color[0] in 'aeiou')} {color} thing?", "yes" if yes else "no"))
+    rng.shuffle(found)                      # in a dialogue any kind may come first, as when a stranger asks
+    return [Question(1000 * i + k, i, question, [answer], answer, kind, types.get(kind, "other"))
+            for k, (kind, question, answer) in enumerate(found)]
 
 
-def labels(scene):
-    """Category -> label of the first thing (the large or leftmost one), for classification."""
-    return {"color": scene[0].color, "shape": scene[0].shape, "size": scene[0].size}
+class Shapes(Dataset):
+    """Scenes made from (seed, split, index), drawn anew at each open().
+
+    A scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
+    caption, by construction and whatever the seed.
+    """
+
+    def __init__(self, n_objects=2, n_scenes=20000, seed=0):
+        self.seed, self.scenes, splits = seed, [], {}
+        held_out = max(1, min(1000, n_scenes // 10))
+        for split, size in {"train": n_scenes, "val": held_out, "test": held_out}.items():
+            splits[split] = list(range(len(self.scenes), len(self.scenes) + size))
+            for index in range(size):
+                rng, home = random.Random(f"{seed}/{split}/{index}"), None
+                while home != split:
+                    scene = make_scene(rng, n_objects)
+                    home = {0: "val", 1: "test"}.get(zlib.crc32(describe(scene).encode()) % 10, "train")
+                self.scenes.append(scene)
+        names, captions = [f"scene-{i:05d}" for i in range(len(self.scenes))], [[describe(s)] for s in self.scenes]
+        super().__init__("shapes", names, captions, splits)
+
+    def open(self, i):
+        return draw_scene(self.scenes[i], random.Random(f"{self.seed}/paint/{i}"))
+
+    def may_flip(self, i):
+        """Of two things the one further left is often named first, so only lone things can be mirrored."""
+        return len(self.scenes[i]) == 1 and super().may_flip(i)
+
+    @cached_property
+    def questions(self):
+        """questions[i]: the list of vqa.Question about image i."""
+        return [ask(scene, random.Random(f"{self.seed}/ask/{i}"), i) for i, scene in enumerate(self.scenes)]
+
+    @property
+    def labels(self):
+        """{i: {category: label}} of image i's first thing (the large or leftmost one), for classification."""
+        return {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}
