@@ -6,7 +6,6 @@ A model takes part by offering three things (see vlm.py):
     state.reorder(rows (R',))                                               row i continues what was row rows[i]
 Everything else, greedy, temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and beam search, sees only
 numbers over the vocabulary. Beams are scored as transformers scores them. Left out: repetition penalties, constraints.
-On a GPU nothing in the loops waits for the device but the question "are all done?", put every 8th step.
 """
 import torch
 import torch.nn.functional as F
@@ -23,18 +22,17 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
     lists of ids, which may differ in length. temperature 0 takes the likeliest token every time (greedy); above 0 draws
     from softmax(logits / temperature), kept to the top_k likeliest and to the smallest set with probability top_p.
     num_beams > 1 searches for the sentence with the best sum of log-probabilities / length ** length_penalty instead.
-    forbidden: ids that are never produced, such as <image>, as if the vocabulary had no such rows.
-    Returns B lists of new ids, without the prompt and without eos_id.
+    forbidden: ids that are never produced, as if the vocabulary did not have them. Returns B lists of new ids, without
+    the prompt and without eos_id.
     """
     assert num_beams > 0 and max_new_tokens > 0, f"num_beams {num_beams}, max_new_tokens {max_new_tokens}: both above 0"
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
-    device = next(model.parameters()).device
+    device, end = next(model.parameters()).device, -1 if eos_id is None else eos_id        # no token is -1
     idx, lengths = pad_prompts(idx, device)
     logits, state = model.prefill(img, idx, lengths, max_new_tokens)              # (B, V)
     never = torch.tensor([i for i in forbidden if i < logits.size(1)], dtype=torch.long, device=device)
     allowed = lambda logits: logits.index_fill(1, never, float("-inf"))           # (R, V)
     step = lambda token: allowed(model.step(token, state))                        # (R,) -> (R, V)
-    end = -1 if eos_id is None else eos_id                                        # no token is -1: nothing ends early
     if num_beams > 1:
         tokens = beam_search(allowed(logits), step, state.reorder, max_new_tokens, num_beams, end, length_penalty)
     else:
@@ -44,13 +42,13 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
 
 
 def pad_prompts(idx, device):
-    """Prompts -> idx (B, T) padded on the right, and their lengths (B,), or None when all are equally long."""
+    """Prompts -> idx (B, T) padded on the right, and their lengths (B,), None for a tensor: all are equally long."""
     if torch.is_tensor(idx):
         return idx.to(device), None
     lengths = [len(row) for row in idx]
     assert lengths and min(lengths) > 0, "a prompt needs at least one token, to predict the next from"
-    padded = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in idx], device=device)   # (B, T)
-    return padded, None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
+    idx = [row + [0] * (max(lengths) - len(row)) for row in idx]
+    return torch.tensor(idx, device=device), torch.tensor(lengths, device=device)
 
 
 def filter_logits(logits, top_k=None, top_p=None):
@@ -73,12 +71,12 @@ def filter_logits(logits, top_k=None, top_p=None):
 def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=None):
     """One token at a time, the likeliest or drawn. Returns ids (B, T_new); rows are filled with `end` once done.
 
-    A draw from probabilities p is the argmax of p / e, each e from the exponential distribution: the race that token i
-    wins with chance p[i]. torch.multinomial does the same, but makes the host wait for the device to check its input.
+    A draw from probabilities p is the argmax of p / e, each e from the exponential distribution: token i wins with
+    chance p[i]. torch.multinomial does the same, but makes the host wait for a GPU to check p.
     """
     rng = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)       # (B,)
-    tokens, ask_every = [], 1 if logits.device.type == "cpu" else 8
+    tokens = []
     for n in range(1, max_new_tokens + 1):
         if temperature > 0:
             probs = filter_logits(logits.float() / temperature, top_k, top_p).softmax(dim=-1)     # (B, V)
@@ -86,10 +84,14 @@ def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=No
         token = torch.where(done, end, logits.argmax(dim=-1))                     # (B,)
         done |= token == end
         tokens.append(token)
-        if n == max_new_tokens or n % ask_every == 0 and done.all():
+        if n == max_new_tokens or time_to_ask(n, done) and done.all():
             break
         logits = step(token)                                                      # (B, V)
     return torch.stack(tokens, dim=1)                                             # (B, T_new)
+
+
+def time_to_ask(n, answer):
+    return n % 8 == 0 or answer.device.type == "cpu"          # anywhere else, the host has to wait for an answer
 
 
 def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty=1.0):
@@ -105,7 +107,6 @@ def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty=1.
     "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open).
     """
     (B, V), device = logits.shape, logits.device
-    ask_every = 1 if device.type == "cpu" else 8
     total = torch.full((B, K), NEVER, device=device)                              # (B, K) sums of open beams
     total[:, 0] = 0.0                                         # all beams start equal: extend only one of them
     tokens = torch.full((B, K, max_new_tokens), end, device=device)               # (B, K, T_new) open beams
@@ -133,7 +134,7 @@ def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty=1.
         tokens, parent = _take(extended, order), parent.gather(1, order)          # (B, K, T_new), (B, K)
         full = best[:, -1:] > NEVER / 2                                           # (B, 1) K finished sentences
         active = active & ~(full & (total[:, :1] / n ** length_penalty <= best[:, -1:]))
-        if n == max_new_tokens or n % ask_every == 0 and not active.any():
+        if n == max_new_tokens or time_to_ask(n, active) and not active.any():
             break
         reorder((first_row + parent).flatten())
         logits = step(tokens[:, :, n - 1].flatten())                              # (B * K, V)

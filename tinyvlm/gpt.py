@@ -35,9 +35,7 @@ class GPTConfig:
 
 def next_token_loss(logits, targets):
     """Mean cross-entropy (nats) over the targets that are not IGNORE. logits (B, T, V), targets (B, T) -> scalar.
-
-    Written as sum / count: the mean over no target at all would be nan, and one such batch would spoil the weights.
-    """
+    Written as sum / count: the mean over no target at all would be nan, and one such batch would spoil the weights."""
     total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return total / (targets != IGNORE).sum().clamp(min=1)
 
@@ -73,8 +71,7 @@ class GPT(nn.Module):
         return logits, None if targets is None else next_token_loss(logits, targets)
 
     def embed(self, idx):
-        """Token ids (B, T) -> vectors (B, T, C), without positions."""
-        return self.wte(idx)                                                      # (B, T, C)
+        return self.wte(idx)                                                      # (B, T) -> (B, T, C), no positions
 
     def hidden(self, x, feats=None, cache=None):
         """Embedded tokens x (B, T, C) -> the last block's normalised output (B, T, C). Adds the positions."""
@@ -119,7 +116,7 @@ class GPT(nn.Module):
         self.config.vocab_size = vocab_size
 
     def extend_context(self, block_size):
-        """Append positions for longer texts; they start small and random, like all that no text has reached."""
+        """Append positions for longer texts; they start small and random, as all did."""
         old = self.wpe.weight.data
         assert block_size >= len(old), f"the model reads {len(old)} tokens and cannot shrink to {block_size}"
         new = torch.randn(block_size - len(old), old.size(1), device=old.device) * 0.02

@@ -28,7 +28,6 @@ ACTIVATIONS = {
 
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention, written out: the lesson, the oracle of the fused call, and the source of drawings.
-
     q (B, n_head, T, head_dim); k, v (B, n_head, S, head_dim); mask (.., T, S), True where attention is allowed.
     Returns the mixed values (B, n_head, T, head_dim) and the weights (B, n_head, T, S), whose rows sum to 1.
     """
@@ -188,10 +187,8 @@ def init_weights(model, n_layer):
 
 def check_sizes(config):
     """Refuse sizes that no model has, such as those of a damaged config.json, before anything divides by them.
-
     A value must be of its declared type; whole numbers at least 1, fractions within 0..1, and 0 only where the default
-    is 0 or None (no dropout, no label head). config.DIVIDES: pairs of which the second must divide the first.
-    """
+    is 0 or None (no dropout, no label head). config.DIVIDES: pairs of which the second must divide the first."""
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type
         options = get_args(kind) or (kind,)             # int | None: (int, NoneType); Literal["a", "b"]: ("a", "b")

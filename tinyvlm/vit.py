@@ -45,25 +45,26 @@ class ViTConfig:
 
 
 def conv_stem(patch_size, n_embd):
-    """Halve the image log2(P) times with 3x3 convolutions. Channels, from the end: C, C/2, C/4, .. but 32 at least.
+    """Halve the image log2(P) times with 3x3 convolutions; channels, from the end: C, C/2, C/4, .. but 32 at least.
 
     P=16, C=256:  (B, 3, 128, 128) -> (B, 32, 64, 64) -> (B, 64, 32, 32) -> (B, 128, 16, 16) -> (B, 256, 8, 8)
     """
     steps = patch_size.bit_length() - 1
     if 2 ** steps != patch_size:
         raise UserError(f"a conv stem halves the image again and again, but patch_size {patch_size} is no power of 2")
-    widths = [3] + [min(n_embd, max(32, n_embd >> (steps - 1 - i))) for i in range(steps)]
-    layers = []
-    for c_in, c_out in zip(widths, widths[1:]):
+    layers, c_in = [], 3
+    for i in reversed(range(steps)):
+        c_out = min(n_embd, max(32, n_embd >> i))
         layers += [conv(c_in, c_out, 3, stride=2), BatchNorm2d(c_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], n_embd, 1))
+        c_in = c_out
+    return nn.Sequential(*layers, nn.Conv2d(c_in, n_embd, 1))
 
 
 def wave_positions(n_side, n_embd, class_token=False):
     """First values of the position table (1, [1 +] n_side^2, C): waves along x and y of ever longer period.
 
-    The table is learned, but from small random numbers a little data does not teach it what is left of what; from waves
-    the arrangement is there at the start ("Better plain ViT baselines", Beyer et al. 2022, keeps them fixed).
+    Little data does not teach a table of random numbers what is left of what; waves know it from the start ("Better
+    plain ViT baselines", Beyer et al. 2022, keeps them fixed; here they are trained on).
     """
     quarter = math.ceil(n_embd / 4)                                               # sin and cos, of x and of y
     rates = 1e4 ** -(torch.arange(quarter) / quarter)                             # (C/4,) from 1 towards 1/10000
@@ -93,11 +94,9 @@ class ViT(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
         self.head = nn.Linear(c.n_embd, c.n_class) if c.n_class else None
         init_weights(self, c.n_layer)
-        # the last 1x1 convolution has no norm after it: started at 0.02 it would be faint beside the position waves
-        if c.stem == "conv":
-            for m in self.patch.modules():
-                if isinstance(m, nn.Conv2d):
-                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for m in self.patch if c.stem == "conv" else ():        # at 0.02 the last one would be faint beside the waves
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, img):
         """img (B, 3, H, W) -> feats (B, N, C), final norm applied. N = patches (+ 1, the class token, in front)."""

@@ -65,9 +65,7 @@ class Captioner(nn.Module):
 
     def forward(self, img, idx, targets=None):
         """idx (B * K, T), K captions for each of B images -> logits (B * K, T, V) and the loss (None without targets).
-
-        The captions of an image stand side by side, and its vision tower runs once for all of them.
-        """
+        The captions of an image stand side by side, and its vision tower runs once for all of them."""
         logits = self.head(self.read(img, idx))                                   # (B * K, T, V)
         return logits, None if targets is None else next_token_loss(logits, targets)
 
@@ -128,11 +126,8 @@ class CrossCaptioner(Captioner):
 
 
 def pixel_shuffle(feats, k):
-    """Lay k x k neighbouring patches side by side: (B, N, C) -> (B, N / k^2, k^2 C). Nothing is lost, only rearranged.
-
-    A quarter of the tokens costs a quarter of the time, but in each the decoder has to unmix four places ("nanoVLM",
-    after Shi et al. 2016, arXiv:1609.05158).
-    """
+    """Lay k x k neighbouring patches side by side: (B, N, C) -> (B, N / k^2, k^2 C). Fewer tokens cost less time, but
+    in each the decoder has to unmix k^2 places ("nanoVLM", after Shi et al. 2016, arXiv:1609.05158)."""
     B, N, C = feats.shape
     n = int(N ** 0.5)
     if n * n != N or n % k:
@@ -161,8 +156,7 @@ class PrefixVLM(Captioner):
 
     @property
     def n_image_tokens(self):
-        """How many tokens one image of the vision tower becomes."""
-        return self.config.vision.n_patches // self.config.shuffle ** 2
+        return self.config.vision.n_patches // self.config.shuffle ** 2           # that one image becomes
 
     def encode(self, img):
         """img (B, 3, H, W) or features -> image tokens (B, N, C), or (B, N / shuffle^2, C)."""
@@ -283,14 +277,12 @@ class LSTMCaptioner(Captioner):
 MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM, "lstm": LSTMCaptioner}
 
 
+to_dict = asdict    # a VLMConfig as plain nested dicts, for config.json
+
+
 def build(config):
     """VLMConfig -> the model it describes, freshly initialised."""
     return MODELS[config.model](config)
-
-
-def to_dict(config):
-    """A VLMConfig as plain nested dicts, for config.json."""
-    return asdict(config)
 
 
 def from_dict(d):
