@@ -65,13 +65,13 @@ def test_loss_ignores_what_it_should():
     torch.testing.assert_close(next_token_loss(logits, targets), F.cross_entropy(kept, torch.tensor([1, 2, 3])))
 
 
-def test_a_batch_without_targets_teaches_nothing_and_spoils_nothing():
+def test_a_batch_without_targets_spoils_nothing():
     """The mean of no loss at all was nan, and one such micro-batch made every weight nan. Such rows are left out where
     rows are made; what still comes here (one process of several) must give loss 0 and gradients of 0."""
-    model, idx = GPT(tiny_gpt()), torch.randint(0, V, (2, 5))
-    loss = model(idx, torch.full_like(idx, IGNORE))[1]
+    logits = torch.randn(2, 3, V, requires_grad=True)
+    loss = next_token_loss(logits, torch.full((2, 3), IGNORE))
     loss.backward()
-    assert loss == 0 and all(p.grad.abs().max() == 0 for p in model.parameters())
+    assert loss == 0 and logits.grad.abs().max() == 0
 
 
 def test_extended_vocabulary_keeps_the_old_words_and_the_tie():

@@ -91,7 +91,8 @@ def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=No
 
 
 def time_to_ask(n, answer):
-    return n % 8 == 0 or answer.device.type == "cpu"          # anywhere else, the host has to wait for an answer
+    """Whether to read `answer` after step n: on a CPU always, else every 8th time, as the host has to wait for it."""
+    return n % 8 == 0 or answer.device.type == "cpu"
 
 
 def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty=1.0):

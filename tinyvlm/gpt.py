@@ -63,7 +63,6 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, feats=None, cache=None):
         """idx (B, T) -> logits (B, T, V) and, given targets (B, T), the loss; otherwise None.
-
         targets[b, t] is the token that should FOLLOW idx[b, :t+1] (already shifted), or IGNORE.
         feats: image features (B or B/K, N, C) for all blocks, or a list with one such tensor per block.
         """
@@ -90,9 +89,7 @@ class GPT(nn.Module):
 
     def prefill(self, feats, idx, lengths=None, max_new_tokens=0):
         """Read the prompts idx (B, T), row b ending at lengths[b] (None: all at T). feats as in forward, or None.
-
-        Returns the logits of the next token (B, V) and the cache that `step` continues from: generate.py's contract.
-        """
+        Returns the logits of the next token (B, V) and the cache that `step` continues from: generate.py's contract."""
         return self.read(self.embed(idx), feats, lengths, max_new_tokens)
 
     def read(self, x, feats=None, lengths=None, max_new_tokens=0):

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from torch.nn.functional import linear
+from .linear import linear
 
 
 def lstm_cell(x, h, c, w_x, w_h, b):

@@ -149,8 +149,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + self-attention, then (with cross) + cross-attention, then + MLP, each on a normalised x.
 
-    The output projection of the cross-attention starts at zero, so a pretrained decoder that is given images predicts
-    exactly as before on the first step, and learns from there what to attend to.
+    The output projection of the cross-attention starts at zero: a pretrained decoder that is given images predicts on
+    the first step as it did before, and learns from there what to attend to.
     """
 
     def __init__(self, n_embd, n_head, causal=False, cross=False, activation="gelu_tanh", eps=1e-5, dropout=0.0,
