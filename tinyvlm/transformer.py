@@ -1,22 +1,23 @@
 """The transformer's parts: attention, MLP, block, and the key/value cache. The only attention in the project.
 
 From "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762), in the pre-norm form of GPT-2: normalise,
-transform, add. The ViT, the GPT, CLIP's text tower and the bridges between picture and text are all stacks of `Block`;
-they differ mainly in the kind of attention they use:
+transform, add. The ViT, the GPT and CLIP's text tower are all stacks of `Block`:
 
-    self-attention    q, k, v all come from x                      ViT: every patch sees every patch
-    causal            token t sees tokens 0..t only                GPT: nobody reads ahead
-    cross-attention   q from x, but k and v from image features    captioner: every word looks at the picture
+    self-attention    q, k, v all come from x                      ViT: every patch attends to every patch
+    causal            token t attends to tokens 0..t only          GPT: what follows is to be predicted
+    cross-attention   q from x, but k and v from image features    captioner: every word attends to all patches
 
 Left out: rotary positions, grouped heads, sliding windows. The published models rebuilt here use none of them.
 """
 import math
+from dataclasses import fields, is_dataclass
+from typing import get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .linear import Linear, linear
+from .config import UserError
 
 ACTIVATIONS = {
     "gelu": F.gelu,                                             # exact, by erf: ViT, LAION's CLIP
@@ -27,8 +28,7 @@ ACTIVATIONS = {
 
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention, written out: the lesson, the oracle of the fused call, and the source of drawings.
-
-    q (B, n_head, T, head_dim); k, v (B, n_head, S, head_dim); mask (..., T, S), True where looking is allowed.
+    q (B, n_head, T, head_dim); k, v (B, n_head, S, head_dim); mask (.., T, S), True where attention is allowed.
     Returns the mixed values (B, n_head, T, head_dim) and the weights (B, n_head, T, S), whose rows sum to 1.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))    # (B, n_head, T, S)
@@ -39,179 +39,107 @@ def attend(q, k, v, mask=None):
 
 
 def causal_mask(T, S, device=None):
-    """Which of S positions each of the last T may look at: itself and everything before.
-
-    >>> causal_mask(2, 3)               # two new tokens after one cached
-    tensor([[ True,  True, False],
-            [ True,  True,  True]])
-    """
+    """Where the last T of S tokens may attend, to themselves and all before: causal_mask(2, 3) = [[1 1 0], [1 1 1]]."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)    # (T, S)
 
 
 class KVCache:
     """Keys and values of the tokens a decoder has already read, so that each new token costs one step, not a re-read.
 
-    Self-attention: buffers (B, n_head, max_len, head_dim) per layer, filled from the left. Cross-attention: the image's
-    keys and values, computed once. Rows may hold prompts of different length, padded on the right: give `lengths` (B,)
-    to `finish_prompt`, and each row's next token overwrites its first padding slot, so positions stay gapless.
+    Fixed size: per layer, buffers (B, n_head, max_len, head_dim), of which row b has filled the first lengths[b] slots.
+    A new token goes to its row's next slot and attends to all slots, masked to the filled ones. No shape and no Python
+    number says how far decoding is, and a step only writes into tensors that stay where they are: it can be recorded
+    once as a CUDA graph and replayed for every token. In rows that hold 2 and 1 tokens, of max_len 4, the next ones go
+    to slots [2, 1], with mask [[1 1 1 0], [1 1 0 0]].
+    Prompts of different length are padded on the right; once they are read, `lengths` is set back to the true ones, and
+    a row's next token overwrites its first padding slot. cross_kv: the image's keys and values, made once.
     """
 
     def __init__(self, n_layer, max_len):
-        self.max_len = max_len
-        self.length = 0                                         # slots in use in the longest row
-        self.lengths = None                                     # (B,) true lengths, only when rows differ
-        self.self_kv = [None] * n_layer
-        self.cross_kv = [None] * n_layer
-        self.feats = None                                       # its features: they tell a block there is a picture
+        self.max_len, self.lengths = max_len, None
+        self.self_kv, self.cross_kv = [None] * n_layer, [None] * n_layer
 
-    def positions(self, T, device):
-        """Position numbers of the next T tokens: (T,), or (B, 1) when rows differ."""
+    def begin(self, B, T, device):
+        """T more tokens in each of B rows, before the layers append them: returns their positions (B, T)."""
         if self.lengths is None:
-            return torch.arange(self.length, self.length + T, device=device)      # (T,)
-        return self.lengths[:, None]                                              # (B, 1)
+            self.lengths = torch.zeros(B, dtype=torch.long, device=device)
+        self.slots = self.lengths[:, None] + torch.arange(T, device=device)       # (B, T)
+        self.mask = torch.arange(self.max_len, device=device) <= self.slots[:, None, :, None]    # (B, 1, T, max_len)
+        self.lengths += T
+        return self.slots
 
     def append(self, layer, k, v):
-        """Store k, v (B, n_head, T, head_dim); return all keys and values and the mask of what may be seen, or None."""
-        B, n_head, T, head_dim = k.shape
-        end = self.length + T
-        assert end <= self.max_len, f"the cache holds {self.max_len} tokens, {end} were given"
-        if self.self_kv[layer] is None:
-            # zeros, not empty: a masked slot counts 0 times its content, and 0 times a stray NaN would be NaN
+        """Store k, v (B, n_head, T, head_dim); return all keys, all values (B, n_head, max_len, head_dim), the mask."""
+        B, n_head, _, head_dim = k.shape
+        if self.self_kv[layer] is None:         # zeros, not empty: a masked slot counts 0 times, but 0 * NaN is NaN
             self.self_kv[layer] = [t.new_zeros(B, n_head, self.max_len, head_dim) for t in (k, v)]
-        keys, values = self.self_kv[layer]
-        mask = None
-        if self.lengths is None:
-            keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-            if T > 1:
-                mask = causal_mask(T, end, k.device)                              # (T, S)
-        else:
-            assert T == 1, f"rows of different length grow one token at a time, not {T}"
-            rows = torch.arange(B, device=k.device)
-            keys[rows, :, self.lengths], values[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
-            mask = torch.arange(end, device=k.device) <= self.lengths[:, None, None, None]   # (B, 1, 1, S)
-        return keys[:, :, :end], values[:, :, :end], mask
-
-    def advance(self, T):
-        """All layers have appended T tokens."""
-        self.length += T
-        if self.lengths is not None:
-            self.lengths = self.lengths + T
-
-    def finish_prompt(self, lengths):
-        """After a prompt padded on the right: row b really ends at lengths[b] (None: all are full). Returns self."""
-        self.lengths = lengths
-        return self
+        rows = torch.arange(B, device=k.device)[:, None]                          # (B, 1)
+        for buffer, new in zip(self.self_kv[layer], (k, v)):
+            buffer[rows, :, self.slots] = new.transpose(1, 2)                     # (B, T, n_head, head_dim)
+        return *self.self_kv[layer], self.mask
 
     def reorder(self, rows):
-        """Row i continues what was row rows[i]: beams that won, or one row copied to several. rows (B',)."""
-        def pick(buffer):
-            if len(rows) != len(buffer):
-                return buffer.index_select(0, rows)
-            buffer[:, :, :self.length] = buffer[:, :, :self.length].index_select(0, rows)
-            return buffer
-        self.self_kv = [None if kv is None else [pick(t) for t in kv] for kv in self.self_kv]
-        if self.lengths is not None:
-            self.lengths = self.lengths[rows]
-        # cross_kv stays: beams never leave their image, and attention folds them onto the one set of image keys
+        """Row i continues what was row rows[i]. cross_kv stays: an image's beams share its keys (see Attention)."""
+        self.lengths = reorder_rows(self.lengths, rows)
+        self.self_kv = [[reorder_rows(t, rows) for t in kv] for kv in self.self_kv]
 
 
-class Packed:
-    """Texts that go on from one beginning, in one row: [beginning | a text | another | ..]. Keeps no keys or values.
-
-    Stands where a KVCache would: it tells each token its position and whom it may see. A text sees the beginning and
-    itself, as if it stood there alone, so the beginning (a picture of 64 or 196 tokens) is computed once for all.
-    pos (B, L): a token's position if its text followed the beginning alone; owner (B, L): its text, or -1 (beginning).
-
-    >>> Packed(torch.tensor([[0, 1, 2, 1, 2]]), torch.tensor([[-1, 0, 0, 1, 1]])).mask[0, 0].int()
-    tensor([[1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
-            [1, 1, 1, 0, 0],
-            [1, 0, 0, 1, 0],
-            [1, 0, 0, 1, 1]], dtype=torch.int32)
-    """
-
-    feats = None                                                # as in a KVCache; GPT.hidden writes it
-
-    def __init__(self, pos, owner):
-        self.pos = pos
-        mine = (owner[:, :, None] == owner[:, None]) | (owner[:, None] == -1)     # (B, L, L): may row see column?
-        self.mask = (mine & (pos[:, :, None] >= pos[:, None]))[:, None]           # (B, 1, L, L)
-
-    def positions(self, T, device):
-        return self.pos
-
-    def append(self, layer, k, v):
-        return k, v, self.mask
-
-    def advance(self, T):
-        pass
+def reorder_rows(tensor, rows, dim=0):
+    """The chosen rows; written back into `tensor` where their number stays, so that it keeps its place in memory."""
+    chosen = tensor.index_select(dim, rows)
+    return tensor.copy_(chosen) if chosen.shape == tensor.shape else chosen
 
 
 class Attention(nn.Module):
     """Multi-head attention: n_head small attentions side by side, each on head_dim = n_embd / n_head channels.
 
-    causal: token t attends to tokens 0..t. Dropout acts on what a block adds (see Block), not on the weights in here:
-    the fused call is several times slower with it on a CPU.
-    One weight matrix (3C, C) makes q, k and v: rows 0..C-1 the query, then key, then value. Self-attention uses it in
-    one product; cross-attention takes the query rows for x and the rest for the image features. K, below, counts the
-    captions (or beams) of one image.
+    One matrix (3C, C) makes q, k and v, for self-attention in one product; cross-attention takes its first C rows for x
+    and the other 2C for the image features. No dropout on the weights: it makes the fused call slow on a CPU.
     """
 
     def __init__(self, n_embd, n_head, causal=False):
         super().__init__()
-        assert n_embd % n_head == 0, f"n_embd {n_embd} does not divide into {n_head} heads"
         self.n_head, self.causal = n_head, causal
-        self.qkv = Linear(n_embd, 3 * n_embd)
-        self.proj = Linear(n_embd, n_embd)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd)
+        self.proj = nn.Linear(n_embd, n_embd)
         self.keep_weights, self.weights = False, None           # set keep_weights to read the last weights, for drawing
 
-    def forward(self, x, feats=None, cache=None, layer=0):
-        """x (B, T, C) -> (B, T, C). feats (B or B/K, N, C): attend to these instead (K captions may share an image)."""
+    def forward(self, x, image_kv=None, cache=None, layer=0):
+        """x (B, T, C) -> (B, T, C), attending to x itself or, across, to image_kv: what `keys_values` made."""
         B, T, C = x.shape
-        if feats is None:
+        mask, causal = None, self.causal and cache is None
+        if image_kv is None:
             q, k, v = (self._heads(t) for t in self.qkv(x).split(C, dim=-1))      # (B, n_head, T, head_dim)
-            k, v, mask = (k, v, None) if cache is None else cache.append(layer, k, v)
-            y = self._mix(q, k, v, mask, self.causal and cache is None)           # (B, n_head, T, head_dim)
+            if cache is not None:
+                k, v, mask = cache.append(layer, k, v)                            # (B, n_head, max_len, head_dim)
         else:
-            w_q, w_kv = self.qkv.weight.split([C, 2 * C])                         # (C, C), (2C, C)
-            b_q, b_kv = self.qkv.bias.split([C, 2 * C])
-            q = linear(x, w_q, b_q)                                               # (B, T, C)
-            k, v = self._image_kv(feats, w_kv, b_kv, cache, layer)                # (B/K, n_head, N, head_dim)
-            # Nothing is causal between words and patches, so the K captions (or beams) of an image can stand in one
-            # row and read its keys once:  (B, T, C) -> (B/K, K*T, C)
+            # Nothing is causal between words and patches, so the K captions (or beams) of an image may stand in one
+            # long row and share its keys:  (B, T, C) -> (B/K, K*T, C)
+            k, v = image_kv                                                       # (B/K, n_head, N, head_dim)
+            q = F.linear(x, self.qkv.weight[:C], self.qkv.bias[:C])               # (B, T, C)
             q = self._heads(q.reshape(k.size(0), -1, C))                          # (B/K, n_head, K*T, head_dim)
-            y = self._mix(q, k, v, None, False)                                   # (B/K, n_head, K*T, head_dim)
+        if self.keep_weights:
+            y, self.weights = attend(q, k, v, causal_mask(T, T, x.device) if causal else mask)
+        else:               # the same in one fused call, which never writes the (T, S) scores to memory
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))                      # (B, T, C)
 
+    def keys_values(self, feats):
+        """Image features (B, N, C) -> the keys and values that cross-attention reads, each (B, n_head, N, head_dim)."""
+        C = feats.size(-1)
+        kv = F.linear(feats, self.qkv.weight[C:], self.qkv.bias[C:])              # (B, N, 2C)
+        return tuple(self._heads(t) for t in kv.chunk(2, dim=-1))
+
     def _heads(self, t):
-        B, T, C = t.shape
-        return t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)        # (B, n_head, T, head_dim)
-
-    def _image_kv(self, feats, weight, bias, cache, layer):
-        if cache is not None and cache.cross_kv[layer] is not None:
-            return cache.cross_kv[layer]
-        kv = linear(feats, weight, bias)                                          # (B, N, 2C)
-        kv = tuple(self._heads(t) for t in kv.chunk(2, dim=-1))                   # 2 x (B, n_head, N, head_dim)
-        if cache is not None:
-            cache.cross_kv[layer] = tuple(t.contiguous() for t in kv)
-        return kv
-
-    def _mix(self, q, k, v, mask, causal):
-        if self.keep_weights:
-            mask = causal_mask(q.size(-2), k.size(-2), q.device) if causal else mask
-            y, self.weights = attend(q, k, v, mask)
-            return y
-        # the same in one fused call that never writes the (T, S) scores to memory
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return t.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                 # (B, n_head, T, head_dim)
 
 
 class MLP(nn.Module):
-    """Two linear maps with a bend between: the part of a block that thinks about one position at a time."""
+    """Two linear maps with a nonlinearity between: the part of a block that works on each position by itself."""
 
     def __init__(self, n_embd, n_hidden, activation="gelu_tanh"):
         super().__init__()
-        self.fc = Linear(n_embd, n_hidden)
-        self.proj = Linear(n_hidden, n_embd)
+        self.fc, self.proj = nn.Linear(n_embd, n_hidden), nn.Linear(n_hidden, n_embd)
         self.act = ACTIVATIONS[activation]
 
     def forward(self, x):
@@ -219,40 +147,59 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + self-attention, then (in a decoder that sees) + cross-attention, then + MLP, each on a normalised x.
+    """x + self-attention, then (with cross) + cross-attention, then + MLP, each on a normalised x.
 
-    cross: add the cross-attention. Its output projection starts at zero, so a pretrained decoder given new eyes
-    speaks exactly as before on the first step and learns from there what to look at.
+    The output projection of the cross-attention starts at zero: a pretrained decoder that is given images predicts on
+    the first step as it did before, and learns from there what to attend to.
     """
 
     def __init__(self, n_embd, n_head, causal=False, cross=False, activation="gelu_tanh", eps=1e-5, dropout=0.0,
                  n_hidden=None):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(n_embd, eps=eps)
-        self.attn = Attention(n_embd, n_head, causal)
+        self.ln_1, self.attn = nn.LayerNorm(n_embd, eps=eps), Attention(n_embd, n_head, causal)
         if cross:
-            self.ln_cross = nn.LayerNorm(n_embd, eps=eps)
-            self.cross = Attention(n_embd, n_head)
-        self.ln_2 = nn.LayerNorm(n_embd, eps=eps)
-        self.mlp = MLP(n_embd, n_hidden or 4 * n_embd, activation)
+            self.ln_cross, self.cross = nn.LayerNorm(n_embd, eps=eps), Attention(n_embd, n_head)
+        self.ln_2, self.mlp = nn.LayerNorm(n_embd, eps=eps), MLP(n_embd, n_hidden or 4 * n_embd, activation)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, feats=None, cache=None, layer=0):
-        """x (B, T, C); feats (B or B/K, N, C) only where the block has cross-attention."""
+        """x (B, T, C) -> (B, T, C). feats (B or B/K, N, C), for cross-attention: K rows may share an image.
+        cache: a KVCache to read from and add to, at `layer`. Once it holds the image's keys, feats may be left out."""
         x = x + self.drop(self.attn(self.ln_1(x), cache=cache, layer=layer))      # (B, T, C)
-        if feats is not None:
-            x = x + self.drop(self.cross(self.ln_cross(x), feats, cache, layer))  # (B, T, C)
+        image_kv = None if feats is None else self.cross.keys_values(feats)
+        if cache is not None:
+            image_kv = cache.cross_kv[layer] = image_kv or cache.cross_kv[layer]
+        if image_kv is not None:
+            x = x + self.drop(self.cross(self.ln_cross(x), image_kv))             # (B, T, C)
         return x + self.drop(self.mlp(self.ln_2(x)))                              # (B, T, C)
 
 
 def init_weights(model, n_layer):
-    """GPT-2's initialisation: N(0, 0.02), and projections back into the residual stream shrunk by sqrt(2 n_layer),
-
-    so that the stream's variance does not grow with depth; cross-attention's projection starts at zero (see Block).
-    """
+    """GPT-2's initialisation: N(0, 0.02), and projections back into the residual stream shrunk by sqrt(2 n_layer), so
+    that its variance does not grow with depth; the projection of a cross-attention starts at zero (see Block)."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
             std = 0.02 / math.sqrt(2 * n_layer) if name.endswith(".proj") and "blocks" in name else 0.02
             nn.init.zeros_(module.weight) if name.endswith("cross.proj") else nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+
+
+def check_sizes(config):
+    """Refuse sizes that no model has, such as those of a damaged config.json, before anything divides by them.
+    A value must be of its declared type; whole numbers at least 1, fractions within 0..1, and 0 only where the default
+    is 0 or None (no dropout, no label head). config.DIVIDES: pairs of which the second must divide the first."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        options = get_args(kind) or (kind,)             # int | None: (int, NoneType); Literal["a", "b"]: ("a", "b")
+        good = value in options or type(value) in options or kind is float and type(value) is int
+        if type(value) in (int, float):
+            good = good and 0 <= value <= (1 if kind is float else 10 ** 7) and bool(value or not field.default)
+        if is_dataclass(value):
+            check_sizes(value)
+        if not good:
+            raise UserError(f"no model can be built with {field.name} {value!r:.40} (in {type(config).__name__})")
+    for whole, part in getattr(config, "DIVIDES", ()):
+        a, b = getattr(config, whole), getattr(config, part)
+        if b and a % b:
+            raise UserError(f"no model can be built with {whole} {a} and {part} {b}: the second must divide the first")

@@ -1,18 +1,22 @@
-"""ViT: cut the picture into patches, call them words, run a transformer.
+"""ViT: cut the image into patches, treat them as words, run a transformer.
 
 From "An image is worth 16x16 words" (Dosovitskiy et al. 2020, arXiv:2010.11929). Covers the plain ViT and DeiT, CLIP's
 vision tower (a norm before the blocks, no patch bias) and, for training from scratch on little data, a convolutional
 stem in place of the patch projection ("Early convolutions help transformers see better", Xiao et al. 2021).
+
+The patch projection is a convolution whose stride is its size, P. Its windows do not overlap, so it is the same as
+cutting the image into P x P squares, each a row of 3 P^2 numbers, and applying one linear map to every row.
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from .cnn import BatchNorm2d, conv
-from .transformer import Block, init_weights
+from .cnn import BatchNorm2d, ResNet50, ResNetConfig, conv
+from .config import UserError
+from .transformer import ACTIVATIONS, Block, check_sizes, init_weights
 
 
 @dataclass
@@ -26,12 +30,13 @@ class ViTConfig:
     n_hidden: int | None = None # width inside the MLP; None: 4 C
     n_class: int = 0            # rows of the label head; 0: no head
     dropout: float = 0.0
-    activation: str = "gelu"
+    activation: Literal[tuple(ACTIVATIONS)] = "gelu"
     eps: float = 1e-6
-    class_token: bool = True    # one extra token, in front, that speaks for the whole picture
+    class_token: bool = True    # one extra token, in front, that stands for the whole image
     pre_norm: bool = False      # CLIP: a norm before the first block
     patch_bias: bool = True     # CLIP: False
-    stem: str = "patch"         # "patch": one P x P projection; "conv": log2(P) small strided convolutions
+    stem: Literal["patch", "conv"] = "patch"    # one P x P projection, or log2(P) small strided convolutions
+    DIVIDES = (("n_embd", "n_head"), ("image_size", "patch_size"))
 
     @property
     def n_patches(self):
@@ -40,24 +45,26 @@ class ViTConfig:
 
 
 def conv_stem(patch_size, n_embd):
-    """Halve the picture log2(P) times with 3x3 convolutions. Channels, from the end: C, C/2, C/4, .. but 32 at least.
+    """Halve the image log2(P) times with 3x3 convolutions; channels, from the end: C, C/2, C/4, .. but 32 at least.
 
     P=16, C=256:  (B, 3, 128, 128) -> (B, 32, 64, 64) -> (B, 64, 32, 32) -> (B, 128, 16, 16) -> (B, 256, 8, 8)
     """
     steps = patch_size.bit_length() - 1
-    assert 2 ** steps == patch_size, f"a conv stem halves the picture: patch_size {patch_size} is no power of 2"
-    widths = [3] + [min(n_embd, max(32, n_embd >> (steps - 1 - i))) for i in range(steps)]
-    layers = []
-    for c_in, c_out in zip(widths, widths[1:]):
+    if 2 ** steps != patch_size:
+        raise UserError(f"a conv stem halves the image again and again, but patch_size {patch_size} is no power of 2")
+    layers, c_in = [], 3
+    for i in reversed(range(steps)):
+        c_out = min(n_embd, max(32, n_embd >> i))
         layers += [conv(c_in, c_out, 3, stride=2), BatchNorm2d(c_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(n_embd, n_embd, 1))
+        c_in = c_out
+    return nn.Sequential(*layers, nn.Conv2d(c_in, n_embd, 1))
 
 
 def wave_positions(n_side, n_embd, class_token=False):
     """First values of the position table (1, [1 +] n_side^2, C): waves along x and y of ever longer period.
 
-    The table is learned, but from small random numbers a little data does not teach it what is left of what; from waves
-    the arrangement is there at the start ("Better plain ViT baselines", Beyer et al. 2022, keeps them fixed).
+    Little data does not teach a table of random numbers what is left of what; waves know it from the start ("Better
+    plain ViT baselines", Beyer et al. 2022, keeps them fixed; here they are trained on).
     """
     quarter = math.ceil(n_embd / 4)                                               # sin and cos, of x and of y
     rates = 1e4 ** -(torch.arange(quarter) / quarter)                             # (C/4,) from 1 towards 1/10000
@@ -73,8 +80,9 @@ class ViT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        check_sizes(config)
         c = self.config = config
-        assert c.image_size % c.patch_size == 0, f"{c.image_size} pixels do not divide into patches of {c.patch_size}"
+        self.n_feat = c.n_embd
         self.patch = (conv_stem(c.patch_size, c.n_embd) if c.stem == "conv" else
                       nn.Conv2d(3, c.n_embd, c.patch_size, stride=c.patch_size, bias=c.patch_bias))
         self.cls = nn.Parameter(torch.zeros(1, 1, c.n_embd)) if c.class_token else None
@@ -86,11 +94,9 @@ class ViT(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
         self.head = nn.Linear(c.n_embd, c.n_class) if c.n_class else None
         init_weights(self, c.n_layer)
-        # the last 1x1 convolution has no norm after it: started at 0.02 it would be faint beside the position waves
-        if c.stem == "conv":
-            for m in self.patch.modules():
-                if isinstance(m, nn.Conv2d):
-                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for m in self.patch if c.stem == "conv" else ():        # at 0.02 the last one would be faint beside the waves
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, img):
         """img (B, 3, H, W) -> feats (B, N, C), final norm applied. N = patches (+ 1, the class token, in front)."""
@@ -98,31 +104,34 @@ class ViT(nn.Module):
 
     def layers(self, img):
         """The output of every block, a list of n_layer tensors (B, N, C), none of them through the final norm."""
-        B, _, H, W = img.shape
-        size = self.config.image_size
-        assert (H, W) == (size, size), f"the model takes {size}x{size} pixels, got {H}x{W}"
+        (B, _, H, W), size = img.shape, self.config.image_size
+        assert H == W == size, f"the model takes {size}x{size} pixels, got {H}x{W}"
         x = self.patch(img).flatten(2).transpose(1, 2)                            # (B, C, H/P, W/P) -> (B, patches, C)
         if self.cls is not None:
-            x = torch.cat([self.cls.expand(B, -1, -1), x], dim=1)                 # (B, N, C): 1 + patches
-        x = self.drop(self.ln_pre(x + self.pos))
-        outputs = []
+            x = torch.cat([self.cls.expand(B, -1, -1), x], dim=1)                 # (B, N, C), N = 1 + patches
+        outputs = [self.drop(self.ln_pre(x + self.pos))]                          # (B, N, C)
         for block in self.blocks:
-            x = block(x)                                                          # (B, N, C)
-            outputs.append(x)
-        return outputs
+            outputs.append(block(outputs[-1]))                                    # (B, N, C)
+        return outputs[1:]
+
+    def grid(self, img):
+        """img (B, 3, H, W) -> the patches alone, row by row, without the class token: (B, n_patches, C)."""
+        return self(img)[:, int(self.config.class_token):]
+
+    def pool(self, feats):
+        """feats (B, N, C) -> one vector per image (B, C): the class token if there is one, else the patches' mean."""
+        return feats[:, 0] if self.config.class_token else feats.mean(dim=1)
+
+    def features(self, img):
+        """img (B, 3, H, W) -> one vector per image (B, C)."""
+        return self.pool(self(img))
 
     def classify(self, img):
-        """img (B, 3, H, W) -> logits (B, n_class), read off the class token (or the mean of the patches)."""
+        """img (B, 3, H, W) -> logits (B, n_class)."""
         assert self.head is not None, "this ViT has no label head (n_class = 0)"
-        feats = self(img)                                                         # (B, N, C)
-        return self.head(feats[:, 0] if self.cls is not None else feats.mean(dim=1))   # (B, n_class)
+        return self.head(self.features(img))
 
 
-def resize_positions(pos, n_side, class_token=True):
-    """A position table (1, [1 +] n*n, C) for another grid (1, [1 +] n_side*n_side, C): bicubic, the class row kept."""
-    first, grid = pos[:, :int(class_token)], pos[:, int(class_token):]
-    n = int(grid.size(1) ** 0.5)
-    assert n * n == grid.size(1), f"{grid.size(1)} patch positions do not form a square"
-    grid = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2)                          # (1, C, n, n)
-    grid = F.interpolate(grid, size=(n_side, n_side), mode="bicubic", align_corners=False, antialias=n_side < n)
-    return torch.cat([first, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)      # (1, [1 +] n_side^2, C)
+def build_vision(config):
+    """A vision tower by the kind of its config: ViTConfig -> ViT, ResNetConfig -> ResNet50."""
+    return (ResNet50 if isinstance(config, ResNetConfig) else ViT)(config)

@@ -1,22 +1,24 @@
-"""The bridges: three ways to let a language model see, under one contract.
+"""The captioners: three ways to connect a language model to images, under one contract.
 
     cross    every decoder block gets an extra attention that reads the image features      VisionGPT2, Flamingo
     prefix   image features become tokens at the place of <image>, and a GPT reads on       LLaVA, PaliGemma, nanoVLM
-    lstm     image features set the first state of an LSTM, which speaks from memory        Show and Tell, NIC
+    lstm     image features set the first state of an LSTM, which writes from memory        Show and Tell, NIC
 
 Each is `forward(img_or_feats, idx, targets) -> (logits (B, T, V), loss)` for training and `prefill` / `step` for
 generate.py. Sequences here are what the tokenizer made: `[start] a dog runs [end]` for cross and lstm, `<image> a dog
 runs [end]` for prefix. Targets come already shifted: targets[t] is the token that follows idx[..t].
 """
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from .gpt import IGNORE, GPT, GPTConfig, last_of, next_token_loss
-from .linear import Linear, linear
+from .config import UserError
+from .gpt import GPT, GPTConfig, last_of, next_token_loss
 from .lstm import LSTM
-from .transformer import Attention, KVCache, Packed
+from .transformer import Attention, check_sizes, reorder_rows
 from .vit import ViT, ViTConfig
 
 
@@ -28,56 +30,65 @@ class LSTMConfig:
     n_embd: int = 512           # C, width of a word
     n_hidden: int = 512         # H, width of the state
     dropout: float = 0.0        # on the image features, the words, and the state on its way out
-    tied: bool = True           # the embedding is the way out as well (through a linear map where C and H differ)
     n_head: int = 0             # above 0: soft attention over the image features with this many heads
-    smoothing: float = 0.0      # label smoothing of the training loss
+    DIVIDES = (("n_hidden", "n_head"),)
 
 
 @dataclass
 class VLMConfig:
-    """Which bridge, and the sizes of both towers."""
-    model: str = "cross"                    # cross | prefix | lstm
+    """Which connector, and the sizes of both towers."""
+    model: Literal["cross", "prefix", "lstm"] = "cross"
     vision: ViTConfig | None = field(default_factory=ViTConfig)     # None: image features come ready-made
     text: GPTConfig | LSTMConfig = field(default_factory=GPTConfig)
-    wiring: str = "final"                   # cross: "final" (every block sees the ViT's last output) or "lockstep"
+    wiring: Literal["final", "lockstep"] = "final"                  # cross: see CrossCaptioner
     image_token: int | None = None          # prefix: the id of <image>
     feat_dim: int | None = None             # width of ready-made features
     shuffle: int = 1                        # prefix: shuffle x shuffle neighbouring patches make one image token
 
-    @property
-    def width(self):
-        """Channels of the features the bridge receives."""
-        return self.vision.n_embd if self.vision else self.feat_dim
-
 
 class Captioner(nn.Module):
-    """What all three share: a vision tower or ready-made features, a language model, and the parts by name."""
+    """What all three share: a vision tower or ready-made features, a language model, and the parts by name.
+
+    Each adds a `connector`; `encode(img)`, what its decoder gets of an image; and `read(img, idx)`, the decoder's last
+    hidden state at every token of idx.
+    """
 
     def __init__(self, config):
         super().__init__()
+        check_sizes(config)
         self.config = config
-        assert config.vision or config.feat_dim, "a captioner needs a vision tower, or the width of ready-made features"
         self.vision = ViT(config.vision) if config.vision else None
+        self.width = config.vision.n_embd if config.vision else config.feat_dim   # channels of the image features
+        if not self.width:
+            raise UserError("a captioner needs a vision tower, or feat_dim: the width of ready-made features")
         self.text = None if config.model == "lstm" else GPT(config.text)
 
-    def encode(self, img):
-        """Ready-made features (B, N, C) or (B, C) pass as they are; pixels (B, 3, H, W) go through the vision tower."""
-        if img.dim() < 4:
-            return img if img.dim() == 3 else img[:, None]                        # (B, N, C)
-        assert self.vision is not None, "this model has no vision tower: it was trained on ready-made features"
-        return self.vision(img)                                                   # (B, N, C)
+    def forward(self, img, idx, targets=None):
+        """idx (B * K, T), K captions for each of B images -> logits (B * K, T, V) and the loss (None without targets).
+        The captions of an image stand side by side, and its vision tower runs once for all of them."""
+        logits = self.head(self.read(img, idx))                                   # (B * K, T, V)
+        return logits, None if targets is None else next_token_loss(logits, targets)
 
-    def parts(self):
-        """{"bridge" | "decoder" | "vision": parameters}, for per-part learning rates and staged unfreezing."""
-        parts = {"bridge": [], "decoder": [], "vision": []}
-        for name, p in self.named_parameters():
-            new = name.startswith("bridge") or ".cross." in name or ".ln_cross." in name
-            parts["bridge" if new else "vision" if name.startswith("vision") else "decoder"].append(p)
-        return parts
+    def head(self, x):
+        return self.text.head(x)                                                  # (B, T, C) -> (B, T, V)
 
     def step(self, idx, state):
         """One more token per row: idx (R,) -> logits (R, V)."""
         return self.text.step(idx, state)
+
+    def features(self, img):
+        """Pixels (B, 3, H, W) go through the vision tower; ready-made features (B, N, C) or (B, C) pass as they are."""
+        if img.dim() == 4:
+            return self.vision(img)                                               # (B, N, C)
+        return img if img.dim() == 3 else img[:, None]                            # (B, N, C)
+
+    def parts(self):
+        """{"connector" | "decoder" | "vision": parameters}, for per-part learning rates and staged unfreezing."""
+        parts = {"connector": [], "decoder": [], "vision": []}
+        for name, p in self.named_parameters():
+            new = name.startswith("connector") or ".cross." in name or ".ln_cross." in name
+            parts["connector" if new else "vision" if name.startswith("vision") else "decoder"].append(p)
+        return parts
 
 
 class CrossCaptioner(Captioner):
@@ -85,51 +96,42 @@ class CrossCaptioner(Captioner):
 
     wiring "final": all blocks read the ViT's last, normalised output. "lockstep": block i reads the output of ViT block
     i through a norm of its own (the last through the ViT's), so shallow blocks see edges and deep ones objects; needs
-    equal depths.
-    Where the two widths differ, one linear map brings the features to the decoder's.
+    equal depths. Where the two widths differ, one linear map brings the features to the decoder's.
     """
 
     def __init__(self, config):
         config.text.cross = True
         super().__init__(config)
-        n_embd = config.text.n_embd
-        self.bridge = nn.ModuleDict()
+        self.connector, n_layer = nn.ModuleDict(), config.text.n_layer
         if config.wiring == "lockstep":
-            depths = config.vision and config.vision.n_layer, config.text.n_layer
-            assert depths[0] == depths[1], f"lockstep pairs the layers of both towers, but they have {depths}"
-            self.bridge["norms"] = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(config.text.n_layer - 1))
-        if config.width != n_embd:
-            self.bridge["proj"] = nn.Linear(config.width, n_embd)
+            if not config.vision or config.vision.n_layer != n_layer:
+                raise UserError("lockstep wiring pairs the layers of a vision tower and a decoder of equal depth")
+            self.connector["norms"] = nn.ModuleList(nn.LayerNorm(self.width) for _ in range(n_layer - 1))
+        if self.width != config.text.n_embd:
+            self.connector["proj"] = nn.Linear(self.width, config.text.n_embd)
 
-    def look(self, img):
+    def encode(self, img):
         """img (B, 3, H, W) or features -> what the decoder attends to: (B, N, C), or a list of them, one per block."""
-        proj = self.bridge["proj"] if "proj" in self.bridge else nn.Identity()
-        if self.config.wiring == "lockstep" and img.dim() == 4:
-            norms = [*self.bridge["norms"], self.vision.ln_f]
-            return [proj(norm(x)) for norm, x in zip(norms, self.vision.layers(img))]         # n_layer x (B, N, C)
-        return proj(self.encode(img))                                             # (B, N, C)
+        proj = self.connector["proj"] if "proj" in self.connector else nn.Identity()
+        if "norms" not in self.connector:
+            return proj(self.features(img))                                       # (B, N, C)
+        norms = [*self.connector["norms"], self.vision.ln_f]
+        return [proj(norm(x)) for norm, x in zip(norms, self.vision.layers(img))]             # n_layer x (B, N, C)
 
-    def forward(self, img, idx, targets=None):
-        """idx (B * K, T): K captions for each of B images, the same image's side by side; the ViT runs once per image.
-
-        Returns logits (B * K, T, V) and the loss (None without targets).
-        """
-        return self.text(idx, targets, feats=self.look(img))
+    def read(self, img, idx):
+        return self.text.hidden(self.text.embed(idx), self.encode(img))           # (B * K, T, C)
 
     def prefill(self, img, idx, lengths=None, max_new_tokens=0):
-        """Look once, read the prompts idx (B, T): logits of the next token (B, V) and the state to go on from."""
-        return self.text.prefill(self.look(img), idx, lengths, max_new_tokens)
+        return self.text.prefill(self.encode(img), idx, lengths, max_new_tokens)
 
 
 def pixel_shuffle(feats, k):
-    """Lay k x k neighbouring patches side by side: (B, N, C) -> (B, N / k^2, k^2 C). Nothing is lost, only rearranged.
-
-    A reader of a quarter of the tokens costs a quarter, but has to unmix four places in each ("nanoVLM", after Shi et
-    al. 2016, arXiv:1609.05158).
-    """
+    """Lay k x k neighbouring patches side by side: (B, N, C) -> (B, N / k^2, k^2 C). Fewer tokens cost less time, but
+    in each the decoder has to unmix k^2 places ("nanoVLM", after Shi et al. 2016, arXiv:1609.05158)."""
     B, N, C = feats.shape
     n = int(N ** 0.5)
-    assert n * n == N and n % k == 0, f"{N} image tokens are no square grid that divides into {k} x {k} neighbours"
+    if n * n != N or n % k:
+        raise UserError(f"{N} image tokens are no square grid that divides into {k} x {k} neighbours; use shuffle 1")
     grid = feats.view(B, n // k, k, n // k, k, C).transpose(2, 3)                 # (B, n/k, n/k, k, k, C)
     return grid.reshape(B, N // k ** 2, k * k * C)
 
@@ -138,154 +140,85 @@ class PrefixVLM(Captioner):
     """ViT -> two-layer projector -> image tokens spliced into the text where `<image>` stands -> GPT.
 
     N = 196 for a ViT-B/16 at 224 pixels, 64 for P = 16 at 128. The decoder needs no new weights: to it the projected
-    patches are words of a language it has to learn. The class token, if any, stays out: it has no place in the picture.
+    patches are words of a language it has to learn. The class token, if any, stays out: it has no place in the image.
     """
 
     def __init__(self, config):
         super().__init__(config)
-        assert config.image_token is not None, "the prefix model needs the id of its <image> token"
-        n_embd, width = config.text.n_embd, config.width * config.shuffle ** 2
-        self.bridge = nn.Sequential(nn.LayerNorm(width), Linear(width, n_embd), nn.GELU(), Linear(n_embd, n_embd))
-        for layer in (self.bridge[1], self.bridge[3]):         # start near the size of word embeddings
+        if config.image_token is None or config.image_token >= config.text.vocab_size:
+            raise UserError(f"the prefix model needs the id of <image> in its vocabulary, not {config.image_token}")
+        n_embd, width = config.text.n_embd, self.width * config.shuffle ** 2
+        self.connector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_embd), nn.GELU(),
+                                       nn.Linear(n_embd, n_embd))
+        for layer in (self.connector[1], self.connector[3]):                      # start as small as word embeddings
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     @property
     def n_image_tokens(self):
-        """How many tokens one picture of the vision tower becomes."""
-        return self.config.vision.n_patches // self.config.shuffle ** 2
+        return self.config.vision.n_patches // self.config.shuffle ** 2           # that one image becomes
 
-    def eyes(self, img):
-        """What can be kept of a picture that is asked about several times: img (B, 3, H, W) -> patches (B, N, C)."""
-        feats = self.encode(img)                                                  # (B, [1 +] N, C)
-        return feats[:, 1:] if img.dim() == 4 and self.config.vision.class_token else feats
-
-    def look(self, img):
+    def encode(self, img):
         """img (B, 3, H, W) or features -> image tokens (B, N, C), or (B, N / shuffle^2, C)."""
-        feats = self.eyes(img)
-        return self.bridge(pixel_shuffle(feats, self.config.shuffle) if self.config.shuffle > 1 else feats)
+        feats = self.vision.grid(img) if img.dim() == 4 else self.features(img)   # (B, N, C)
+        return self.connector(pixel_shuffle(feats, self.config.shuffle) if self.config.shuffle > 1 else feats)
 
-    def splice(self, image_tokens, idx):
-        """Replace every <image> of idx (B, T) by its N image tokens.
+    def splice(self, img, idx):
+        """Replace every <image> of idx (B * K, T) by its N image tokens. img may be (B, M, 3, H, W): M images per row.
 
-        image_tokens (B, M, N, C): up to M images per row, in reading order. Returns x (B, L, C) with L = T + M (N - 1),
-        padded on the right, and `last` (B, T): where token t of idx ends in x (for <image>, its last image token).
-        The shapes depend only on T, M and N, so nothing waits for the device and torch.compile sees one graph.
+        Returns x (B * K, L, C), L = T + M (N - 1), where shorter rows end in copies of their last vector, and `last`
+        (B * K, T): where in x token t ends. One row alone would be torch.cat over its words and image tokens. For all
+        at once, x picks from a table of the row's words and then its image tokens; no shape depends on where <image>
+        stands, so nothing waits for the device, and a whole training step can be one graph. With M = 1, N = 3:
 
-        N = 3:  idx  [<image> a  dog]   ->   x  [i0 i1 i2 a  dog],   last  [2 3 4]
-        on the way: is_image [1 0 0], size [3 1 1], begin [0], slots [0 1 2]
-        x has one row too many at first: what must not be written anywhere goes there, and x[:, :L] drops it
+            idx [a <image> dog]    table [a <image> dog | i0 i1 i2]    x = table[0 3 4 5 2]    last [0 3 4]
         """
-        (B, T), (_, M, N, C) = idx.shape, image_tokens.shape
-        is_image = idx == self.config.image_token                                 # (B, T)
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling():        # on a GPU, asking would stall it
-            most = int(is_image.sum(dim=1).max())
-            assert most <= M, f"a prompt holds {most} <image> tokens but only {M} images were given"
-        size = torch.where(is_image, N, 1)                                        # (B, T) rows that each token takes
-        last = size.cumsum(dim=1) - 1                                             # (B, T)
-        L = T + M * (N - 1)
-        words = self.text.embed(idx)                                              # (B, T, C)
-        image_tokens = image_tokens.to(words.dtype)                               # autocast left them in bf16
-        x = words.new_zeros(B, L + 1, C)                                          # one spare row for what is unused
-        x = x.scatter(1, torch.where(is_image, L, last)[:, :, None].expand(-1, -1, C), words)
-        # where image m of a row begins: the m-th position with is_image, or the spare row if there is none
-        order = torch.where(is_image, is_image.cumsum(dim=1) - 1, M)              # (B, T): 0, 1, .. at images, else M
-        begin = torch.full((B, M + 1), L, device=idx.device).scatter(1, order, torch.where(is_image, last - (N - 1), L))
-        slots = begin[:, :M, None] + torch.arange(N, device=idx.device)           # (B, M, N)
-        slots = slots.clamp(max=L).flatten(1)[:, :, None].expand(-1, -1, C)       # (B, M * N, C)
-        x = x.scatter(1, slots, image_tokens.flatten(1, 2))                       # (B, L + 1, C)
-        return x[:, :L], last                                                     # (B, L, C), (B, T)
+        tokens = self.encode(img.flatten(0, 1) if img.dim() == 5 else img)        # (B * M, N, C)
+        (R, T), N, M = idx.shape, tokens.size(1), len(tokens) // len(img)
+        tokens = tokens.view(len(img), M * N, -1).repeat_interleave(R // len(img), dim=0)     # (R, M * N, C), R = B * K
+        table = torch.cat([self.text.embed(idx), tokens], dim=1)                  # (R, T + M * N, C)
+        is_image = idx == self.config.image_token                                 # (R, T)
+        last = torch.where(is_image, N, 1).cumsum(dim=1) - 1                      # (R, T)
+        slot = torch.arange(T + M * (N - 1), device=idx.device).minimum(last[:, -1:])         # (R, L)
+        token = torch.searchsorted(last, slot)                                    # (R, L) the token that fills a slot
+        number = is_image.cumsum(dim=1).gather(1, token)                          # (R, L) images up to there
+        place = T + number * N - 1 - (last.gather(1, token) - slot)               # (R, L) counted back from its end
+        return pick(table, torch.where(is_image.gather(1, token), place, token)), last        # (R, L, C), (R, T)
 
-    def _read(self, img, idx, cache=None, max_new_tokens=0):
-        """Text positions only: hidden states (B, T, C) and `last` (B, T). img (B, M, 3, H, W): M images a row."""
-        B = idx.size(0)
-        tokens = self.look(img.flatten(0, 1) if img.dim() == 5 else img)          # (images, N, C)
-        _, N, C = tokens.shape
-        if img.dim() == 5:
-            tokens = tokens.view(img.size(0), -1, N, C)                           # (B, M, N, C)
-        else:
-            tokens = tokens[:, None]                                              # (B, 1, N, C)
-        tokens = tokens.repeat_interleave(B // tokens.size(0), dim=0)             # K captions share an image
-        x, last = self.splice(tokens, idx)                                        # (B, L, C), (B, T)
-        if cache is not None:
-            cache.max_len = x.size(1) + max_new_tokens
-        x = self.text.hidden(x, cache=cache)                                      # (B, L, C)
-        # the vocabulary is asked only where text is read: scores at image positions would be thrown away
-        return x.gather(1, last[:, :, None].expand(-1, -1, C)), last              # (B, T, C)
-
-    def _read_packed(self, img, idx, n_shared, needed=None):
-        """Hidden states (B * K, T, C) like _read's, but image and prompt, the same for K rows, are read once.
-
-        needed (B * K, T), on a CPU: which tokens matter. The others, padding, are left out; their states are 0.
-        """
-        tokens = self.look(img)                                                   # (B, N, C)
-        B, K, T = len(tokens), len(idx) // len(tokens), idx.size(1) - n_shared
-        start, last = self.splice(tokens[:, None], idx[::K, :n_shared])           # (B, S, C), (B, n_shared)
-        S, most = start.size(1), self.text.config.block_size
-        assert S + T <= most, f"{S + T} tokens, but the model's context holds {most}"
-        slots = torch.arange(K * T, device=idx.device).expand(B, -1)              # (B, K T): all tokens of all texts
-        if needed is not None:                                  # .. or those that matter first, and the rest cut off
-            needed = needed[:, n_shared:].reshape(B, K * T)
-            slots = needed.int().argsort(dim=1, descending=True, stable=True)[:, :int(needed.sum(dim=1).max())]
-        texts = self.text.embed(idx[:, n_shared:].reshape(B, K * T).gather(1, slots))        # (B, L - S, C)
-        begin = torch.arange(S, device=idx.device).expand(B, -1)
-        owner = torch.cat([torch.full_like(begin, -1), slots // T], dim=1)        # (B, L): which text, -1 for all
-        pack = Packed(torch.cat([begin, S + slots % T], dim=1), owner)
-        x = self.text.hidden(torch.cat([start, texts], dim=1), cache=pack)        # (B, L, C)
-        start = x.gather(1, last[:, :, None].expand(-1, -1, x.size(2)))           # (B, n_shared, C)
-        texts = x.new_zeros(B, K * T, x.size(2)).scatter(1, slots[:, :, None].expand(-1, -1, x.size(2)), x[:, S:])
-        return torch.cat([start.repeat_interleave(K, dim=0), texts.view(B * K, T, -1)], dim=1)     # (B * K, T, C)
-
-    def forward(self, img, idx, targets=None, n_shared=0, loss_only=False):
-        """idx (B * K, T) with `<image>` tokens in it -> logits (B * K, T, V) at the text positions, and the loss.
-
-        targets (B * K, T): the word after <image> is predicted at <image>, from the last image token. Image positions
-        themselves have no logits and so can never be trained on.
-        n_shared: so many tokens, up to an <image>, begin all K rows of an image alike: read them, and it, only once.
-        loss_only: what no target needs may be left out: padding is not read, and logits are (1, number of targets, V).
-        Only on a CPU: a GPU would have to wait for the counting. Nor under torch.compile: the shape must not vary.
-        """
-        graded = needed = None
-        if loss_only and targets is not None and idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            graded = targets != IGNORE                                            # (B * K, T)
-            needed = graded.flip(1).cummax(dim=1).values.flip(1)                  # .. and all that comes before one
-        if n_shared and len(idx) > len(img) and img.dim() < 5:
-            x = self._read_packed(img, idx, n_shared, needed)                     # (B * K, T, C)
-        else:
-            x, _ = self._read(img, idx)
-        if graded is not None:
-            x, targets = x[graded][None], targets[graded][None]                   # (1, targets, C), (1, targets)
-        logits = self.text.head(x)                                                # (B * K, T, V)
-        return logits, None if targets is None else self.text.loss(logits, targets)
+    def read(self, img, idx):
+        """At text positions only: image positions have no logits and cannot be trained on. What follows <image> is
+        predicted from its last image token."""
+        x, last = self.splice(img, idx)                                           # (B * K, L, C), (B * K, T)
+        return pick(self.text.hidden(x), last)                                    # (B * K, T, C)
 
     def prefill(self, img, idx, lengths=None, max_new_tokens=0):
-        """Image and prompt in one reading: logits of the next token (B, V) and the state to go on from."""
-        cache = KVCache(self.config.text.n_layer, 0)
-        x, last = self._read(img, idx, cache, max_new_tokens)                     # (B, T, C), (B, T)
-        end = last[:, -1] if lengths is None else last.gather(1, lengths[:, None] - 1)[:, 0]     # (B,)
-        # rows end at different places, or all leave room that was kept for more images than they show
-        uneven = bool((end != end[0]).any()) or int(end[0]) + 1 < cache.length
-        return self.text.head(last_of(x, lengths)), cache.finish_prompt(end + 1 if uneven else None)
+        x, last = self.splice(img, idx)                                           # (B, L, C), (B, T)
+        return self.text.read(x, None, 1 + last_of(last, lengths), max_new_tokens)
+
+
+def pick(x, places):
+    """The vectors of x (B, L, C) at `places` (B, T) of each row: (B, T, C)."""
+    return x.gather(1, places[:, :, None].expand(-1, -1, x.size(2)))
 
 
 class LSTMState:
     """What an LSTM captioner carries from word to word: h and c (L, R, H), and the image's keys and values."""
 
-    def __init__(self, h, c, cache=None):
-        self.h, self.c, self.cache = h, c, cache
+    def __init__(self, h, c, image_kv):
+        self.h, self.c, self.image_kv = h, c, image_kv
 
     def reorder(self, rows):
-        """Row i continues what was row rows[i]. rows (R',)."""
-        self.h, self.c = self.h[:, rows], self.c[:, rows]       # the cache stays: beams never leave their image
+        """Row i continues what was row rows[i]. image_kv stays: beams never leave their image."""
+        self.h, self.c = (reorder_rows(t, rows, dim=1) for t in (self.h, self.c))
 
 
 class LSTMCaptioner(Captioner):
     """Features -> the LSTM's first state; then a word in, a word out, and nothing but the state in between.
 
-    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the picture in the first state, through tanh, as
-    in "Show, attend and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also asks the
-    features (a grid, or the one vector there is): attention after the recurrence (Luong et al. 2015), so that all steps
-    of the LSTM still run as one pass.
+    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the image in the first state, through tanh, as in
+    "Show, attend and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also attends to
+    the features (a grid, or the one vector there is): attention after the recurrence (Luong et al. 2015), so that all
+    steps of the LSTM still run as one pass. The word embedding is the output matrix as well.
     """
 
     def __init__(self, config):
@@ -294,73 +227,71 @@ class LSTMCaptioner(Captioner):
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C)
         nn.init.normal_(self.wte.weight, std=c.n_embd ** -0.5)
         self.drop = nn.Dropout(c.dropout)
-        self.bridge = nn.ModuleDict({"norm": nn.LayerNorm(config.width),
-                                     "state": Linear(config.width, 2 * c.n_layer * c.n_hidden)})
+        self.connector = nn.ModuleDict({"norm": nn.LayerNorm(self.width),
+                                        "state": nn.Linear(self.width, 2 * c.n_layer * c.n_hidden)})
         if c.n_head:
-            self.bridge["feats"] = Linear(config.width, c.n_hidden)
-            self.bridge["attn"] = Attention(c.n_hidden, c.n_head)
+            self.connector["feats"] = nn.Linear(self.width, c.n_hidden)
+            self.connector["attn"] = Attention(c.n_hidden, c.n_head)
         self.lstm = LSTM(c.n_embd, c.n_hidden, c.n_layer, dropout=c.dropout)
-        self.out = Linear(c.n_hidden, c.n_embd) if c.tied and c.n_hidden != c.n_embd else None
-        self.head_weight = None if c.tied else nn.Parameter(torch.randn(c.vocab_size, c.n_hidden) * c.n_hidden ** -0.5)
+        self.out = nn.Linear(c.n_hidden, c.n_embd) if c.n_hidden != c.n_embd else nn.Identity()
         self.head_bias = nn.Parameter(torch.zeros(c.vocab_size))
 
-    def look(self, img):
-        """img (B, 3, H, W) or features -> the first h and c (L, B, H), and what attention reads, (B, N, H) or None."""
-        feats = self.drop(self.bridge["norm"](self.encode(img)))                  # (B, N, C_img)
-        state = torch.tanh(self.bridge["state"](feats.mean(dim=1)))               # (B, 2 L H)
+    def encode(self, img):
+        """img (B, 3, H, W) or features -> the first h and c (L, B, H), and keys and values to attend to, or None."""
+        feats = self.drop(self.connector["norm"](self.features(img)))             # (B, N, C_img)
+        vector = self.vision.pool(feats) if self.vision else feats.mean(dim=1)    # (B, C_img)
+        state = torch.tanh(self.connector["state"](vector))                       # (B, 2 L H)
         h, c = state.view(len(feats), 2, self.config.text.n_layer, -1).permute(1, 2, 0, 3).contiguous()     # (L, B, H)
-        return h, c, self.bridge["feats"](feats) if self.config.text.n_head else None
+        attn = self.config.text.n_head > 0
+        return h, c, self.connector["attn"].keys_values(self.connector["feats"](feats)) if attn else None
 
-    def head(self, x, grid=None, cache=None):
-        """States x (B * K, T, H) -> logits (B * K, T, V)."""
-        if grid is not None:
-            x = x + self.bridge["attn"](x, grid, cache)                           # (B * K, T, H)
-        x = self.drop(x if self.out is None else self.out(x))
-        return linear(x, self.wte.weight if self.head_weight is None else self.head_weight, self.head_bias)
+    def attend(self, x, image_kv):
+        """Hidden states x (R, T, H), plus what each finds in the image -> (R, T, H)."""
+        return x if image_kv is None else x + self.connector["attn"](x, image_kv)
 
-    def forward(self, img, idx, targets=None):
-        """idx (B * K, T): all T words of all captions in one pass -> logits (B * K, T, V) and the loss."""
-        h, c, grid = self.look(img)
+    def head(self, x):
+        """Hidden states x (R, T, H) -> logits (R, T, V)."""
+        return F.linear(self.drop(self.out(x)), self.wte.weight, self.head_bias)
+
+    def read(self, img, idx):
+        h, c, image_kv = self.encode(img)
         h, c = (t.repeat_interleave(len(idx) // t.size(1), dim=1) for t in (h, c))         # (L, B * K, H)
         x, _ = self.lstm(self.drop(self.wte(idx)), (h, c))                        # (B * K, T, H)
-        logits = self.head(x, grid)                                               # (B * K, T, V)
-        return logits, None if targets is None else next_token_loss(
-            logits, targets, self.config.text.smoothing if self.training else 0.0)
+        return self.attend(x, image_kv)                                           # (B * K, T, H)
 
     def prefill(self, img, idx, lengths=None, max_new_tokens=0):
-        """Look once, read the prompts idx (B, T): logits of the next token (B, V) and the state to go on from."""
-        h, c, grid = self.look(img)
-        state = LSTMState(h, c, KVCache(1, 0))
-        state.cache.feats = grid
-        x, lengths = self.drop(self.wte(idx)), torch.full((len(idx),), idx.size(1)) if lengths is None else lengths
-        for t in range(idx.size(1)):                                              # prompts are short, and may differ
-            _, (h, c) = self.lstm(x[:, t:t + 1], (state.h, state.c))
-            reads = (t < lengths).to(h.device)[:, None]                           # (B, 1) rows that have a word here
-            state.h, state.c = torch.where(reads, h, state.h), torch.where(reads, c, state.c)
-        return self.head(state.h[-1][:, None], grid, state.cache)[:, -1], state
+        state = LSTMState(*self.encode(img))
+        for t, words in enumerate(self.wte(idx).split(1, dim=1)):                 # prompts are short, and may differ
+            _, new = self.lstm(words, (state.h, state.c))                         # 2 x (L, B, H)
+            if lengths is not None:                                               # a row that has ended stays as it was
+                new = [torch.where(t < lengths[:, None], a, b) for a, b in zip(new, (state.h, state.c))]
+            state.h, state.c = new
+        return self.head(self.attend(state.h[-1][:, None], state.image_kv))[:, -1], state     # (B, V)
 
     def step(self, idx, state):
-        """One more token per row: idx (R,) -> logits (R, V)."""
-        x, (state.h, state.c) = self.lstm(self.wte(idx[:, None]), (state.h, state.c))       # (R, 1, H)
-        return self.head(x, state.cache.feats, state.cache)[:, -1]                # (R, V)
+        x, (h, c) = self.lstm(self.wte(idx[:, None]), (state.h, state.c))         # (R, 1, H)
+        state.h.copy_(h), state.c.copy_(c)                                        # in place, as in KVCache
+        return self.head(self.attend(x, state.image_kv))[:, -1]                   # (R, V)
 
 
 MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM, "lstm": LSTMCaptioner}
 
 
-def to_dict(config):
-    """A VLMConfig as plain nested dicts, for config.json."""
-    return asdict(config)
-
-
-def from_dict(d):
-    """The inverse of to_dict: config.json's "sizes" -> VLMConfig."""
-    vision = ViTConfig(**d["vision"]) if d["vision"] else None
-    text = (LSTMConfig if d["model"] == "lstm" else GPTConfig)(**d["text"])
-    return VLMConfig(**{**d, "vision": vision, "text": text})
+to_dict = asdict    # a VLMConfig as plain nested dicts, for config.json
 
 
 def build(config):
     """VLMConfig -> the model it describes, freshly initialised."""
-    assert config.model in MODELS, f"no model is called {config.model!r}; there are {', '.join(MODELS)}"
     return MODELS[config.model](config)
+
+
+def from_dict(d):
+    """The inverse of to_dict: config.json's "sizes" -> VLMConfig. Raises UserError where they describe no model."""
+    try:
+        vision = ViTConfig(**d["vision"]) if d["vision"] else None
+        text = (LSTMConfig if d["model"] == "lstm" else GPTConfig)(**d["text"])
+        config = VLMConfig(**{**d, "vision": vision, "text": text})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the sizes in config.json describe no model: {str(error):.100}") from None
+    check_sizes(config)
+    return config
