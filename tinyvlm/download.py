@@ -67,8 +67,8 @@ REASONS = ((below.NameResolutionError, "no such host", True),                   
            (below.NewConnectionError, "cannot be reached", True),
            ((requests.Timeout, below.TimeoutError), "timeout", True),
            (requests.exceptions.SSLError, "TLS fails", False),
-           ((requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema, requests.exceptions.InvalidURL,
-             below.LocationParseError), "no web address", False),
+           ((requests.exceptions.InvalidHeader, below.InvalidHeader), "broken answer", True),
+           (ValueError, "no web address", False),
            (BROKEN, "broken answer", True))
 
 
