@@ -59,7 +59,6 @@ class Limits:
     max_seconds: float = math.inf       # for everything together, waiting included
     tries: int = 5                      # of what may pass: 429, 5xx, a timeout, a broken connection
     sleep: object = time.sleep          # tests put a list's append here and never wait
-    show: bool = True                   # progress on stderr
 
 
 BROKEN = (OSError, ValueError, below.HTTPError, http.client.HTTPException)      # all that a malformed answer may raise
@@ -84,7 +83,7 @@ def number(text):
     return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else None
 
 
-def retry(attempt, limits, deadline):
+def retry(attempt, limits, deadline=math.inf):
     """Call attempt() until it returns, or raise its last FetchError. Pauses: 0.5, 1, 2, 4 s, or Retry-After."""
     for failures in range(1, limits.tries + 1):
         try:
@@ -94,7 +93,7 @@ def retry(attempt, limits, deadline):
             wait = 0.25 * 2**failures if wish is None else wish
             if not error.transient or failures == limits.tries or wait > 300 or time.monotonic() + wait > deadline:
                 raise
-            if wait > 5 and limits.show:
+            if wait > 5 and deadline == math.inf:
                 print(f"{error}; next try in {wait:.0f} s", file=sys.stderr)
             limits.sleep(wait)
 
@@ -111,7 +110,7 @@ def request(session, method, url, headers, timeout, accept=(200,), follow=lambda
                 headers = {name: value for name, value in headers.items() if name != "Authorization"}
             answer = session.request(method, here, headers=headers, stream=True, allow_redirects=False,
                                      timeout=(min(10, timeout), timeout))
-            assert_header_parsing(answer.raw._original_response.msg)    # a line without a colon hides all that follow it
+            assert_header_parsing(answer.raw._original_response.msg)    # a line without colon hides what follows
             there = session.get_redirect_target(answer)
             if there is None or not follow(there):
                 break
@@ -134,9 +133,9 @@ def body(answer, max_bytes):
     would wait on a trickle, and would trust a chunk that says its size is -1.
     """
     head, done, piece = answer.headers, 0, b"more"
-    length = number(head.get("Content-Length", "0"))
-    if length is None or head.get("Content-Encoding", "identity") != "identity":    # packed, though we asked for no such
-        raise FetchError("broken answer" if length is None else f"packed as {head['Content-Encoding'][:20]}")
+    length, packed = number(head.get("Content-Length", "0")), head.get("Content-Encoding", "identity")
+    if length is None or packed != "identity":                  # packed, though we asked for no such thing
+        raise FetchError("broken answer" if length is None else f"packed as {packed[:20]}")
     try:
         while max(done, length) <= max_bytes and (piece := answer.raw.read1(CHUNK, decode_content=False)):
             done += len(piece)
@@ -151,24 +150,22 @@ def body(answer, max_bytes):
 
 # ---- one file
 
-def _digest(path, like):
-    """Checksum of a file, of the kind `like` is: 64 hex digits are sha256, 40 a git blob id.
+def _is_good(path, checksum):
+    """Is the file there, and of this checksum if we know one? 64 hex digits are sha256, 40 a git blob id.
 
     git: sha1(b"blob 6\\0" + b"hello\\n") = ce013625030ba8dba906f756967f9e9ca394464a
     """
-    made = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    if not checksum or not path.is_file():
+        return path.is_file()
+    made = hashlib.sha256() if len(checksum) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
         while block := file.read(CHUNK):
             made.update(block)
-    return made.hexdigest()
+    return made.hexdigest() == checksum
 
 
-def _is_good(path, checksum):
-    return path.is_file() and (not checksum or _digest(path, checksum) == checksum)
-
-
-def _fetch(url, path, checksum, limits, headers):
-    """Fetch into path.incomplete over any number of attempts, check, rename. The caller holds a lock. FetchError.
+def _fetch(url, path, checksum, limits, headers, lock):
+    """Have the file at `path`: fetched into path.incomplete, by any number of attempts, checked, renamed. FetchError.
 
     With a checksum an old part is continued: a wrong mixture cannot pass, and gets one more chance from byte 0. Without
     one every attempt begins at byte 0.
@@ -186,7 +183,7 @@ def _fetch(url, path, checksum, limits, headers):
             with open(part, "ab" if start else "wb") as file:
                 for piece in body(answer, limits.max_bytes - start):
                     before, done = done, done + file.write(piece)
-                    if limits.show and before // CHUNK < done // CHUNK <= total // CHUNK:
+                    if before // CHUNK < done // CHUNK <= total // CHUNK:
                         progress(done // CHUNK, total // CHUNK, f"MB of {path.name}")
                     if time.monotonic() > deadline:             # Guard: one byte a second never times out
                         raise FetchError(f"not done within {limits.max_seconds:.0f} s")
@@ -194,15 +191,15 @@ def _fetch(url, path, checksum, limits, headers):
                 os.fsync(file.fileno())
         return start
 
-    with requests.Session() as session:
-        while True:
+    with locked(lock), requests.Session() as session:
+        while not _is_good(path, checksum):                     # another process may have fetched it meanwhile
             start = retry(attempt, limits, deadline)
             if _is_good(part, checksum):
-                return os.replace(part, path)                   # Guard: the name appears with the whole file behind it
-            found = _digest(part, checksum)
-            part.unlink()
-            if start == 0:
-                raise FetchError(f"expected checksum {checksum}, got {found}")
+                os.replace(part, path)                          # Guard: the name appears with the whole file behind it
+            else:
+                part.unlink()
+                if start == 0:
+                    raise FetchError(f"its checksum is not {checksum}")
 
 
 @contextlib.contextmanager
@@ -228,9 +225,7 @@ def download(url, path, sha256=None, **limits):
     assert not checksum or re.fullmatch("[0-9a-f]{64}", checksum), f"sha256={sha256!r} is not 64 hex digits"
     with _one_sentence(url, path):
         if not _is_good(path, checksum):
-            with locked(path.with_name(f".{path.name}.lock")):
-                if not _is_good(path, checksum):                # another process may have fetched it meanwhile
-                    _fetch(url, path, checksum, Limits(**limits), HEADERS)
+            _fetch(url, path, checksum, Limits(**limits), HEADERS, path.with_name(f".{path.name}.lock"))
     return path
 
 
@@ -241,44 +236,37 @@ def _setting(name, default):
     return Path(os.environ.get(name) or default).expanduser()
 
 
-def _hf_home():
-    return _setting("HF_HOME", _setting("XDG_CACHE_HOME", "~/.cache") / "huggingface")
-
-
 def _inside(name):
     """Can this relative path not leave its folder, on any system? 'a/b.txt' yes; '../a', '/a', 'C:a' no."""
     windows = PureWindowsPath(name)                             # knows drives and takes both kinds of slash
     return bool(windows.name) and not windows.anchor and ".." not in windows.parts and "\0" not in name
 
 
-def _hub_fetch(url, folder, filename, revision, limits):
+def _hub_fetch(url, home, folder, filename, revision, limits):
     """The blob, then the link to it, then the ref, which is a promise. The lock's name is huggingface_hub's.
 
     The hub is asked, not the store it redirects to: its etag is the content's sha256 for a large file (X-Linked-Etag),
     git's blob id for a small one. A redirect within it is a renamed repository (gpt2 -> openai-community/gpt2).
     """
-    file = _setting("HF_TOKEN_PATH", _hf_home() / "token")
+    file = _setting("HF_TOKEN_PATH", home / "token")
     token = (os.environ.get("HF_TOKEN") or (file.read_text() if file.is_file() else "")).strip()
     headers = HEADERS | ({"Authorization": f"Bearer {token}"} if token else {})
     with requests.Session() as session:
         head = retry(lambda: request(session, "HEAD", url, headers, limits.timeout, (200, 301, 302, 303, 307, 308),
-                                     follow=lambda there: not urlsplit(there).netloc), limits, math.inf).headers
+                                     follow=lambda there: not urlsplit(there).netloc), limits).headers
     commit, etag = head.get("X-Repo-Commit", ""), re.sub('^W/|"', "", head.get("X-Linked-Etag") or head.get("ETag", ""))
     if not all(re.fullmatch(r"\w[\w.-]*", text, re.ASCII) for text in (commit, etag)):  # Guard: both become file names
         raise FetchError("the answer names no commit or no ETag, so this is no hub (check HF_ENDPOINT and the proxy)")
     blob, pointer = folder / "blobs" / etag, folder / "snapshots" / commit / filename
     blob.parent.mkdir(parents=True, exist_ok=True)
-    pointer.parent.mkdir(parents=True, exist_ok=True)
     checksum = etag if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag) else None
-    with locked(folder.parent / ".locks" / folder.name / f"{etag}.lock"):
-        if not _is_good(blob, checksum):
-            _fetch(url, blob, checksum, limits, headers)
-        if not pointer.is_file():
-            pointer.unlink(missing_ok=True)                     # a link whose blob somebody has removed
-            try:
-                pointer.symlink_to(os.path.relpath(blob, pointer.parent))
-            except OSError:                                     # Windows without the privilege: a copy
-                atomic_write(pointer, lambda file: file.write(blob.read_bytes()))
+    _fetch(url, blob, checksum, limits, headers, folder.parent / ".locks" / folder.name / f"{etag}.lock")
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.suppress(FileExistsError):
+            pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:                                             # Windows without the privilege: a copy
+        atomic_write(pointer, lambda file: file.write(blob.read_bytes()))
     if revision != commit:
         write_text(folder / "refs" / revision, commit)
     return pointer
@@ -295,34 +283,35 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False, **limits):
     if not plain or not all(_inside(name) and "\\" not in name for name in (repo_id, filename, revision)):      # Guard
         raise DownloadError(f"{repo_id!r} is no hub repository such as openai-community/gpt2, or {filename!r} at "
                             f"{revision!r} is no plain relative path; check their spelling")
-    folder = _setting("HF_HUB_CACHE", _hf_home() / "hub") / f"models--{repo_id.replace('/', '--')}"
+    home = _setting("HF_HOME", _setting("XDG_CACHE_HOME", "~/.cache") / "huggingface")
+    folder = _setting("HF_HUB_CACHE", home / "hub") / f"models--{repo_id.replace('/', '--')}"
     ref = folder / "refs" / revision
     commit = ref.read_text().strip() if ref.is_file() else revision
     found = folder / "snapshots" / commit / filename
     if found.is_file():
         return found
-    offline = {os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    offline &= {"1", "ON", "YES", "TRUE"}
+    offline = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+                  for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     if missing_ok and (offline or (folder / ".no_exist" / commit / filename).is_file()):
         return None
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/{repo_id}/resolve/{quote(revision, safe='')}/{quote(filename)}"
+    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{repo_id}/resolve/{quote(revision, safe='')}/"
+    url += quote(filename)
     with _one_sentence(url, found):
         if offline:
             raise FetchError("it is not in the cache and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network")
         try:
-            return _hub_fetch(url, folder, filename, revision, Limits(**limits))
+            return _hub_fetch(url, home, folder, filename, revision, Limits(**limits))
         except FetchError as error:
             code, head = (error.answer.status_code, error.answer.headers) if error.answer is not None else (0, {})
-            if code == 404 and head.get("X-Error-Code", "EntryNotFound") == "EntryNotFound":
-                if re.fullmatch(r"\w+", commit := head.get("X-Repo-Commit", "")):       # remembered as huggingface_hub
-                    write_text(folder / ".no_exist" / commit / filename, "")            # does: then nobody asks again
-                    write_text(folder / "refs" / revision, commit)
-                if missing_ok:
-                    return None
+            why = head.get("X-Error-Code", "EntryNotFound" if code == 404 else "")
+            if why == "EntryNotFound" and re.fullmatch(r"\w+", commit := head.get("X-Repo-Commit", "")):
+                write_text(folder / ".no_exist" / commit / filename, "")        # as huggingface_hub marks it: then
+                write_text(folder / "refs" / revision, commit)                  # nobody asks again
+            if why == "EntryNotFound" and missing_ok:
+                return None
             if code in (401, 403, 404):
-                error = (f"{error} {head.get('X-Error-Code', '')}: there is no {filename} at {revision} of {repo_id}, "
-                         "or it needs a token in HF_TOKEN whose owner accepted its terms")
+                error = (f"{error} {why}: there is no {filename} at {revision} of {repo_id}, or it needs a token in "
+                         "HF_TOKEN whose owner accepted its terms")
             raise FetchError(str(error)) from None
 
 
@@ -334,13 +323,11 @@ def extract_zip(zip_path, folder, max_bytes=200 * 10**9, max_files=2_000_000):
     work = folder.with_name(folder.name + ".incomplete")
     try:
         with locked(folder.with_name(f".{folder.name}.lock")), zipfile.ZipFile(zip_path) as archive:
-            # A Mac adds resource forks under __MACOSX/, which end in .jpg too.
-            members = [m for m in archive.infolist() if not re.search(r"__MACOSX[/\\]|\.DS_Store$", m.filename)]
+            members = archive.infolist()
             _check_members(zip_path, members, max_bytes, max_files)
             shutil.rmtree(work, ignore_errors=True)             # what a killed run left
             try:
                 for done, member in enumerate(members, 1):
-                    member.filename = member.filename.replace("\\", "/")        # as some packers on Windows write
                     archive.extract(member, work)               # reading to the end checks the CRC
                     progress(done, len(members), f"files of {zip_path.name}")
                 os.replace(work, folder)
@@ -349,8 +336,8 @@ def extract_zip(zip_path, folder, max_bytes=200 * 10**9, max_files=2_000_000):
     except UserError:
         raise
     except Exception as error:          # on a damaged zip zipfile raises nearly anything
-        raise DownloadError(f"cannot unpack {zip_path} to {folder} ({error}); delete a damaged zip or make room, and run "
-                            "again") from None
+        raise DownloadError(f"cannot unpack {zip_path} to {folder} ({error}); delete a damaged zip or make room, and "
+                            "run again") from None
     return folder
 
 

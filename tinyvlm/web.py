@@ -10,6 +10,7 @@ marked `Guard:`; how a request is made and a body read is download.py's. Left ou
 """
 import contextlib
 import csv
+import functools
 import hashlib
 import http.cookiejar
 import io
@@ -38,7 +39,7 @@ from .files import locked, write_csv
 from .image import adaptive_square, load_image
 
 HEADERS = {"User-Agent": "tinyvlm (collects training images)", "Accept": "image/*", "Accept-Encoding": "identity"}
-REPORT = ["url", "file", "status", "width", "height", "fit", "caption", "extras"]
+REPORT = ["url", "file", "status", "caption", "extras"]
 URL_COLUMNS, CAPTION_COLUMNS = ("image_url", "url"), ("capsfusion", "caption", "text")
 TOO_LONG = 10_000                       # letters of an address, a caption or extras: cut there, and not fetched
 ROWS = "https://datasets-server.huggingface.co/rows"
@@ -51,7 +52,6 @@ class Fetch(Limits):
     timeout: float = 10.0
     max_seconds: float = 30.0           # for all of it: redirects, waiting and second tries included
     tries: int = 3
-    show: bool = False
     threads: int = 32
     per_host: int = 8                   # requests at once to one host, by download_images
     allow_private: bool = False         # also addresses inside your own network and machine
@@ -83,14 +83,10 @@ class _Timed(socket.socket):
         return super().recv_into(*args)
 
 
-class _TimedTLS(_Timed, ssl.SSLSocket):
-    """The same under TLS."""
-
-
 class _Checked:
     """Guard: the address that was connected to must be public, before a byte is sent.
 
-    To look the name up first and connect by it afterwards would not do: the second answer may differ (DNS rebinding).
+    Looking the name up first would not do: the second answer may differ (DNS rebinding).
     """
 
     def _new_conn(self):
@@ -112,12 +108,20 @@ class _Adapter(requests.adapters.HTTPAdapter):
     """What makes a requests session connect in this way."""
 
     def init_poolmanager(self, *args, **kwargs):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)       # checks names and certificates
-        context.sslsocket_class = _TimedTLS
-        super().init_poolmanager(*args, ssl_context=context, **kwargs)
+        super().init_poolmanager(*args, ssl_context=_tls(), **kwargs)
         self.poolmanager.pool_classes_by_scheme = {
             "http": _checked(urllib3.HTTPConnectionPool, urllib3.connection.HTTPConnection),
             "https": _checked(urllib3.HTTPSConnectionPool, urllib3.connection.HTTPSConnection)}
+
+    def cert_verify(self, *args):       # requests would read all authorities anew for each connection: 45 ms
+        pass
+
+
+@functools.cache
+def _tls():
+    context = ssl.create_default_context(cafile=requests.certs.where())         # checks names and certificates
+    context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})
+    return context
 
 
 def _session(how):
@@ -183,16 +187,8 @@ def _write_report(folder):
     """Sort the report by file name, derive captions.csv from it; its rows by name."""
     rows = dict(sorted(_read_report(folder).items()))
     write_csv(folder / "report.csv", REPORT, rows.values())
-    write_csv(folder / "captions.csv", ["image", "caption"], ([row[1], row[6]] for row in rows.values() if row[1]))
+    write_csv(folder / "captions.csv", ["image", "caption"], ([row[1], row[3]] for row in rows.values() if row[1]))
     return rows
-
-
-def _shrink(image, size):
-    """(size x size image, how: "as is", "cropped" or "padded")."""
-    image.thumbnail((4096, 4096))       # before padding: 25,000 x 600 pixels would become a square of 1.9 GB
-    square = adaptive_square(image)
-    fit = "as is" if square.size == image.size else "cropped" if square.width == min(image.size) else "padded"
-    return square.resize((size, size), Image.Resampling.BICUBIC), fit
 
 
 def _keep(url, caption, extras, folder, size, how):
@@ -202,11 +198,11 @@ def _keep(url, caption, extras, folder, size, how):
             raise FetchError("row too long" if caption else "no caption")
         image = fetch_image(url, how)
     except FetchError as error:
-        return [url, "", str(error), "", "", "", caption, extras]
-    w, h = image.size                   # before _shrink, which shrinks a huge image in place
-    small, fit = _shrink(image, size)
-    small.save(folder / f"{_name(url)}.jpg", "JPEG", quality=95)
-    return [url, f"{_name(url)}.jpg", "ok", w, h, fit, caption, extras]
+        return [url, "", str(error), caption, extras]
+    image.thumbnail((4096, 4096))       # before padding: 25,000 x 600 pixels would become a square of 1.9 GB
+    image = adaptive_square(image).resize((size, size), Image.Resampling.BICUBIC)
+    image.save(folder / f"{_name(url)}.jpg", "JPEG", quality=95)
+    return [url, f"{_name(url)}.jpg", "ok", caption, extras]
 
 
 def _in_parallel(work, jobs, threads, room):
@@ -233,8 +229,7 @@ def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, 
     layouts.photos reads. What an earlier run finished is not fetched again (failures are with retry_failed).
     Rows are begun in order, and never more than could still be needed for `limit` good images: so these are the
     first `limit` good ones, however threads and kills fall. With limit 7 and every third link dead, 11 are fetched.
-    Returns counts of the folder: good, failed, reasons, cropped, padded, as is. Raises UserError if the folder holds
-    images of another size.
+    Returns counts of the folder: good, failed, reasons. Raises UserError if it holds images of another size.
     """
     folder, limit = Path(folder), math.inf if limit is None else limit
     kept = tried = fine = 0             # good from earlier runs, as far as read; fetched now; good among these
@@ -272,9 +267,9 @@ def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, 
                         say(f"{tried} addresses, {fine} gave an image")
         finally:                        # ctrl-C, too, leaves a folder that can be trained on
             rows = _write_report(folder).values()
-    fits, reasons = Counter(row[5] for row in rows if row[1]), Counter(row[2] for row in rows if not row[1])
-    counts = {"good": sum(fits.values()), "failed": sum(reasons.values()), "reasons": dict(reasons.most_common()),
-              **{fit: fits[fit] for fit in ("cropped", "padded", "as is")}}
+    reasons = Counter(row[2] for row in rows if not row[1])
+    counts = {"good": len(rows) - sum(reasons.values()), "failed": sum(reasons.values()),
+              "reasons": dict(reasons.most_common())}
     say(f"{fine} of {tried} addresses gave an image; {folder} now holds {counts}")
     return counts
 
@@ -284,14 +279,14 @@ def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, 
 def dataset_rows(dataset, config, split, start=0, limit=None, endpoint=ROWS, cache="data/rows", **limits):
     """The rows (dicts) of a data set on the Hugging Face hub, from its rows service: no parquet reader needed.
 
-    Pages of 100 are kept in `cache` and not fetched again; `limits` are download()'s. The service converts only a
-    first part of a large data set, and slowly: 429, 5xx and timeouts are tried again for about a minute.
+    Pages of 100 are kept in `cache`; `limits` are download()'s. The service converts only a first part of a large data
+    set, and slowly: 429, 5xx and timeouts are tried again for about a minute.
     """
     folder = Path(cache, quote(f"{dataset}--{config}--{split}", safe=""))
     offset, total, end = start // 100 * 100, math.inf, math.inf if limit is None else start + limit
     while offset < min(total, end):
         query = urlencode(dict(dataset=dataset, config=config, split=split, offset=offset, length=100))
-        path = download(f"{endpoint}?{query}", folder / f"{offset:09d}.json", **{"tries": 8, "show": False, **limits})
+        path = download(f"{endpoint}?{query}", folder / f"{offset:09d}.json", **{"tries": 8, **limits})
         try:
             page = json.loads(path.read_text("utf-8"))
             rows = [row["row"] for row in page["rows"]]
@@ -326,8 +321,8 @@ def table_rows(path):
         raise UserError(f"{path} should be a .csv or .jsonl file; export other formats (say, parquet) as one of these")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = map(json.loads, filter(str.strip, file)) if path.suffix.lower() == ".jsonl" else csv.DictReader(file)
-            yield from caption_rows(lines, path)
+            is_csv = path.suffix.lower() == ".csv"
+            yield from caption_rows(csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file)), path)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}; mend it") from None
 
