@@ -7,12 +7,12 @@ import gzip
 import hashlib
 import os
 import re
+import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,14 +36,11 @@ def file_page(body=BODY, cut=None, ranges=True, **headers):
     cuts = [cut] if cut else []
 
     def page(handler):
-        start = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-        start = int(start[1]) if start and ranges else 0
+        start = int(handler.headers.get("Range", "bytes=0-")[6:-1]) if ranges else 0
         if start and start >= len(body):
             return answer(handler, 416, Content_Range=f"bytes */{len(body)}")
         rest = body[start:]
-        answer(handler, 206 if start else 200, rest[:cuts.pop()] if cuts else rest, **headers,
-               Content_Length=str(len(rest)),
-               Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}" if start else None)
+        answer(handler, 206 if start else 200, rest[:cuts.pop()] if cuts else rest, **headers, Content_Length=len(rest))
     return page
 
 
@@ -147,18 +144,6 @@ def test_no_malformed_answer_gets_the_final_name(host, tmp_path, naps, name, sha
     assert f"put the file at {tmp_path / 'a.bin'} by hand" in text and not (tmp_path / "a.bin").exists()
 
 
-def test_ctrl_c_leaves_a_part_that_the_next_run_continues(host, tmp_path):
-    host.pages["/a.bin"] = file_page(cut=30_000)
-
-    def ctrl_c(seconds):
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        download(f"{host.url}/a.bin", tmp_path / "a.bin", SHA, sleep=ctrl_c)
-    assert (tmp_path / "a.bin.incomplete").stat().st_size == 30_000 and not (tmp_path / "a.bin").exists()
-    download(f"{host.url}/a.bin", tmp_path / "a.bin", SHA)
-    assert host.gets("Range")[-1] == "bytes=30000-" and files(tmp_path) == ["a.bin"]
-
-
 # ---- errors
 
 
@@ -170,22 +155,15 @@ def test_a_wrong_checksum_is_named_and_the_part_removed(host, tmp_path):
     fails("packed as gzip", download, f"{host.url}/a.bin", tmp_path / "a.bin")
 
 
-@pytest.mark.parametrize("code", [401, 403, 404, 410])
-def test_a_final_refusal_is_not_retried(host, tmp_path, naps, code):
-    host.pages["/a.bin"] = send(status=code)
-    fails(f"HTTP {code}", download, f"{host.url}/a.bin", tmp_path / "a.bin", sleep=naps.append)
-    assert len(host.seen) == 1 and naps == []
-
-
 def test_busy_servers_are_given_the_time_they_ask_for(host, tmp_path, naps):
     """429 and 503 with Retry-After in seconds; a 500 gets the back-off; an hour is too long; five tries are the end."""
     host.pages["/a.bin"] = in_turn(send(status=429, Retry_After="7"), send(status=503, Retry_After="0"),
                                    send(status=500), file_page())
     download(f"{host.url}/a.bin", tmp_path / "a.bin", SHA, sleep=naps.append)
     assert naps == [7, 0, 2]
-    host.pages["/b"], host.pages["/c"] = send(status=429, Retry_After="3600"), send(status=500)
-    fails("HTTP 429", download, f"{host.url}/b", tmp_path / "b", sleep=naps.append)
-    fails("HTTP 500", download, f"{host.url}/c", tmp_path / "c", sleep=naps.append)
+    host.pages.update({"/429": send(status=429, Retry_After="3600"), "/500": send(status=500), "/403": send(status=403)})
+    for code in (429, 403, 404, 500):
+        fails(f"HTTP {code}", download, f"{host.url}/{code}", tmp_path / "b", sleep=naps.append)
     assert naps[3:] == [0.5, 1, 2, 4] and files(tmp_path) == ["a.bin"]
 
 
@@ -242,19 +220,23 @@ def test_what_a_disk_refuses_is_one_sentence_about_the_file_itself(host, tmp_pat
 # ---- redirects and secrets
 
 
-def test_a_token_stays_with_its_host(host, mirror, home, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["env", "file", "path"])
+def test_a_token_stays_with_its_host(host, mirror, home, tmp_path, monkeypatch, where):
     """Followed on the same host with the token; on another port, and back home from there, without it."""
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / ".netrc").write_text("machine 127.0.0.1 login a password b\n")     # requests would send this
+    for file in (home / "token", tmp_path / "elsewhere", tmp_path / "home" / ".netrc"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"hf_{'path' if file.name == 'elsewhere' else 'file'}\n")
+    file.write_text("machine 127.0.0.1 login a password b\n")   # requests would send this
     monkeypatch.setenv("HF_ENDPOINT", host.url)
-    monkeypatch.setenv("HF_TOKEN", " hf_x\n")
-    page = file_page(ETag=f'"{SHA}"', X_Repo_Commit=COMMIT)
-    host.pages["/a/b/resolve/main/f"] = lambda handler: (page if handler.command == "HEAD" else moved("/next", 307))(handler)
+    if where != "file":
+        monkeypatch.setenv(*("HF_TOKEN", " hf_env\n") if where == "env" else ("HF_TOKEN_PATH", str(tmp_path / "elsewhere")))
+    head, get = send(ETag=f'"{SHA}"', X_Repo_Commit=COMMIT), moved("/next", 307)
+    host.pages["/a/b/resolve/main/f"] = lambda handler: (head if handler.command == "HEAD" else get)(handler)
     host.pages["/next"] = moved(f"{mirror.url}/far")
     mirror.pages["/far"] = moved(f"{host.url}/back")
     host.pages["/back"] = file_page()
     assert hf_file("a/b", "f").read_bytes() == BODY
-    assert [h.get("Authorization") for _, _, h in host.seen] == ["Bearer hf_x"] * 3 + [None]
+    assert [h.get("Authorization") for _, _, h in host.seen] == [f"Bearer hf_{where}"] * 3 + [None]
     assert mirror.gets("Authorization") == [None]
 
 
@@ -271,36 +253,28 @@ def test_endless_and_forbidden_redirects(host, tmp_path):
 # ---- several processes
 
 
-CODE = "import sys; from tinyvlm.download import download; download(*sys.argv[1:])"
-
-
 def test_a_killed_process_holds_nobody_up_and_its_part_is_continued(host, tmp_path):
     """kill -9 while it holds the lock that another waits for: the kernel lets go of it."""
     release = threading.Event()
 
     def half(handler):
-        answer(handler, 200, BODY[:30_000], Content_Length=str(len(BODY)))
+        answer(handler, 200, BODY[:30_000], Content_Length=len(BODY))
         release.wait(10)
-    host.pages["/a.bin"], part = half, tmp_path / "a.bin.incomplete"
-    command = [sys.executable, "-c", CODE, f"{host.url}/a.bin", str(tmp_path / "a.bin"), SHA]
-    victim = subprocess.Popen(command, cwd=Path(module.__file__).parents[1])
+    host.pages["/a.bin"], part, job = half, tmp_path / "a.bin.incomplete", (f"{host.url}/a.bin", tmp_path / "a.bin", SHA)
+    victim = os.fork()
+    if not victim:
+        download(*job)
+        os._exit(0)
     until = time.monotonic() + 20
     while time.monotonic() < until and not (part.exists() and part.stat().st_size > 8192):
         time.sleep(0.01)
     host.pages["/a.bin"] = file_page()
-    threading.Timer(0.2, victim.kill).start()
-    assert download(f"{host.url}/a.bin", tmp_path / "a.bin", SHA).read_bytes() == BODY
-    victim.wait()
+    threading.Timer(0.2, os.kill, (victim, signal.SIGKILL)).start()
+    with ThreadPoolExecutor(6) as pool:                         # six wait for it; one goes on, five find the file
+        assert [path.read_bytes() for path in pool.map(lambda _: download(*job), range(6))] == [BODY] * 6
+    os.waitpid(victim, 0)
     release.set()
     assert len(host.seen) == 2 and re.fullmatch(r"bytes=\d{4,}-", host.gets("Range")[1]) and files(tmp_path) == ["a.bin"]
-
-
-def test_many_threads_fetch_once(host, tmp_path):
-    host.pages["/a.bin"] = file_page()
-    threads = [threading.Thread(target=download, args=(f"{host.url}/a.bin", tmp_path / "a.bin")) for _ in range(6)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert len(host.seen) == 1 and files(tmp_path) == ["a.bin"]
 
 
 # ---- the hub
@@ -327,12 +301,10 @@ def test_hub_layout(hub, host):
     small, large = hf_file("org/name", "config.json"), hf_file("org/name", "sub/dir/model.bin")
     assert small == hub / "snapshots" / COMMIT / "config.json" and small.read_bytes() == b"{}\n"
     assert large == hub / "snapshots" / COMMIT / "sub" / "dir" / "model.bin" and large.read_bytes() == BODY
-    assert os.readlink(small) == f"../../blobs/{git_sha(small.read_bytes())}"
-    assert os.readlink(large) == f"../../../../blobs/{SHA}"
-    assert (hub / "refs" / "main").read_text() == COMMIT
+    assert os.readlink(small) == f"../../blobs/{git_sha(b'{}' + bytes([10]))}"
+    assert os.readlink(large) == f"../../../../blobs/{SHA}" and (hub / "refs" / "main").read_text() == COMMIT
     assert sorted(os.listdir(hub)) == ["blobs", "refs", "snapshots"] and len(os.listdir(hub / "blobs")) == 2
     assert len(os.listdir(hub.parent / ".locks" / hub.name)) == 2
-    assert all(headers["Accept-Encoding"] == "identity" for _, _, headers in host.seen)
 
 
 def test_hub_cache_is_used_without_a_request(hub, host, monkeypatch):
@@ -373,26 +345,11 @@ def test_revisions_and_short_names(hub, host, home):
     assert not (hub / "refs" / COMMIT).exists()
 
 
-@pytest.mark.parametrize("where", ["env", "file", "path"])
-def test_hub_token_goes_to_the_hub_only(hub, host, mirror, home, tmp_path, monkeypatch, where):
-    if where == "env":
-        monkeypatch.setenv("HF_TOKEN", " hf_x\n")
-    else:
-        file = home / "token" if where == "file" else tmp_path / "elsewhere"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("hf_x\n")
-        monkeypatch.setenv("HF_TOKEN_PATH", str(file)) if where == "path" else None
-    hf_file("org/name", "sub/dir/model.bin")
-    assert [h.get("Authorization") for _, _, h in host.seen] == ["Bearer hf_x"] * 2
-    assert [h.get("Authorization") for _, _, h in mirror.seen] == [None]
-
-
 def test_absent_files_are_remembered(hub, host):
     """pretrained.py asks for model.safetensors first; the marker is the one huggingface_hub leaves."""
     assert hf_file("org/name", "none", missing_ok=True) is None
     assert (hub / ".no_exist" / COMMIT / "none").is_file() and (hub / "refs" / "main").read_text() == COMMIT
-    count = len(host.seen)
-    assert hf_file("org/name", "none", missing_ok=True) is None and len(host.seen) == count
+    assert hf_file("org/name", "none", missing_ok=True) is None and len(host.seen) == 1
     fails("there is no none at main of org/name", hf_file, "org/name", "none")
 
 
@@ -420,20 +377,21 @@ def test_hub_content_is_verified_and_parts_of_huggingface_hub_resumed(hub, host,
     assert hf_file("org/name", "sub/dir/model.bin").read_bytes() == BODY and mirror.gets("Range") == ["bytes=777-"]
 
 
-@pytest.mark.parametrize("head", [{}, {"X_Repo_Commit": COMMIT}, {"X_Repo_Commit": COMMIT, "ETag": '"../../../evil"'},
-                                  {"X_Repo_Commit": "../../evil", "ETag": '"a"'}])
-def test_no_hub_or_a_hostile_one(hub, host, head):
+def test_no_hub_or_a_hostile_one(hub, host):
     """A 200 without commit and ETag, or with either leading out of the cache, is refused."""
-    host.pages["/org/name/resolve/main/x"] = send(status=200, **head)
-    fails("is no hub", hf_file, "org/name", "x")
+    for head in ({}, {"X_Repo_Commit": COMMIT}, {"X_Repo_Commit": COMMIT, "ETag": '"../../../evil"'},
+                 {"X_Repo_Commit": "../../evil", "ETag": '"a"'}):
+        host.pages["/org/name/resolve/main/x"] = send(status=200, **head)
+        fails("is no hub", hf_file, "org/name", "x")
 
 
-@pytest.mark.parametrize("repo, file, revision", [
-    ("../x", "f", "main"), ("a/b/c", "f", "main"), ("a--b", "f", "main"), ("", "f", "main"), ("a/b", "../f", "main"),
-    ("a/b", "/f", "main"), ("a/b", "", "main"), ("a/b", "x/../../f", "main"), ("a/b", "C:f", "main"),
-    ("a/b", "..\\f", "main"), ("a/b", "f", "../main"), ("a/b", "f", "")])
-def test_names_that_leave_the_cache_are_refused(hub, host, repo, file, revision):
-    fails("no hub repository .* or .* no plain relative path", hf_file, repo, file, revision)
+def test_names_that_leave_the_cache_are_refused(hub, host):
+    """So is a--b, whose folder would be that of a/b."""
+    for repo in ("../x", "a/b/c", "a--b", ""):
+        fails("no hub repository .* or .* no plain relative path", hf_file, repo, "f")
+    for path in ("../f", "/f", "", "x/../../f", "C:f", "..\\f"):
+        fails("no plain relative path", hf_file, "a/b", path)
+        fails("no plain relative path", hf_file, "a/b", "f", path)
     assert host.seen == []
 
 
@@ -499,9 +457,3 @@ def test_damaged_zip_leaves_nothing_behind(tmp_path):
     assert str(made) in fails("delete a damaged zip", extract_zip, made, tmp_path / "out")
     assert files(tmp_path) == ["a.zip"]
     fails("No such file", extract_zip, tmp_path / "none.zip", tmp_path / "out")
-
-
-def test_progress_is_quiet_for_small_files(host, tmp_path, capsys):
-    host.pages["/a.bin"] = file_page()
-    download(f"{host.url}/a.bin", tmp_path / "a.bin")
-    assert capsys.readouterr().err == ""
