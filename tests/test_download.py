@@ -94,7 +94,6 @@ def files(folder):
 
 # ---- the plain transfer
 
-
 def test_fetches_checks_and_leaves_nothing_else(host, tmp_path):
     """The file arrives whole and alone in its folder; a second call sends no request; a wrong file is replaced."""
     host.pages["/a.bin"] = file_page()
@@ -146,7 +145,6 @@ def test_no_malformed_answer_gets_the_final_name(host, tmp_path, naps, name, sha
 
 # ---- errors
 
-
 def test_a_wrong_checksum_is_named_and_the_part_removed(host, tmp_path):
     host.pages["/a.bin"] = file_page(b"something else")
     text = fails(f"its checksum is not {SHA}", download, f"{host.url}/a.bin", tmp_path / "a.bin", SHA)
@@ -161,39 +159,24 @@ def test_busy_servers_are_given_the_time_they_ask_for(host, tmp_path, naps):
                                    send(status=500), file_page())
     download(f"{host.url}/a.bin", tmp_path / "a.bin", SHA, sleep=naps.append)
     assert naps == [7, 0, 2]
-    host.pages.update({"/429": send(status=429, Retry_After="3600"), "/500": send(status=500), "/403": send(status=403)})
+    host.pages.update({"/429": send(status=429, Retry_After="3600"), "/500": send(status=500), "/403": send(b"", 403)})
     for code in (429, 403, 404, 500):
-        fails(f"HTTP {code}", download, f"{host.url}/{code}", tmp_path / "b", sleep=naps.append)
+        address = f"{host.url}/{code}".replace("//", "//me:secret@")
+        assert "secret" not in fails(f"HTTP {code}", download, address, tmp_path / "b", sleep=naps.append)
     assert naps[3:] == [0.5, 1, 2, 4] and files(tmp_path) == ["a.bin"]
 
 
-def test_nobody_there(tmp_path, naps):
-    """A refused connection is tried as often as any other fault, and then a sentence."""
-    with Host() as gone:
-        url = f"{gone.url}/a.bin"
-    fails("cannot be reached", download, url, tmp_path / "a.bin", sleep=naps.append)
-    assert len(naps) == 4
-    for url in ("ftp://127.0.0.1/a", "file:///etc/passwd", "a.bin", "", "http://", "http://[::1", "http://h:99999/"):
-        fails("no web address", download, url, tmp_path / "a.bin")
-
-
-def test_a_trickle_hits_the_time_limits(host, tmp_path, naps):
+def test_limits_of_size_and_time(host, tmp_path, naps):
     """One byte per 20 ms keeps every read alive; only the total can stop it."""
     def trickle(handler):
         answer(handler, 200, b"x", Content_Length="100000")
-        for _ in range(40):
+        for _ in range(20):
             handler.wfile.write(b"x")
             time.sleep(0.02)
-    host.pages["/slow"] = trickle
+    host.pages.update({"/slow": trickle, "/a": file_page(), "/b": lambda handler: answer(handler, 200, BODY,
+                                                                                         Content_Length=None)})
     fails("not done within 0 s", download, f"{host.url}/slow", tmp_path / "slow", max_seconds=0.2, sleep=naps.append)
-    host.pages["/dead"] = lambda handler: (answer(handler, 200, b"x", Content_Length="9"), time.sleep(0.3))
-    fails("timeout", download, f"{host.url}/dead", tmp_path / "c", timeout=0.1, tries=1)
-
-
-def test_bodies_are_bounded_announced_or_not(host, tmp_path):
-    host.pages["/a.bin"] = file_page()
-    host.pages["/b.bin"] = lambda handler: answer(handler, 200, BODY, Content_Length=None)
-    for name in ("a.bin", "b.bin"):
+    for name in ("a", "b"):                                     # with its length announced, and without
         fails("more than 1000 bytes", download, f"{host.url}/{name}", tmp_path / name, max_bytes=1000)
         assert not (tmp_path / name).exists()
         assert download(f"{host.url}/{name}", tmp_path / name, max_bytes=51_200).read_bytes() == BODY
@@ -219,7 +202,6 @@ def test_what_a_disk_refuses_is_one_sentence_about_the_file_itself(host, tmp_pat
 
 # ---- redirects and secrets
 
-
 @pytest.mark.parametrize("where", ["env", "file", "path"])
 def test_a_token_stays_with_its_host(host, mirror, home, tmp_path, monkeypatch, where):
     """Followed on the same host with the token; on another port, and back home from there, without it."""
@@ -228,8 +210,10 @@ def test_a_token_stays_with_its_host(host, mirror, home, tmp_path, monkeypatch, 
         file.write_text(f"hf_{'path' if file.name == 'elsewhere' else 'file'}\n")
     file.write_text("machine 127.0.0.1 login a password b\n")   # requests would send this
     monkeypatch.setenv("HF_ENDPOINT", host.url)
-    if where != "file":
-        monkeypatch.setenv(*("HF_TOKEN", " hf_env\n") if where == "env" else ("HF_TOKEN_PATH", str(tmp_path / "elsewhere")))
+    if where == "env":
+        monkeypatch.setenv("HF_TOKEN", " hf_env\n")
+    elif where == "path":
+        monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "elsewhere"))
     head, get = send(ETag=f'"{SHA}"', X_Repo_Commit=COMMIT), moved("/next", 307)
     host.pages["/a/b/resolve/main/f"] = lambda handler: (head if handler.command == "HEAD" else get)(handler)
     host.pages["/next"] = moved(f"{mirror.url}/far")
@@ -240,18 +224,7 @@ def test_a_token_stays_with_its_host(host, mirror, home, tmp_path, monkeypatch, 
     assert mirror.gets("Authorization") == [None]
 
 
-def test_endless_and_forbidden_redirects(host, tmp_path):
-    host.pages["/loop"] = moved("/loop")
-    fails("too many redirects", download, f"{host.url}/loop", tmp_path / "a")
-    assert len(host.seen) == 11
-    host.pages["/file"] = moved("file:///etc/passwd")
-    fails("no web address", download, f"{host.url}/file", tmp_path / "a")
-    text = fails("cannot fetch", download, host.url.replace("//", "//me:secret@") + "/none", tmp_path / "a")
-    assert "secret" not in text
-
-
 # ---- several processes
-
 
 def test_a_killed_process_holds_nobody_up_and_its_part_is_continued(host, tmp_path):
     """kill -9 while it holds the lock that another waits for: the kernel lets go of it."""
@@ -260,7 +233,8 @@ def test_a_killed_process_holds_nobody_up_and_its_part_is_continued(host, tmp_pa
     def half(handler):
         answer(handler, 200, BODY[:30_000], Content_Length=len(BODY))
         release.wait(10)
-    host.pages["/a.bin"], part, job = half, tmp_path / "a.bin.incomplete", (f"{host.url}/a.bin", tmp_path / "a.bin", SHA)
+    part, job = tmp_path / "a.bin.incomplete", (f"{host.url}/a.bin", tmp_path / "a.bin", SHA)
+    host.pages["/a.bin"] = half
     victim = os.fork()
     if not victim:
         download(*job)
@@ -274,11 +248,11 @@ def test_a_killed_process_holds_nobody_up_and_its_part_is_continued(host, tmp_pa
         assert [path.read_bytes() for path in pool.map(lambda _: download(*job), range(6))] == [BODY] * 6
     os.waitpid(victim, 0)
     release.set()
-    assert len(host.seen) == 2 and re.fullmatch(r"bytes=\d{4,}-", host.gets("Range")[1]) and files(tmp_path) == ["a.bin"]
+    assert len(host.seen) == 2 and re.fullmatch(r"bytes=\d{4,}-", host.gets("Range")[1])
+    assert files(tmp_path) == ["a.bin"]
 
 
 # ---- the hub
-
 
 @pytest.fixture
 def hub(host, mirror, monkeypatch, home):
@@ -406,7 +380,6 @@ def test_copy_where_links_fail(hub, monkeypatch):
 
 # ---- zips
 
-
 def make_zip(path, members, mode=None):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, body in members.items():
@@ -436,13 +409,13 @@ def test_zip_links_and_bombs_are_refused(tmp_path):
     made = make_zip(tmp_path / "link.zip", {"link": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777)
     fails("a link", extract_zip, made, tmp_path / "out")
     made = make_zip(tmp_path / "a.zip", {"zeros": bytes(100_000), "b": b"x"})
-    fails("beyond the limits", extract_zip, made, tmp_path / "out", max_bytes=50_000)
-    fails("beyond the limits", extract_zip, made, tmp_path / "out", max_files=1)
+    fails("beyond all limits", extract_zip, made, tmp_path / "out", max_bytes=50_000)
+    fails("beyond all limits", extract_zip, made, tmp_path / "out", max_files=1)
     with zipfile.ZipFile(tmp_path / "big.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("z", "w") as file:
             for _ in range(101):
                 file.write(bytes(1_000_000))
-    fails("beyond the limits", extract_zip, tmp_path / "big.zip", tmp_path / "out")
+    fails("beyond all limits", extract_zip, tmp_path / "big.zip", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -318,13 +318,25 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False, **limits):
 # ---- zips
 
 def extract_zip(zip_path, folder, max_bytes=200 * 10**9, max_files=2_000_000):
-    """Unpack into a new `folder` and return its Path: it appears whole or not at all. Raises DownloadError."""
+    """Unpack into a new `folder` and return its Path: it appears whole or not at all. Raises DownloadError.
+
+    Guard: no names that leave the folder, no links, not too much, no bombs (over 100 MB that grow more than 200 times).
+    Members lie about their size in vain: zipfile stops at the announced size, and then the CRC is wrong.
+    """
     zip_path, folder = Path(zip_path), Path(os.path.abspath(folder))
     work = folder.with_name(folder.name + ".incomplete")
     try:
         with locked(folder.with_name(f".{folder.name}.lock")), zipfile.ZipFile(zip_path) as archive:
             members = archive.infolist()
-            _check_members(zip_path, members, max_bytes, max_files)
+            total, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
+            if total > max_bytes or len(members) > max_files or total > max(10**8, 200 * packed):
+                raise DownloadError(f"{zip_path} would grow from {packed} bytes to {total} in {len(members)} files, "
+                                    "beyond all limits; do not use it")
+            for member in members:
+                kind = stat.S_IFMT(member.external_attr >> 16)  # Unix file type; 0 where the packer wrote none
+                if not _inside(member.filename) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise DownloadError(f"{zip_path} holds {member.filename!r}, a link or outside its folder; do not "
+                                        "use it")
             shutil.rmtree(work, ignore_errors=True)             # what a killed run left
             try:
                 for done, member in enumerate(members, 1):
@@ -339,18 +351,3 @@ def extract_zip(zip_path, folder, max_bytes=200 * 10**9, max_files=2_000_000):
         raise DownloadError(f"cannot unpack {zip_path} to {folder} ({error}); delete a damaged zip or make room, and "
                             "run again") from None
     return folder
-
-
-def _check_members(zip_path, members, max_bytes, max_files):
-    """Guard: names that leave the folder, links, too much, and bombs (over 100 MB that grow more than 200 times).
-
-    Members lie about their size in vain: zipfile stops at the announced size, and then the CRC is wrong.
-    """
-    for member in members:
-        kind = stat.S_IFMT(member.external_attr >> 16)          # Unix file type; 0 where the packer wrote none
-        if not _inside(member.filename) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise DownloadError(f"{zip_path} holds {member.filename!r}, a link or outside its folder; do not use it")
-    total, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-    if total > max_bytes or len(members) > max_files or total > max(10**8, 200 * packed):
-        raise DownloadError(f"{zip_path} would unpack {packed} bytes to {total} in {len(members)} files, beyond the "
-                            f"limits ({max_bytes} bytes, {max_files} files, 200 times); do not use it")

@@ -40,7 +40,6 @@ from .image import adaptive_square, load_image
 
 HEADERS = {"User-Agent": "tinyvlm (collects training images)", "Accept": "image/*", "Accept-Encoding": "identity"}
 REPORT = ["url", "file", "status", "caption", "extras"]
-URL_COLUMNS, CAPTION_COLUMNS = ("image_url", "url"), ("capsfusion", "caption", "text")
 TOO_LONG = 10_000                       # letters of an address, a caption or extras: cut there, and not fetched
 ROWS = "https://datasets-server.huggingface.co/rows"
 
@@ -99,19 +98,15 @@ class _Checked:
         return sock
 
 
-def _checked(pool, connection):
-    """urllib3's kind of pool, making checked connections."""
-    return type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (_Checked, connection), {})})
-
-
 class _Adapter(requests.adapters.HTTPAdapter):
     """What makes a requests session connect in this way."""
 
     def init_poolmanager(self, *args, **kwargs):
         super().init_poolmanager(*args, ssl_context=_tls(), **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {
-            "http": _checked(urllib3.HTTPConnectionPool, urllib3.connection.HTTPConnection),
-            "https": _checked(urllib3.HTTPSConnectionPool, urllib3.connection.HTTPSConnection)}
+        for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
+            connection = type("_Connection", (_Checked, pool.ConnectionCls), {})
+            pool = type("_Pool", (pool,), {"ConnectionCls": connection})
+            self.poolmanager.pool_classes_by_scheme = {**self.poolmanager.pool_classes_by_scheme, scheme: pool}
 
     def cert_verify(self, *args):       # requests would read all authorities anew for each connection: 45 ms
         pass
@@ -165,7 +160,7 @@ def fetch_image(url, how=Fetch()):
 
 def _name(url):
     """What the file of an address is called. Guard: nothing of the address is in it, so it cannot lead elsewhere."""
-    return hashlib.sha256(url.encode()).hexdigest()[:20]
+    return hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:20]
 
 
 def _plain(text):
@@ -268,8 +263,8 @@ def download_images(rows, folder, size=128, how=Fetch(), limit=None, say=print, 
         finally:                        # ctrl-C, too, leaves a folder that can be trained on
             rows = _write_report(folder).values()
     reasons = Counter(row[2] for row in rows if not row[1])
-    counts = {"good": len(rows) - sum(reasons.values()), "failed": sum(reasons.values()),
-              "reasons": dict(reasons.most_common())}
+    failed = sum(reasons.values())
+    counts = {"good": len(rows) - failed, "failed": failed, "reasons": dict(reasons.most_common())}
     say(f"{fine} of {tried} addresses gave an image; {folder} now holds {counts}")
     return counts
 
@@ -306,7 +301,7 @@ def caption_rows(rows, where):
     """
     for n, row in enumerate(rows, 1):
         url, caption = (next((name for name in names if name in row), None) if isinstance(row, dict) else None
-                        for names in (URL_COLUMNS, CAPTION_COLUMNS))
+                        for names in (("image_url", "url"), ("capsfusion", "caption", "text")))
         if url is None or caption is None or None in row:       # None: what csv found beyond the header's columns
             raise UserError(f"row {n} of {where} holds {str(row)[:80]}; it needs the columns image_url (or url) and "
                             "capsfusion (or caption, or text), and no cell beyond the header")
