@@ -49,7 +49,7 @@ def reason(url, how):
     """Why this address gives no image."""
     with pytest.raises(FetchError) as caught:
         fetch_image(url, how)
-    assert len(str(caught.value)) < 40, "a report counts reasons, so they hold nothing of the address"
+    assert len(str(caught.value)) < 60, "a report counts reasons, so they hold nothing of the address"
     return str(caught.value)
 
 

@@ -148,7 +148,7 @@ def _decode(data):
         with _decoding:
             return load_image(data, "it")
     except UserError as error:
-        raise FetchError(re.sub(r"(?s)^it (is )?|\d+x\d+ pixels, | ?[(;].*", "", str(error))) from None
+        raise FetchError(re.sub(r"(?s)^it (is )?|\d+x\d+ pixels, |( ?[(;]| that ).*", "", str(error))) from None
 
 
 def fetch_image(url, how=Fetch()):
