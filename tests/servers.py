@@ -1,4 +1,4 @@
-"""A web server inside the test: each test writes what it answers, and reads afterwards what it was asked.
+"""A web server inside the test: each test writes what it answers, and reads afterwards which requests came.
 
 A page is a function of the request's handler. `send` makes one from a body, `in_turn` one from several, and `answer` is
 for those written by hand. Headers are keywords with _ for -: send(b"..", ETag='"v1"', Retry_After="7").
@@ -45,8 +45,8 @@ class Host(http.server.ThreadingHTTPServer):
             super().handle_error(request, address)
 
     @property
-    def asked(self):
-        """How often each path was asked for, with its query."""
+    def requested(self):
+        """How often each path was requested, with its query."""
         return Counter(path for _, path, _ in self.seen)
 
     def gets(self, header=None):
@@ -71,6 +71,33 @@ def answer(handler, status=200, body=b"", **headers):
 
 def send(body=b"", status=200, **headers):
     return lambda handler: answer(handler, status, body, **headers)
+
+
+def raw(data):
+    """Exactly these bytes, then the connection ends: for answers that are not HTTP as it should be."""
+    def page(handler):
+        handler.close_connection = True
+        handler.wfile.write(data)
+    return page
+
+
+# Answers that no client should believe. Each would bring b"good" or nothing; none of them ends as HTTP demands.
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+MALFORMED = {
+    "silence": b"", "garbage": b"\x16\x03\x01 hello\r\n\r\n", "no status": b"HTTP/1.1\r\n\r\n",
+    "odd status": b"HTTP/1.1 two OK\r\n\r\n", "head cut in a line": OK + b"Content-Le",
+    "head cut after a line": OK + b"X: 1\r\n", "line too long": OK + b"X: " + b"x" * 70_000 + b"\r\n\r\n",
+    "too many lines": OK + b"X: 1\r\n" * 200 + b"\r\n",
+    "line without colon": OK + b"X\r\nContent-Length: 9\r\n\r\ngood",
+    "short": OK + b"Content-Length: 9\r\n\r\ngood", "length no number": OK + b"Content-Length: four\r\n\r\ngood",
+    "negative length": OK + b"Content-Length: -4\r\n\r\ngood",
+    "two lengths": OK + b"Content-Length: 4\r\nContent-Length: 9\r\n\r\ngood",
+    "chunk cut": CHUNKED + b"9\r\ngood", "chunk without end": CHUNKED + b"4\r\ngood",
+    "no last chunk": CHUNKED + b"4\r\ngood\r\n", "chunk size no number": CHUNKED + b"4\r\ngood\r\nzz\r\n",
+    "chunk of size -1": CHUNKED + b"-1\r\ngood",
+    "redirect to no address": b"HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n",
+    "redirect to no text": b"HTTP/1.1 302 Found\r\nLocation: /\xff\xfe\r\nContent-Length: 0\r\n\r\n"}
 
 
 def in_turn(*pages):
