@@ -53,7 +53,6 @@ class PrepareConfig(DataConfig):
     sheet: str = option("out/sheet.png", "where to write the contact sheet", group="what to make")
     features: str | None = option(None, "encode all images by this frozen network, once: vgg16, resnet50, vit, clip, or "
                                         "a Hub id or folder; for train.py --features")
-    grid: bool = option(False, "with --features: a vector per place instead of one per image")
     text_embeddings: str | None = option(None, "encode all captions by this frozen CLIP text tower, once: clip, or a "
                                                "Hub id or folder; for train.py --task clip --text-embeddings")
     label: str | None = option(None, "give each image its best label of every category in this json file, by CLIP; for "
@@ -228,8 +227,8 @@ def main():
     folder = Path(config.data_dir or f"data/{config.dataset}")
     where = f"--dataset {config.dataset}" + (f" --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else "")
     if config.features:
-        path = folder / f"features-{Path(config.features).name}{'-grid' * config.grid}.safetensors"
-        write_features(config.features, dataset, path, config.grid, config.batch_size, config.device)
+        path = folder / f"features-{Path(config.features).name}.safetensors"
+        write_features(config.features, dataset, path, config.batch_size, config.device)
         print(f"now train on it: python train.py {where} --features={shlex.quote(str(path))}")
     if config.text_embeddings:
         path = folder / f"text-embeddings-{Path(config.text_embeddings).name}.safetensors"

@@ -12,7 +12,6 @@
 
     a run of --task clip, or --pretrained openai/clip-vit-base-patch32
     python sample.py --image dog.jpg --labels "a dog" "a cat"   which of these fits, with probabilities
-    python sample.py --image dog.jpg --captions captions.txt    which line of a file fits best
     python sample.py --search "two dogs in snow" --images photos/    the best pictures of a folder, and a sheet of them
 
 Everything about the model (sizes, tokenizer, how images are prepared) comes with the run; no flag has to be repeated.
@@ -53,25 +52,23 @@ class SampleConfig:
     pretrained: str | None = option(None, "use this public captioner or CLIP (a Hub id or a folder) instead of a run")
     prompt: list[str] = option([], "a caption run: words to begin with; a vqa run: one or more questions")
     num_beams: int = option(1, "search this many sentences at once for the likeliest whole; 3 is a good value", above=0)
+    length_penalty: float = option(1.0, "beams: above 1 favours long captions, below 1 short ones", least=-9, below=100)
     temperature: float = option(0.0, "0 takes the likeliest word each time; towards 1 and above, more adventurous",
                                 least=0, below=1e4)
     top_k: int | None = option(None, "draw only among this many likeliest words", above=0)
     top_p: float | None = option(None, "draw only among the likeliest words that together have this probability", above=0)
-    labels: list[str] = option([], "clip: phrases to choose from, or one file with a phrase on each line",
-                               group="pictures and sentences")
-    captions: str | None = option(None, "clip: a file of sentences, one a line: which fits each image best?")
-    search: str | None = option(None, "clip: words to search for among --images")
-    images: str | None = option(None, "clip: the folder that --search goes through")
-    hits: int = option(12, "clip: how many to show", above=0)
-    sheet: str = option("out/search.png", "clip: where --search draws what it found")
-    length_penalty: float = option(1.0, "beams: above 1 favours long captions, below 1 short ones", least=-9, below=100,
-                                   group="details")
-    max_tokens: int | None = option(None, "longest caption or answer; default, and most: as in training", above=0)
+    labels: list[str] = option([], "clip: phrases to choose from, or one file with a phrase on each line", group="clip")
+    search: str | None = option(None, "words to search for among --images")
+    images: str | None = option(None, "the folder that --search goes through")
+    hits: int = option(12, "how many to show", above=0)
+    sheet: str = option("out/search.png", "where --search draws what it found")
+    max_tokens: int | None = option(None, "longest caption or answer; default, and most: as in training", above=0,
+                                    group="details")
     seed: int | None = option(None, "makes drawing repeatable (for the same --batch-size)", least=0, below=2 ** 32)
     attention: str | None = option(None, "cross model: draw where each word of the first caption attended, into this PNG")
     features: str | None = option(None, "for a run on ready-made features whose encoder is not at hand: the file that "
                                         "holds the images' features, by name")
-    json: bool = option(False, "one json object a line on stdout: image and caption")
+    json: bool = option(False, "one json object a line on stdout")
     batch_size: int = option(16, "images captioned together", above=0)
     device: str = option("cpu", "cpu, cuda or mps; for a few images the cpu is quick enough")
 
@@ -100,11 +97,7 @@ def open_image(name):
     if not name.startswith(("http://", "https://")):
         return load_image(name)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = download(name, Path(folder) / "image", max_bytes=MAX_IMAGE_BYTES, max_seconds=60, show=False)
-        except UserError as error:
-            raise UserError(f"{str(error).partition('; try again')[0]}; check the address, or save the image and name the "
-                            "file") from None
+        path = download(name, Path(folder) / "image", max_bytes=MAX_IMAGE_BYTES, max_seconds=60)
         return load_image(path.read_bytes(), name=name)
 
 
@@ -113,27 +106,19 @@ def inputs(run, config, batch_size):
 
     Raises UserError for a picture that was named and cannot be read; those of a folder are reported and left out.
     """
-    (names, optional), broken, good = gather(config.image), {}, 0
-    meta, known, encode = run.config.get("features"), None, None
-    if meta and config.features:
-        ids, feats, _ = read_features(config.features)
-        if feats.shape[-1] != meta["dim"]:
-            raise UserError(f"{config.features} has vectors of {feats.shape[-1]} numbers; the run takes {meta['dim']}")
-        known = dict(zip(ids, feats))
-        for name in names:
-            if name not in known and Path(name).name not in known:
-                raise UserError(f"{config.features} holds nothing for {name}; it knows images by file name only")
-    elif meta and not meta["source"]:
-        raise UserError(f"this run takes features of {meta['encoder']!r}, a network that is not at hand: give the file "
-                        "that holds the features of these images with --features")
-    elif meta:
-        encode = Encoder(meta["source"], meta["grid"], config.device)
+    (names, optional), meta, broken, good = gather(config.image), run.config.get("features"), {}, 0
+    known = read_features(config.features) if meta and config.features else None
+    if meta and not known and not meta["source"]:
+        raise UserError(f"this run takes features of {meta['encoder'][:80]!r}, a network that is not at hand: give the "
+                        "file that holds the features of these images with --features")
+    encode = Encoder(meta["source"], config.device) if meta and not known else None
 
     def open_one(name):
-        if known is not None:
-            return known.get(name, known.get(Path(name).name)).float()            # (D,) or (N, D)
-        image = open_image(name)
-        return image if encode else preprocess(image, run.recipe)                 # (3, S, S)
+        if known:
+            if Path(name).name not in known[0]:
+                raise UserError(f"{config.features} holds nothing for {name}; it knows images by file name only")
+            return known[1][known[0].index(Path(name).name)].float()              # (D,) or (N, D)
+        return open_image(name) if encode else preprocess(open_image(name), run.recipe)       # (3, S, S)
     for part in open_batches(names, open_one, batch_size, broken):
         for name in [*broken]:
             reason = broken.pop(name)
@@ -208,45 +193,45 @@ def draw_attention(run, img, ids, path):
 # ---- answers
 
 def reply(run, config, img, turns):
-    """The answer to the last of `turns`, [(question, answer), .., (question, None)]. img (M, 3, S, S).
+    """The answer to the last of `turns`, [(question, answer), .., (question, None)], about one image (1, 3, S, S).
 
     Raises UserError when the turns before leave no room for the question.
     """
-    placed, longest = turns[0][0].count("<image>"), run.config["longest"]
-    room = room_for_text(run.model, len(img)) - longest
-    ids, _ = encode_dialogue(run.tokenizer, turns, len(img), max_len=room, places_images=placed > 0)
-    rows = generate(run.model, img[None], [ids], min(config.max_tokens or longest, longest), seed=config.seed,
+    longest, (ids, _) = run.config["longest"], encode_dialogue(run.tokenizer, turns)
+    if len(ids) + longest > room_for_text(run.model):
+        raise UserError("the question is longer than this model can read; shorten it, or begin a new dialogue")
+    rows = generate(run.model, img, [ids], min(config.max_tokens or longest, longest), seed=config.seed,
                     **decode_options(run, config))
     return run.tokenizer.decode(rows[0]).strip()
 
 
 def answer(run, config):
-    """A vqa run: every question about every image; or, where a question places <image> itself, about all together."""
+    """A vqa run: every question about every image."""
     if not config.prompt:
         raise UserError('this run answers questions: give some with --prompt "What color is it?"')
-    together = any("<image>" in question for question in config.prompt)
-    for names, img in inputs(run, config, 1000 if together else 1):                # (M, 3, S, S)
+    for (name,), img in inputs(run, config, 1):                                   # (1, 3, S, S)
         for question in config.prompt:
-            text, name = reply(run, config, img, [(question, None)]), ", ".join(names)
+            text = reply(run, config, img, [(question, None)])
             row = {"image": name, "question": question, "answer": text}
             print(json.dumps(row) if config.json else f"{name}: {question}  {text}", flush=True)
 
 
 # ---- pictures and sentences
 
-def read_lines(path, what):
-    """The lines of a text file that are not empty. Raises UserError if there are none; what: "labels", "captions"."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the {what} in {path}: {error}") from None
-    if not lines:
-        raise UserError(f"{path} holds no {what}; write one on each line")
-    return lines
+def read_labels(labels):
+    """--labels: phrases, or one file that holds one on each line. Raises UserError for fewer than two."""
+    if len(labels) == 1:
+        try:
+            labels = [line.strip() for line in Path(labels[0]).read_text("utf-8-sig").split("\n") if line.strip()]
+        except (OSError, UnicodeDecodeError):
+            pass
+    if len(labels) < 2:
+        raise UserError(f"{labels} is neither two labels nor a file of them, and one label is always 100%; name another")
+    return labels
 
 
 def compare(run, config):
-    """A clip run: labels or captions for images, or images for words."""
+    """A clip run: labels for images, or images for words."""
     how = run.config.get("clean", "none")
 
     def clean(text):
@@ -259,25 +244,18 @@ def compare(run, config):
         run.model.config.text, run.model.config.end_token = reader.config.text, reader.config.end_token
     if config.search is not None:
         return search_folder(run, config, clean)
-    if not config.labels and not config.captions:
-        raise UserError('this run compares pictures and sentences: give --labels "a dog" "a cat", --captions FILE, or '
-                        "--search WORDS with --images FOLDER")
-    labels = config.labels
-    if len(labels) == 1:
-        if not Path(labels[0]).is_file():
-            raise UserError(f"{labels[0][:60]!r} is neither two labels nor a file of them, and one is always 100%; name "
-                            "another, or the right file")
-        labels = read_lines(labels[0], "labels")
-    texts = labels or read_lines(config.captions, "captions")
-    text_emb = label_embeddings(run.model, run.tokenizer, labels, clean=clean) if labels else \
-        text_embeddings(run.model, run.tokenizer, texts, clean=clean)                         # (n, D)
+    if not config.labels:
+        raise UserError('this run compares pictures and sentences: give --labels "a dog" "a cat", or --search WORDS with '
+                        "--images FOLDER")
+    labels = read_labels(config.labels)
+    text_emb = label_embeddings(run.model, run.tokenizer, labels, clean=clean)                # (n, D)
     for names, img in inputs(run, config, config.batch_size):
         with torch.inference_mode():
             probs = classify(run.model.encode_image(img), text_emb, run.model.logit_scale)    # (b, n)
         for name, row in zip(names, probs):
-            best = [(texts[k], row[k].item()) for k in row.argsort(descending=True)[:config.hits].tolist()]
-            print(json.dumps({"image": name, "labels": dict(best)}) if config.json else
-                  f"{name}: " + ", ".join(f"{label} {p:.1%}" for label, p in best))
+            best = {labels[k]: row[k].item() for k in row.argsort(descending=True)[:config.hits].tolist()}
+            print(json.dumps({"image": name, "labels": best}) if config.json else
+                  f"{name}: " + ", ".join(f"{label} {p:.1%}" for label, p in best.items()))
 
 
 def search_folder(run, config, clean):
@@ -318,9 +296,6 @@ def weights_key(run, config):
 
 
 MODES = {"caption": caption, "vqa": answer, "clip": compare}
-# The options that only runs of some tasks have a use for: {tasks: names}
-ONLY = {"caption": "attention", "clip": "labels captions search images hits sheet",
-        "caption or vqa": "prompt temperature top_k top_p num_beams length_penalty max_tokens seed"}
 
 
 def main():
@@ -330,8 +305,6 @@ def main():
         raise UserError("beam search does not draw: give --num-beams or --temperature, not both")
     if config.temperature == 0 and (config.top_k or config.top_p):
         raise UserError("--top-k and --top-p need a --temperature above 0")
-    if bool(config.labels) + (config.captions is not None) + (config.search is not None) > 1:
-        raise UserError("--labels, --captions and --search are three questions: give one at a time")
     check_device(config.device)
     run, where = (load_pretrained(config.pretrained), config.pretrained) if config.pretrained else \
         (load_run(config.out_dir), config.out_dir)
@@ -340,13 +313,8 @@ def main():
         flag = "--text" if task == "text" else "--vision"
         raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; train.py {flag} "
                         f"{where} starts a captioner from it")
-    for tasks, names in ONLY.items():
-        ignored = config.given & {*names.split()}
-        if ignored and task not in tasks:
-            raise UserError(f"{where} was trained for --task {task}; --{min(ignored).replace('_', '-')} is for a run of "
-                            f"--task {tasks}")
-    if config.features and not run.config.get("features"):
-        raise UserError(f"{where} takes pixels: drop --features")
+    if (config.labels or config.search) and task != "clip" or config.features and not run.config.get("features"):
+        raise UserError(f"{where} is a {task} model: --labels and --search are for clip, --features for runs on features")
     run.model.to(config.device)
     MODES[task](run, config)
 

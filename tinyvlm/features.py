@@ -25,7 +25,7 @@ from .weights import SafetensorsError, load_safetensors, read_metadata, save_saf
 
 ENCODERS = {"vgg16": "timm/vgg16.tv_in1k", "resnet50": "timm/resnet50.tv_in1k", "vit": "google/vit-base-patch16-224",
             "clip": "openai/clip-vit-base-patch32"}
-SAVE_EVERY = 500        # images between two savings of an unfinished file
+SAVE_EVERY = 16         # batches between two savings of an unfinished file
 
 
 def open_encoder(source):
@@ -34,23 +34,19 @@ def open_encoder(source):
 
 
 class Encoder:
-    """A frozen public network and its recipe. grid: a vector for each place instead of one for the image."""
+    """A frozen public network and its recipe: PIL images -> features (B, D), pooled, or CLIP's embedding."""
 
-    def __init__(self, source, grid=False, device="cpu"):
-        self.source, self.grid, self.device = ENCODERS.get(source, source), grid, device
-        loaded = open_encoder(source)
+    def __init__(self, source, device="cpu"):
+        self.source, self.device, loaded = ENCODERS.get(source, source), device, open_encoder(source)
         self.model, self.recipe = loaded.model.to(device), loaded.recipe
-        self.tower = getattr(self.model, "vision", self.model)                    # CLIP's or a captioner's tower
-        if self.recipe is None or not hasattr(self.tower, "grid"):
+        self.encode = getattr(self.model, "encode_image", None) or getattr(self.model, "features", None)
+        if self.recipe is None or self.encode is None:
             raise UserError(f"{source} holds no image encoder; use {', '.join(ENCODERS)}, or another such checkpoint")
 
     @torch.inference_mode()
     def __call__(self, images):
-        """PIL images -> features (B, D): pooled, or CLIP's embedding. With grid: (B, N, D)."""
         img = torch.stack([preprocess(image, self.recipe) for image in images]).to(self.device)        # (B, 3, S, S)
-        if self.grid:
-            return self.tower.grid(img)                                           # (B, N, D)
-        return self.model.encode_image(img) if hasattr(self.model, "encode_image") else self.tower.features(img)  # (B, D)
+        return self.encode(img)                                                   # (B, D)
 
 
 def short_names(names):
@@ -68,15 +64,15 @@ def check_meta(path, wanted, old):
                         f"{wanted[wrong[0]][:60]}); remove it, or rename it")
 
 
-def write_features(source, dataset, path, grid=False, batch_size=32, device="cpu", say=print):
+def write_features(source, dataset, path, batch_size=32, device="cpu", say=print):
     """Encode every image of the data set into the file `path`, going on where an earlier call was cut off.
 
     Broken images are counted and left out. Raises UserError if no image can be read, or if `path` holds what another
     encoder or recipe, or another data set, made.
     """
-    path, encoder = Path(path), Encoder(source, grid, device)
-    meta = {"encoder": encoder.source, "grid": json.dumps(grid), "recipe": json.dumps(asdict(encoder.recipe)),
-            "dataset": dataset.name, "images": str(len(dataset.names))}
+    path, encoder = Path(path), Encoder(source, device)
+    meta = {"encoder": encoder.source, "recipe": json.dumps(asdict(encoder.recipe)), "dataset": dataset.name,
+            "images": str(len(dataset.names))}
     done, names, broken = {}, short_names(dataset.names), {}
     if path.exists():
         old = read_metadata(path)
@@ -84,23 +80,19 @@ def write_features(source, dataset, path, grid=False, batch_size=32, device="cpu
         done = dict(zip(json.loads(old["ids"]), load_safetensors(path)["features"].clone()))
         say(f"{path} already holds {len(done)} images")
     todo = [i for i, name in enumerate(names) if name not in done]
-
-    def save():
-        ids = [name for name in names if name in done]
-        save_safetensors({"features": torch.stack([done[name] for name in ids])}, path, {**meta, "ids": json.dumps(ids)})
-    for k, part in enumerate(open_batches(todo, dataset.open, batch_size, broken, "encoding images")):
+    for k, part in enumerate(open_batches(todo, dataset.open, batch_size, broken, "encoding images"), 1):
         if part:
-            feats = encoder([image for _, image in part]).half().cpu()            # (b, D) or (b, N, D)
+            feats = encoder([image for _, image in part]).half().cpu()            # (b, D)
             done.update((names[i], x) for (i, _), x in zip(part, feats))
-        if done and (k * batch_size) // SAVE_EVERY != ((k + 1) * batch_size) // SAVE_EVERY:
-            save()
+        if done and (k % SAVE_EVERY == 0 or k * batch_size >= len(todo)):
+            ids = [name for name in names if name in done]
+            save_safetensors({"features": torch.stack([done[name] for name in ids])}, path,
+                             {**meta, "ids": json.dumps(ids)})
     for reason in list(broken.values())[:10]:
         say(f"left out: {reason}")
     if not done:
         raise UserError(f"none of the {len(names)} images of {dataset.name} could be read; nothing was written")
-    if todo:
-        save()
-    say(f"{len(done)} images as {tuple(next(iter(done.values())).shape)} numbers each in {path}; {len(broken)} left out")
+    say(f"{len(done)} images as {len(next(iter(done.values())))} numbers each in {path}; {len(broken)} left out")
 
 
 def read_features(path):
@@ -148,8 +140,8 @@ class FeatureFile:
             self.recipe = Recipe(**json.loads(meta["recipe"])) if "recipe" in meta else None
         except (TypeError, ValueError) as error:
             raise UserError(f"the recipe in {path} cannot be read ({str(error)[:100]}); make the file again") from None
-        self.meta = {"encoder": encoder, "source": encoder if self.recipe else None, "dim": self.feat_dim,
-                     "grid": meta.get("grid") == "true"}        # source: None where sample.py cannot make them anew
+        self.meta = {"encoder": encoder, "source": encoder if self.recipe else None, "dim": self.feat_dim}
+        # source: None where sample.py cannot make features of new pictures
         say(f"{len(wanted)} images as {tuple(self.data.shape[1:])} numbers each, by {encoder[:100]}")
 
 
