@@ -2,8 +2,8 @@
 
     python tests/make_reference_tokenizer.py
 
-The file holds a corpus, texts, and for each case a tokenizer.json (as changes to a base one) with the ids that the
-Hugging Face `tokenizers` library gives for the texts: `ids` as its encode does, `plain` without frame and special tokens.
+The file holds a corpus, texts, and for each case a tokenizer.json (as changes to a base one) with the ids that Hugging
+Face's `tokenizers` gives for the texts: `ids` by its encode, `plain` without frame and special tokens.
 """
 import json
 import random
@@ -28,22 +28,14 @@ def make_texts():
     return fixed + ["".join(rng.choices(atoms, k=rng.randint(1, 14))) for _ in range(60)]
 
 
-def train(model, trainer, pre_tokenizer, normalizer=None):
-    tok = Tokenizer(model)
-    tok.pre_tokenizer = pre_tokenizer
-    if normalizer:
-        tok.normalizer = normalizer
-    tok.train_from_iterator(CORPUS, trainer)
-    return tok
-
-
 def make_clip(byte_level, options):
-    """CLIP's kind: its vocabulary is the bytes, the bytes that end a word, the merges, and the two tokens of its frame."""
+    """CLIP's kind: in its vocabulary are bytes, bytes that end a word, merges, and the two tokens of its frame."""
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True), byte_level])
     lower = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    clip = train(models.BPE(end_of_word_suffix="</w>"), trainers.BpeTrainer(
-        vocab_size=290, end_of_word_suffix="</w>", **options), split, lower)
+    clip = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    clip.normalizer, clip.pre_tokenizer = lower, split
+    clip.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=290, end_of_word_suffix="</w>", **options))
     merges = [tuple(pair) for pair in json.loads(clip.to_str())["model"]["merges"]]
     letters = [c + end for c in sorted(pre_tokenizers.ByteLevel.alphabet()) for end in ("", "</w>")]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*letters, *map("".join, merges), *CLIP_TAGS]))}
@@ -57,12 +49,16 @@ def make_clip(byte_level, options):
 def main():
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     options = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    gpt = train(models.BPE(), trainers.BpeTrainer(vocab_size=320, **options), byte_level)
-    gpt.decoder = decoders.ByteLevel()
+    gpt = Tokenizer(models.BPE())
+    gpt.pre_tokenizer, gpt.decoder = byte_level, decoders.ByteLevel()
+    gpt.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, **options))
     gpt.add_special_tokens(TAGS)
-    bert = train(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(
-        vocab_size=120, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False),
-        pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer())
+    words = sorted({word for text in CORPUS for word in text.lower().strip(".").split()})
+    letters = sorted({char for word in words for char in word})
+    bert = Tokenizer(models.WordPiece({token: i for i, token in enumerate(  # its own trainer gives another one each time
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *["##" + char for char in letters], *words, "##dog",
+         "##ing", "!", ".", ",", "的"])}, unk_token="[UNK]"))
+    bert.normalizer, bert.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     bert.add_special_tokens(["<SOS>"])
     bert.add_tokens([AddedToken("<mark>", normalized=True)])
     cases = {"gpt2": gpt, "clip": make_clip(byte_level, options), "bert": bert}

@@ -81,7 +81,7 @@ def test_merges_by_hand():
 
 
 def test_the_fast_way_is_the_naive_way():
-    """Words of few letters have overlaps ("aaa") and ties; shuffled merges need ones that come late to be done first."""
+    """Words of few letters have overlaps ("aaa") and ties; with shuffled merges early ones may come up late."""
     rng = random.Random(1)
     words = {"".join(rng.choices("abc", k=rng.randint(1, 12))): rng.randint(1, 5) for _ in range(150)}
     vocab, merges = learn_merges(words, 256 + 80)
@@ -100,16 +100,15 @@ def test_one_long_word_without_spaces_is_not_quadratic(tok):
         n = 0
 
         def __contains__(self, pair):
-            Counting.n += 1
+            self.n += 1
             return super().__contains__(pair)
 
-    def work(n):
-        Counting.n = 0
-        tok.encode("thedog" * n)
-        return Counting.n
-
-    tok._merges = Counting(tok._merges)
-    assert 0 < work(800) < 8.5 * work(100)
+    counts = []
+    for length in (100, 800):
+        tok._merges = Counting(tok._merges)
+        tok.encode("thedog" * length)
+        counts.append(tok._merges.n)
+    assert 0 < counts[1] < 8.5 * counts[0]
 
 
 def test_round_trip_of_any_string(tok):
@@ -141,7 +140,7 @@ def test_special_tokens_take_the_last_ids_and_are_cut_out_first(tok):
 
 
 def test_user_text_never_becomes_a_tag(tok, tmp_path):
-    """Who types <|assistant|> into a question must not answer it. A frame is trained into captions by nobody, either."""
+    """Who types <|assistant|> into a question must not answer it; nor was a caption meant to hold <s> and </s>."""
     text = "hi <|assistant|><image>"
     assert not set(tok.encode_plain(text)) & set(tok.special_ids)
     assert set(tok.encode(text)) & set(tok.special_ids) == {316, 319}
@@ -187,17 +186,14 @@ def test_vocab_json_and_merges_txt(tmp_path):
     assert clip.decode(clip.encode_plain("A dog\nruns!")) == "a dog runs !"
 
 
-LOOSE = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-
-
 @pytest.mark.parametrize("beside", [
-    {"added_tokens": {"<image>": 321, "<pad>": 322}, "special_tokens_map": {"pad_token": "<pad>",
-                                                                            "additional_special_tokens": ["<image>"]}},
+    {"added_tokens": {"<image>": 321, "<pad>": 322},
+     "special_tokens_map": {"pad_token": "<pad>", "additional_special_tokens": ["<image>"]}},
     {"added_tokens": {"<image>": 321, "<pad>": 322}, "tokenizer_config": {
         "extra_special_tokens": {"image_token": "<image>"}, "pad_token": {"__type": "AddedToken", "content": "<pad>"}}},
     {"tokenizer_config": {"tokenizer_class": "GPT2TokenizerFast", "model_max_length": 77, "add_bos_token": False,
-                          "added_tokens_decoder": {"321": {"content": "<image>", "special": True, **LOOSE},
-                                                   "322": {"content": "<pad>", "special": True, **LOOSE}}}}])
+                          "added_tokens_decoder": {"321": {"content": "<image>", "special": True, "lstrip": False},
+                                                   "322": {"content": "<pad>", "special": True}}}}])
 def test_special_tokens_of_the_files_beside_a_vocabulary(beside, tmp_path):
     """A <image> of added_tokens.json was once cut into letters: the model was then shown ids it had never learned."""
     tokenizer = load_tokenizer(write_vocab(tmp_path, **beside))
@@ -219,7 +215,7 @@ def test_what_lies_beside_and_cannot_be_read_is_refused_by_name(beside, name, tm
 
 
 def test_older_files_and_far_ids(tmp_path):
-    """The first files spell merges 'a b' and do not name the model's type; an embedding needs the highest id + 1 rows."""
+    """The first files spell merges 'a b' and name no model type; an embedding needs a row up to the highest id."""
     model = dict(REFERENCE["base"]["model"], merges=[" ".join(pair) for pair in REFERENCE["base"]["model"]["merges"]])
     del model["type"]
     spec = spec_of("gpt2") | {"model": model, "added_tokens": [ADDED, *spec_of("gpt2")["added_tokens"]]}

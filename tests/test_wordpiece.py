@@ -81,13 +81,13 @@ def test_a_caption_that_spells_a_special_token_does_not_get_it(tmp_path):
     words = WordTokenizer.train(["a <image> <|endoftext|> <unk>"] * 3, 1)
     assert words.token_to_id("<unk>") == 0 and words.encode("a <image>") == [1, 3]
     assert words.encode_plain("a <image> a<image> <|endoftext|>") == [1, 0, 0, 0]
-    words.add_special_tokens(["a"])             # a word of the vocabulary that becomes a special token is a word no more
+    words.add_special_tokens(["a"])             # a word that becomes a special token is a word no more
     assert words.encode("a") == [1] and words.encode_plain("a") == [0]
 
 
-@pytest.mark.parametrize("part, value", [("normalizer", {"type": "Lowercase"}), ("pre_tokenizer", {"type": "Whitespace"})])
-def test_words_cut_in_another_way_are_refused(part, value, tmp_path):
+@pytest.mark.parametrize("part, kind", [("normalizer", "Lowercase"), ("pre_tokenizer", "Whitespace")])
+def test_words_cut_in_another_way_are_refused(part, kind, tmp_path):
     WordTokenizer.train(["a"], 1).save(path := tmp_path / "t.json")
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {part: value}), encoding="utf-8")
-    with pytest.raises(UserError, match=value["type"]):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {part: {"type": kind}}), encoding="utf-8")
+    with pytest.raises(UserError, match=kind):
         load_tokenizer(path)

@@ -137,7 +137,7 @@ def learn_merges(word_counts, vocab_size):
 
 
 def apply_merges(ids, merges):
-    """`naive_encode` on ids, in n log n steps: a heap of (rank, place) finds the next pair, linked lists the neighbours.
+    """`naive_encode` on ids in n log n steps: a heap of (rank, place) finds the next pair, linked lists its neighbours.
 
     merges: {(left id, right id): (rank, new id)}. With ug = 3 and hug = 4, h u g = [0, 1, 2] goes to [0, 3], then [4].
     A merged pair keeps its left place; its right place becomes None. Outdated heap entries are skipped as they come up.
@@ -163,12 +163,12 @@ def apply_merges(ids, merges):
 
 # ---- the two kinds, as parts of a tokenizer.json
 
+SPACES = regex.compile(r"\s+")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-CLIP_CLEANING = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+CLIP_CLEANING = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": SPACES.pattern}, "content": " "},
                  {"type": "Lowercase"}]
 CLIP_SPLIT = {"type": "Split", "pattern": {"Regex": CLIP_WORDS.pattern}, "behavior": "Removed", "invert": True}
 CLIP_PATTERNS = [{"Regex": start + CLIP_WORDS.pattern} for start in ("", r"<\|startoftext\|>|<\|endoftext\|>|")]
-SPACES = regex.compile(r"\s+")
 
 
 def gpt2_spec(vocab, merges, added=()):
@@ -249,8 +249,7 @@ class BPETokenizer(Tokenizer):
         self._cleans, self._prefix_space = spec.get("normalizer"), last["add_prefix_space"]
         self._clip_words = regex.compile(cuts[0]["pattern"]["Regex"]) if cuts else None
         # A byte the vocabulary lacks becomes unk_token, or nothing without one, as in `tokenizers`.
-        self._suffix, unk = model.get("end_of_word_suffix") or "", model.get("unk_token")
-        unk = vocab[unk] if unk else None
+        self._suffix, unk = model.get("end_of_word_suffix") or "", vocab.get(model.get("unk_token"))
         self._byte_ids = {char: vocab.get(char, unk) for char in CHAR_BYTE}
         self._last_ids = {char: vocab.get(char + self._suffix, unk) for char in CHAR_BYTE}
         self._merges = {}       # {(left id, right id): (rank, new id)}; old files spell a merge "a b", newer ["a", "b"]

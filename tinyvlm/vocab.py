@@ -1,8 +1,8 @@
 """What all tokenizers share: names and ids, the tokens that are cut out of a text before anything else, and files.
 
 A tokenizer lives in one `tokenizer.json`, the format of Hugging Face's `tokenizers` library, which opens what `save`
-writes and encodes with it identically. Older folders (vocab.json + merges.txt, or vocab.txt) are brought into that form.
-What could change an id is read, or refused by name (`require`): a guess would train a model on wrong ids unnoticed.
+writes and encodes with it identically. Older layouts (vocab.json + merges.txt, or vocab.txt) are brought into it. What
+could change an id is read, or refused by name (`require`): a guess would train a model on wrong ids unnoticed.
 
 Left out: offsets and text pairs; a file's truncation and padding, which are settings of a call (as in transformers).
 """
@@ -10,12 +10,16 @@ import functools
 import re
 from pathlib import Path
 
+import regex
+
 from .config import UserError
 from .files import read_json, write_json
 
 END = "<|endoftext|>"
 SPECIAL_TOKENS = (END, "<image>", "<|system|>", "<|user|>", "<|assistant|>")    # those that tinyvlm itself uses
 CACHE_WORDS = 1 << 16       # distinct words remembered with their ids: captions repeat the same few thousand
+NOT_SPACE = regex.compile(r"\S+")           # str.split would also cut at the control characters 28 to 31
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")      # what an older layout may have
 ANY = object()              # for `require`: every value of this field is read, or changes no id
 
 
@@ -58,8 +62,7 @@ def read_beside(folder, vocab, classes, defaults):
 
     classes: the tokenizer_class it may have; defaults: {name: fields} of tokens that these make special by themselves.
     """
-    config, roles, ids = [read_json(folder / name) if (folder / name).exists() else {}
-                          for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")]
+    config, roles, ids = [read_json(folder / name) if (folder / name).exists() else {} for name in BESIDE]
     checks = {"add_bos_token": (None, False), "add_eos_token": (None, False), "split_special_tokens": (None, False),
               "do_basic_tokenize": (None, True), "never_split": (None, []), "tokenizer_class": (None, *classes)}
     require("tokenizer_config.json", {key: config[key] for key in checks if key in config}, **checks)
@@ -79,8 +82,8 @@ def read_beside(folder, vocab, classes, defaults):
     for name, token in found.items():
         i = token.get("id", vocab.get(name))
         if i is None or vocab.get(name, i) != i or names.setdefault(i, name) != name:
-            raise UserError(f"the id {i} of the token {name} in tokenizer_config.json, special_tokens_map.json or "
-                            "added_tokens.json is none or taken; make them agree with the vocabulary")
+            raise UserError(f"{', '.join(BESIDE)} give the token {name} the id {i}, which is none or taken; make them "
+                            "agree with the vocabulary")
         added.append(added_token(**token | {"content": name, "id": i}))
     return config, added
 
@@ -104,7 +107,7 @@ def load(path, kinds):
             raise UserError(f"this is a {kind} tokenizer, not {' or '.join(kinds)}; name another file")
         return kinds[kind](kinds[kind].old_layout(path) if old else spec)
     except OSError as error:
-        raise UserError(f"cannot read {error.filename} ({error.strerror}); name a tokenizer.json or its folder") from None
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); fetch it, or name another file") from None
     except UserError as error:
         raise UserError(f"{error}" if str(path.parent) in str(error) else f"{path}: {error}") from None
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -114,10 +117,10 @@ def load(path, kinds):
 class Tokenizer:
     """Ids and names, and the added tokens, which are cut out of a text before anything else reads it.
 
-    A subclass brings its model's type in `kind`, `_setup` (read the components), `_normalize` (clean a text), `_words`
-    (clean text -> words), `_word_ids` (word -> ids) and `decode`. Public: `vocab_size`; `token_to_id(token)` and
-    `id_to_token(i)`, None for what there is not; `frame_ids`, the ids (before, after) that `encode` adds; `special_ids`,
-    which no model should generate; `unk_id` of "no such word", None in byte-level BPE.
+    A subclass brings its model's type in `kind`, `_setup` (read the components), `_word_ids` (word -> ids), and its own
+    `_normalize` (clean a text), `_words` (clean text -> words) and `decode` where these differ. Public: `vocab_size`,
+    the rows an embedding needs; `token_to_id(token)` and `id_to_token(i)`, None for what there is not; `frame_ids`, the
+    ids (before, after) that `encode` adds; `special_ids`, which no model should generate; `unk_id`, None in BPE.
     """
     unk_id = None
 
@@ -140,7 +143,7 @@ class Tokenizer:
         self._ids = self._vocab | {name: token["id"] for name, token in self._added.items()}
         self._names = {i: name for name, i in self._ids.items()}
         self.token_to_id, self.id_to_token = self._ids.get, self._names.get
-        self.vocab_size = max(self._names, default=-1) + 1      # highest id + 1: the rows that an embedding needs
+        self.vocab_size = max(self._names, default=-1) + 1      # highest id + 1: a file may leave some out
         special = {token["id"] for token in self._added.values() if token["special"]}
         self.special_ids = sorted({*special, *sum(self.frame_ids, []), self.unk_id} - {None})
         self._every, self._plain = self._finders(True), self._finders(False)
@@ -200,6 +203,9 @@ class Tokenizer:
     def _normalize(self, text):
         return text
 
+    def _words(self, text):
+        return NOT_SPACE.findall(text)
+
     def _encode(self, text, finders):
         (early, early_ids), (late, late_ids) = finders
         if not text.isascii():      # half of a UTF-16 pair (a broken \ud83d in some json) has no bytes: it reads as "?"
@@ -218,5 +224,5 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Ids -> text: names with spaces between. An id without a name (a model's table may have more rows) is left out."""
+        """Ids -> text: names between spaces. Ids without a name (a model's table may have more rows) are left out."""
         return " ".join(self._names[i] for i in ids if i in self._names)

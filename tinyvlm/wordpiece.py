@@ -1,22 +1,19 @@
 """Text <-> token ids by words: BERT's WordPiece (uncased), which takes words apart, and whole words as in 2015.
 
-WordPiece follows google-research/bert as the `tokenizers` library carries it on; scripts and signs that are younger than
-that library's edition of Unicode may differ. Left out: training it, and cased BERT.
+WordPiece follows google-research/bert as the `tokenizers` library carries it on (signs younger than that library's
+edition of Unicode may differ). Left out: training it, and cased BERT.
 """
 import collections
 import functools
 import re
 import unicodedata
 
-import regex
-
 from .config import UserError
-from .vocab import ANY, CACHE_WORDS, SPECIAL_TOKENS, Tokenizer, read_beside, require
+from .vocab import ANY, CACHE_WORDS, NOT_SPACE, SPECIAL_TOKENS, Tokenizer, read_beside, require
 
 # CJK ideographs, which BERT takes one by one (kana and hangul are cut like letters); 2b920, not 2b820, as `tokenizers`.
 IDEOGRAPH = re.compile("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
                        "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
-NOT_SPACE = regex.compile(r"\S+")       # str.split would also cut at the control characters 28 to 31
 
 
 def lower(text):
@@ -51,14 +48,14 @@ class WordPieceTokenizer(Tokenizer):
         """vocab.txt (a token a line), with small files beside it -> tokenizer.json."""
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         vocab = {token: i for i, token in enumerate(lines)}
-        config, added = read_beside(
-            path.parent, vocab, [name + "BertTokenizer" + fast for name in ("", "Distil") for fast in ("", "Fast")],
-            dict.fromkeys(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), {}))
-        cleaning = {"clean_text": True, "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+        classes = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
+        names = dict.fromkeys(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), {})
+        config, added = read_beside(path.parent, vocab, classes, names)
+        cleaning = {"handle_chinese_chars": config.get("tokenize_chinese_chars", True), "clean_text": True,
                     "strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)}
-        return {"version": "1.0", "added_tokens": added,
-                "normalizer": {"type": "BertNormalizer", **cleaning}, "pre_tokenizer": {"type": "BertPreTokenizer"},
-                "post_processor": None, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+        return {"version": "1.0", "added_tokens": added, "normalizer": {"type": "BertNormalizer", **cleaning},
+                "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": None,
+                "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
                 "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                           "max_input_chars_per_word": 100, "vocab": vocab}}
 
@@ -78,9 +75,6 @@ class WordPieceTokenizer(Tokenizer):
             return text.lower()
         text = unicodedata.normalize("NFC", "".join(map(_clean_char, text)))
         return "".join(c for c in unicodedata.normalize("NFD", lower(text)) if unicodedata.category(c) != "Mn")
-
-    def _words(self, text):
-        return text.split()
 
     def _word_ids(self, word):
         """"cafe!" -> the ids of "cafe" and of "!": every punctuation character stands apart."""
@@ -141,9 +135,6 @@ class WordTokenizer(Tokenizer):
         require("file", {"normalizer": spec.get("normalizer"), "pre_tokenizer": spec.get("pre_tokenizer")},
                 normalizer=(None,), pre_tokenizer=({"type": "WhitespaceSplit"},))
         self.unk_id = self._vocab[spec["model"]["unk_token"]]
-
-    def _words(self, text):
-        return NOT_SPACE.findall(text)
 
     def _word_ids(self, word):
         i = self._vocab.get(word, self.unk_id)
