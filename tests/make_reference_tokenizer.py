@@ -55,9 +55,10 @@ def main():
     gpt.add_special_tokens(TAGS)
     words = sorted({word for text in CORPUS for word in text.lower().strip(".").split()})
     letters = sorted({char for word in words for char in word})
-    bert = Tokenizer(models.WordPiece({token: i for i, token in enumerate(  # its own trainer gives another one each time
-        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *["##" + char for char in letters], *words, "##dog",
-         "##ing", "!", ".", ",", "的"])}, unk_token="[UNK]"))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *["##" + char for char in letters], *words,
+              "##dog", "##ing", "!", ".", ",", "的"]               # a trained vocabulary would be another each time
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    bert = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     bert.normalizer, bert.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     bert.add_special_tokens(["<SOS>"])
     bert.add_tokens([AddedToken("<mark>", normalized=True)])

@@ -119,15 +119,10 @@ def test_round_trip_of_any_string(tok):
     texts = TEXTS + ["".join(map(chr, rng.choices(points, k=30))) for _ in range(200)]
     for text in texts + ["".join(rng.choices("ab \n\t\x1c\x85\u2028'", k=20)) for _ in range(200)]:
         assert tok.decode(tok.encode(text)) == tok.decode(tok.encode_plain(text)) == text
-    assert tok.encode("dog \ud83d dog") == tok.encode("dog ? dog"), "half a UTF-16 pair has no UTF-8 bytes"
-
-
-def test_ascii_cuts_are_the_unicode_cuts():
-    """The fast pattern for ASCII text is an optimisation: \\x1c-\\x1f are no white space for either."""
-    rng = random.Random(4)
-    for _ in range(3000):
+    for _ in range(2000):       # the fast pattern for ASCII text must make the same cuts: \x1c-\x1f are no white space
         text = "".join(rng.choices([*map(chr, range(128)), *"'''   sdtlmrve\n"], k=15))
         assert GPT2_WORDS_ASCII.findall(text) == GPT2_WORDS.findall(text), repr(text)
+    assert tok.encode("dog \ud83d dog") == tok.encode("dog ? dog"), "half a UTF-16 pair has no UTF-8 bytes"
 
 
 def test_special_tokens_take_the_last_ids_and_are_cut_out_first(tok):
@@ -205,7 +200,7 @@ def test_special_tokens_of_the_files_beside_a_vocabulary(beside, tmp_path):
 
 @pytest.mark.parametrize("beside, name", [
     ({"special_tokens_map": {"pad_token": "<pad>"}}, "<pad>"), ({"added_tokens": {"<image>": 5}}, "<image>"),
-    ({"added_tokens": {"e": 321}}, "token e "), ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token"),
+    ({"added_tokens": {"e": 321}}, "token 'e'"), ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token"),
     ({"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}, "RobertaTokenizer"),
     ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens"),
     ({"tokenizer_config": {"added_tokens_decoder": {"321": {"content": "<x>", "lstrip": True}}}}, "lstrip")])
@@ -241,8 +236,12 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
         ("continuing_subword_prefix", "##"))],
     ({"model": REFERENCE["base"]["model"] | {"merges": [["q", "qq"]]}}, "qq"),
     *[({"added_tokens": [ADDED | {flag: True}]}, flag) for flag in ("single_word", "lstrip", "rstrip")],
-    *[({"added_tokens": [ADDED | {"id": i}]}, "broken") for i in (True, 1.5, -1, "1", 2**24, None)],
-    ({"added_tokens": [ADDED | {"content": ""}]}, "empty"), ({"added_tokens": [ADDED | {"special": "no"}]}, "special"),
+    *[({"added_tokens": [ADDED | {"id": i}]}, "broken") for i in (1.5, -1, "1", 2**24)],
+    ({"added_tokens": [ADDED | {"content": "\u0301", "normalized": True}]} | {
+        "normalizer": CASES["bert"]["changes"]["normalizer"], "model": CASES["bert"]["changes"]["model"],
+        "pre_tokenizer": {"type": "BertPreTokenizer"}}, "leaves nothing"),
+    *[({"added_tokens": [ADDED | wrong]}, "another's") for wrong in ({"content": ""}, {"content": "e"}, {"id": 5})],
+    ({"added_tokens": [ADDED | {"special": "no"}]}, "special"),
     ({"post_processor": {"type": "BertProcessing", "cls": ["a", 1e30], "sep": ["b", 1]}}, "whole number")])
 def test_what_is_not_known_is_refused_by_name(change, name, tmp_path):
     """A wrong guess would train a model on wrong ids without anyone noticing."""

@@ -78,14 +78,7 @@ def read_beside(folder, vocab, classes, defaults):
         found[name] = found.get(name, {"special": False, "normalized": True}) | {"id": i}
     for i, token in config.get("added_tokens_decoder", {}).items():
         found[token["content"]] = found.get(token["content"], {}) | token | {"id": int(i)}
-    added, names = [], {i: name for name, i in vocab.items()}
-    for name, token in found.items():
-        i = token.get("id", vocab.get(name))
-        if i is None or vocab.get(name, i) != i or names.setdefault(i, name) != name:
-            raise UserError(f"{', '.join(BESIDE)} give the token {name} the id {i}, which is none or taken; make them "
-                            "agree with the vocabulary")
-        added.append(added_token(**token | {"content": name, "id": i}))
-    return config, added
+    return config, [added_token(**{"id": vocab.get(name), **token, "content": name}) for name, token in found.items()]
 
 
 def load(path, kinds):
@@ -126,17 +119,21 @@ class Tokenizer:
 
     def __init__(self, spec):
         self._spec, self._vocab = spec, spec["model"]["vocab"]
-        added = sorted(spec.get("added_tokens") or [], key=lambda token: token["id"])
-        self._added = {token["content"]: token for token in added}
-        self.frame_ids = read_frame(spec.get("post_processor"))
-        for token in self._added.values():
+        added, names = spec.get("added_tokens") or [], {i: name for name, i in self._vocab.items()}
+        for token in added:
             require("added token", token, id=ANY, content=ANY, single_word=(False,), lstrip=(False,), rstrip=(False,),
                     normalized=(False, True), special=(False, True))
+            name, i = token["content"], token["id"]
+            if i is None or self._vocab.get(name, i) != i or names.setdefault(i, name) != name or not name:
+                raise UserError(f"the added token {name!r} has the id {i}, which is none or another's; make "
+                                f"{', '.join(BESIDE)} or tokenizer.json agree with the vocabulary")
+        self._added = {token["content"]: token for token in sorted(added, key=lambda token: token["id"])}
+        self.frame_ids = read_frame(spec.get("post_processor"))
         self._setup(spec)
         self._index()
-        for i in [*self._ids.values(), *sum(self.frame_ids, [])]:     # an embedding has a row for every id
-            if type(i) is not int or not 0 <= i < 2**24 or "" in self._added:
-                raise ValueError(f"the id {i!r:.40} is not a whole number from 0 and below 2**24, or a token is empty")
+        for i in [*self._ids.values(), *sum(self.frame_ids, [])]:
+            if type(i) is not int or not 0 <= i < 2**24:        # an embedding has a row for every id
+                raise ValueError(f"the id {i!r:.40} is not a whole number from 0 and below 2**24")
 
     def _index(self):
         """Everything that depends on the added tokens."""
@@ -158,7 +155,8 @@ class Tokenizer:
         for clean in (False, True):
             ids = {self._normalize(name) if clean else name: token["id"] for name, token in
                    reversed(self._added.items()) if token["normalized"] == clean and (special or not token["special"])}
-            ids.pop("", None)                               # a lone accent, say, of which cleaning leaves nothing
+            if "" in ids:                                   # a lone accent, say: it would be found everywhere
+                raise UserError("cleaning leaves nothing of an added token; take it out of the file")
             names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
             finders.append((re.compile(f"({names or '(?!)'})"), ids))
         return finders

@@ -61,12 +61,11 @@ class WordPieceTokenizer(Tokenizer):
 
     def _setup(self, spec):
         model, decoder = spec["model"], spec.get("decoder") or {}
-        require("model", model, type=("WordPiece",), vocab=ANY, unk_token=ANY, continuing_subword_prefix=ANY,
-                max_input_chars_per_word=ANY)
+        require("model", model, type=("WordPiece",), vocab=ANY, unk_token=ANY, continuing_subword_prefix=("##",),
+                max_input_chars_per_word=(100,))
         require("normalizer", spec.get("normalizer") or {"type": None}, type=("BertNormalizer",), clean_text=(True,),
                 handle_chinese_chars=(True,), strip_accents=(None, True), lowercase=(True,))
         require("pre_tokenizer", spec.get("pre_tokenizer") or {"type": None}, type=("BertPreTokenizer",))
-        self._prefix, self._longest = model["continuing_subword_prefix"], model["max_input_chars_per_word"]
         self.unk_id, self._cleanup = self._vocab[model["unk_token"]], decoder.get("cleanup")
 
     def _normalize(self, text):
@@ -84,8 +83,8 @@ class WordPieceTokenizer(Tokenizer):
 
     def _longest_pieces(self, word):
         ids, start = [], 0
-        while start < len(word) <= self._longest:
-            prefix = self._prefix if start else ""
+        while start < len(word) <= 100:
+            prefix = "##" if start else ""
             ends = range(len(word), start, -1)
             end = next((end for end in ends if prefix + word[start:end] in self._vocab), None)
             if end is None:
@@ -99,7 +98,7 @@ class WordPieceTokenizer(Tokenizer):
 
         A file may ask for `cleanup`: no space before . , ? and !
         """
-        text = super().decode(ids).replace(" " + self._prefix, "")
+        text = super().decode(ids).replace(" ##", "")
         return re.sub(" (?=[.,?!])", "", text) if self._cleanup else text
 
 
