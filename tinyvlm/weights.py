@@ -226,13 +226,15 @@ def copy_weights(model, tensors, rules, ignore=(), source="the checkpoint"):
     shapes = {name: (_shape(rule, tensors), tuple(ours[name].shape)) for name, rule in rules.items()
               if tensors.keys() >= set(rule.names)}
     misfits = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    widths = Counter(pair for a, b in misfits.values() for pair in set(zip(a, b)) if pair[0] != pair[1])
+    (theirs, wanted), count = widths.most_common(1)[0] if widths else ((0, 0), 0)
+    alike = count > max(1, len(misfits) / 2)                    # one cause: the names tell the rest
     faults = {"missing": sorted(used - tensors.keys()) + [name for name in ours if name not in rules],
               "unused": sorted(tensors.keys() - used - set(ignored)),
-              "another shape": [f"{rules[name].names[0]} {a} for our {b}" for name, (a, b) in misfits.items()]}
+              "another shape": [rules[name].names[0] + ("" if alike else f" {a} for our {b}")
+                                for name, (a, b) in misfits.items()]}
     if any(faults.values()):
-        widths = Counter(pair for a, b in misfits.values() for pair in set(zip(a, b)) if pair[0] != pair[1])
-        (a, b), count = widths.most_common(1)[0] if widths else ((0, 0), 0)
-        cause = f": most are {a} wide where ours are {b}" if count > max(1, len(misfits) / 2) else ""
+        cause = f": most are {theirs} wide where ours are {wanted}" if alike else ""
         raise UserError(_sentence(f"{source} does not fit {type(model).__name__}{cause}", faults,
                                   "check the file and its config.json"))
     if any(tensor.is_meta for tensor in ours.values()):
