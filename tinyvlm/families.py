@@ -163,9 +163,9 @@ def _resnet50(ck, rules):
 def _vgg16(ck, rules):
     """The convolutions are numbered 0, 2, 5, 7, 10, ...: a ReLU after each, and a pool where the step is 3."""
     tower = Tower(ck, rules, ck.config)
-    layers = [int(name.split(".")[1]) for name in rules if re.fullmatch(r"features\.\d+\.weight", name)]
+    layers = [int(name.split(".")[1]) for name in rules if re.fullmatch(r"feature_map\.\d+\.weight", name)]
     first = [k for k in range(len(layers)) if k == 0 or layers[k] - layers[k - 1] > 2]      # of each stage
-    return VGGConfig(widths=tuple(tower.size(f"features.{layers[k]}.weight", 0) for k in first),
+    return VGGConfig(widths=tuple(tower.size(f"feature_map.{layers[k]}.weight", 0) for k in first),
                      convs=tuple(end - k for k, end in zip(first, [*first[1:], len(layers)])),
                      n_hidden=tower.size("fc1.weight", 0), **{"n_class": 0} | tower.sizes())
 

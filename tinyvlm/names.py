@@ -65,7 +65,7 @@ mlp.fc.    mlp.c_fc.^T    intermediate.dense.                    mlp.fc1.   mlp.
 mlp.proj.  mlp.c_proj.^T  output.dense.                          mlp.fc2.   mlp.fc2.                mlp.c_proj.
 """)
 
-# A text tower around its blocks. Only the GPT-2 of a captioner attends to an image.
+# A text tower. Only the GPT-2 of a captioner attends to an image.
 TEXT = _columns("""
 ours                    gpt2                              clip                                  openai
 wte.weight              wte.weight                        embeddings.token_embedding.weight     token_embedding.weight
@@ -118,7 +118,7 @@ head.?  head.fc.            classifier.6.
 # ---- families: each is a list of namings, {our line: their line}, one for each way its files are found written
 
 def _tower(table, dialect, ours="", theirs=""):
-    """One column of a table, its blocks filled in, one level down on both sides: ln_f. = ln_post. under visual."""
+    """One column of a table, its blocks filled in, one level down on both sides: vision.ln_f. = visual.ln_post."""
     lines = {}
     for left, right in table[dialect].items():
         inner = BLOCK[dialect] if left == "blocks.{i}." else {"": ""}
@@ -127,12 +127,11 @@ def _tower(table, dialect, ours="", theirs=""):
 
 
 def _resnet(dialect, head, lead=""):
-    # lines without {k} come out three times, equal: the dict keeps one
-    at = [dict(s=s, t=s + 1, k=k, j=k - 1, i="{i}") for s in range(4) for k in (1, 2, 3)]
+    at = [dict(s=s, t=s + 1, k=k, j=k - 1, i="{i}") for s in range(4) for k in (1, 2, 3)]   # some lines come thrice
     return {a.format(**n): lead + b.format(**n) for n in at for a, b in RESNET[dialect].items()} | {"head.?": head}
 
 
-FEATURES = {f"features.{n}.?": f"features.{n}." for n in range(50)}
+FEATURES = {f"feature_map.{n}.?": f"features.{n}." for n in range(50)}
 NAMINGS = {     # a model saved from inside its task's class has a name in front; of several namings the best fit counts
     "gpt2": [_tower(TEXT, "gpt2", "", lead) for lead in ("transformer.", "")],
     "vit": [_tower(VISION, "vit", "", lead) | {"head.?": "classifier."} for lead in ("vit.", "")] +
@@ -155,8 +154,7 @@ NAMINGS = {     # a model saved from inside its task's class has a name in front
 def write_out(naming, names, ours=False):
     """A naming with all its layers and parts written out for one model: {our name: Source}.
 
-    names: a collection of the names at hand, which tells how many layers there are and which lines with "?" apply. It
-    is the file's, or, with ours=True (to export), our model's.
+    names: those of the file (or, with ours=True, of our model), which tell the layers and which lines with "?" apply.
     """
     rules = {}
     for left, right in naming.items():
@@ -185,20 +183,21 @@ def _source(theirs, op):
 
 def best_naming(names):
     """The naming that finds the largest share of its names among `names`: (that share, its family, it written out)."""
-    found = []
-    for family, naming in [(family, naming) for family in NAMINGS for naming in NAMINGS[family]]:
+    def fit(family, naming):
         rules = write_out(naming, names)
         theirs = {name for rule in rules.values() for name in rule.names}
-        found.append((len(theirs & set(names)) / len(theirs), family, rules))
-    return max(found, key=lambda fit: fit[0])
+        return len(theirs & set(names)) / len(theirs), family, rules
+    return max((fit(family, naming) for family in NAMINGS for naming in NAMINGS[family]), key=lambda found: found[0])
 
 
 def outward(naming, state):
     """The way back: {their name: tensor}, made of our `state` dict by undoing what each line does."""
     tensors = {}
     for ours, rule in write_out(naming, state, ours=True).items():
-        C = len(state[ours]) // 3                               # ours is q, k and v; theirs those, or q and k with v
-        pieces = {1: [len(state[ours])], 2: [C, 2 * C], 3: [C, C, C]}[len(rule.names)]
-        for name, piece in zip(rule.names, state[ours].split(pieces)):
+        pieces, n = [state[ours]], len(rule.names)
+        if n > 1:                                               # ours is q, k and v; theirs those, or q and k with v
+            C = len(state[ours]) // 3
+            pieces = state[ours].split([C, 2 * C] if n == 2 else C)
+        for name, piece in zip(rule.names, pieces):
             tensors[name] = piece.t() if rule.op.startswith("transposed") else piece
     return tensors

@@ -168,10 +168,9 @@ def save_safetensors(tensors, path, metadata=None):
         if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in kinds:
             what = f"{tensor.layout} {tensor.dtype} {tensor.device}" if torch.is_tensor(tensor) else type(tensor)
             raise SafetensorsError(f"safetensors cannot hold {name!r}, {what}; give a dense tensor of a common dtype")
-    if metadata is not None:
-        if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
-            raise SafetensorsError(f"safetensors metadata maps strings to strings, got {metadata}; convert with str()")
-        header["__metadata__"] = metadata
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise SafetensorsError(f"safetensors metadata maps strings to strings, got {metadata}; convert with str()")
+    header |= {} if metadata is None else {"__metadata__": metadata}
     names = sorted(tensors, key=lambda name: (-list(kinds).index(tensors[name].dtype), name))
     for name in names:
         shape, end = list(tensors[name].shape), begin + tensors[name].numel() * tensors[name].itemsize
@@ -193,7 +192,7 @@ def save_safetensors(tensors, path, metadata=None):
 
 def _shape(rule, tensors):
     """The shape of what a rule makes; where the tensors have not even the axes for it, that of the first."""
-    theirs = [tensors[name].to("meta") for name in rule.names]
+    theirs = [tensors[name].to("meta") for name in rule.names]                    # shapes without numbers
     try:
         return tuple(rule.make(theirs).shape)
     except (RuntimeError, IndexError, TypeError):
