@@ -252,7 +252,7 @@ def _build_run(config):
 
 
 def _check_run(config, model):
-    """Entries that nothing has used by now; where they will be used, no error could name them."""
+    """Entries that building the model has not used; where they will be used, no error could name them."""
     fits = {"clean": config["clean"] in ("none", "lower", "words"), "options": isinstance(config["options"], dict),
             "features": config.get("features") is None or isinstance(config["features"], dict)}
     if config["task"] in ("caption", "vqa"):
@@ -306,6 +306,7 @@ def show_table(source):
 
 
 def main():
+    """SOURCE, or: export RUN FOLDER."""
     match sys.argv[1:]:
         case ["export", run, folder]:
             export_run(load_run(run), folder)
