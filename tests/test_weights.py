@@ -2,7 +2,6 @@
 
 The oracle for the format is a file assembled by hand, byte by byte, in `pack` below.
 """
-import errno
 import json
 import os
 import random
@@ -14,10 +13,10 @@ import torch
 from torch import nn
 
 from tinyvlm.config import UserError
-from tinyvlm.weights import (DTYPES, SafetensorsError, Source, atomic_write, copy_weights, load_safetensors,
-                             read_json, read_metadata, save_safetensors, write_json)
-
-WHOLE = [kind for kind, (_, ours) in DTYPES.items() if hasattr(torch, ours or "none")]
+from tinyvlm.files import write_json
+from tinyvlm.names import Source
+from tinyvlm.weights import (DTYPES, SafetensorsError, copy_weights, load_safetensors, read_metadata,
+                             save_safetensors)
 
 
 def pack(header, data=b""):
@@ -33,42 +32,6 @@ def line(dtype="F32", shape=(1,), offsets=(0, 4)):
 def put(folder, raw, name="x.safetensors"):
     (folder / name).write_bytes(raw)
     return folder / name
-
-
-# ---- files that appear whole
-
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt(), ValueError("no")])
-def test_a_failing_writer_leaves_the_old_file_and_no_litter(tmp_path, fault):
-    path = put(tmp_path, b"old", "a.bin")
-
-    def write(file):
-        file.write(b"half of the new")
-        raise fault
-
-    with pytest.raises(type(fault)) as caught:
-        atomic_write(path, write)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
-    if isinstance(fault, OSError):
-        assert caught.value.filename == str(path), "the full disk must be reported under the name the user knows"
-
-
-def test_atomic_write_makes_folders_and_follows_links(tmp_path):
-    atomic_write(tmp_path / "new" / "a.bin", lambda file: file.write(b"one"))
-    (tmp_path / "link").symlink_to(tmp_path / "new" / "a.bin")
-    atomic_write(tmp_path / "link", lambda file: file.write(b"two"))
-    assert (tmp_path / "new" / "a.bin").read_bytes() == b"two" and (tmp_path / "link").is_symlink()
-    assert os.listdir(tmp_path / "new") == ["a.bin"]
-
-
-def test_json_round_trip_and_its_errors_name_the_file(tmp_path):
-    obj = {"task": "caption", "size": [128, 128], "name": "caf\u00e9 \U0001f600 \udcff", "score": None}
-    write_json(tmp_path / "config.json", obj)
-    assert read_json(tmp_path / "config.json") == obj
-    for raw in (b"", b"{", b"\xff", b"[" * 100_000):
-        with pytest.raises(UserError, match="bad.json is not a readable JSON file"):
-            read_json(put(tmp_path, raw, "bad.json"))
-    with pytest.raises(UserError, match="nowhere.json"):
-        read_json(tmp_path / "nowhere.json")
 
 
 # ---- reading and writing tensors
@@ -90,11 +53,11 @@ def test_the_bytes_of_a_file_assembled_by_hand(tmp_path):
     assert read_metadata(tmp_path / "x.safetensors") == {"format": "pt"}
 
 
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("pad", [0, 3])
 def test_every_dtype_comes_back_bit_for_bit(tmp_path, kind, pad):
     """pad=3 shifts the data off every grid but the byte's, as unpadded headers of old writers do."""
-    dtype = getattr(torch, DTYPES[kind][1])
+    dtype = DTYPES[kind]
     raw = torch.randint(0, 2, (6 * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tensor = raw.view(dtype).reshape(2, 3)
     save_safetensors({"x": tensor}, tmp_path / "x.safetensors")
@@ -129,26 +92,14 @@ def test_writing_into_a_loaded_tensor_is_private(tmp_path):
 
 
 @pytest.mark.parametrize("tensors, metadata, fault", [
-    ({"x": torch.zeros(1, dtype=torch.complex128)}, None, "complex128"),
-    ({"x": torch.zeros(2, 2).to_sparse()}, None, "sparse"),
-    ({"x": torch.zeros(1, device="meta")}, None, "meta"),
-    ({"x": [1.0]}, None, "list"),
-    ({3: torch.zeros(1)}, None, "named 3"),
-    ({"__metadata__": torch.zeros(1)}, None, "__metadata__"),
-    ({"\ud800": torch.zeros(1)}, None, "not text"),
-    ({}, {"epoch": 3}, "strings to strings"), ({}, [("a", "b")], "strings to strings"), ({}, "ab", "to strings"),
-])
+    ({"x": torch.zeros(1, dtype=torch.complex128)}, None, "complex128"), ({"x": torch.zeros(2, 2).to_sparse()}, None,
+                                                                          "sparse"),
+    ({"x": torch.zeros(1, device="meta")}, None, "meta"), ({"x": [1.0]}, None, "list"),
+    ({}, {"epoch": 3}, "strings to strings")])
 def test_what_the_format_cannot_hold_is_refused_and_nothing_written(tmp_path, tensors, metadata, fault):
     with pytest.raises(SafetensorsError, match=fault):
         save_safetensors(tensors, tmp_path / "x.safetensors", metadata)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_nested_tensor_is_refused(tmp_path):
-    """It calls its layout strided, as a dense one does, and has no shape."""
-    with pytest.raises(SafetensorsError, match="a dense tensor"):
-        save_safetensors({"x": torch.nested.nested_tensor([torch.zeros(1)])}, tmp_path / "x.safetensors")
 
 
 # ---- malformed files
@@ -165,41 +116,38 @@ FAULTS = {
     "bad UTF-8": (pack(b'{"\xff": 1}'), "utf-8"),
     "bad JSON": (pack(b"{"), "line 1"),
     "NUL after the JSON": (pack(b"{}\0"), "Extra data"),
-    "NaN": (pack('{"x":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', D4), "NaN is not JSON"),
-    "deep nesting": (pack('{"x":' + "[" * 200_000), "nested too deeply"),
+    "NaN": (pack('{"x":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', D4), "NaN: no JSON"),
+    "deep nesting": (pack('{"x":' + "[" * 200_000), "JSON nested too deeply"),
     "half a surrogate pair": (pack('{"\\ud800":' + json.dumps(line()) + "}", D4), "surrogates"),
     "duplicate tensor": (pack('{"x":%s,"x":%s}' % ((json.dumps(line()),) * 2), D4), "'x' appears twice"),
     "duplicate field": (pack('{"x":{"shape":[1],"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', D4), "'shape' app"),
     "entry a number": (pack({"x": 1}), "'x' is not an object"),
-    "entry null": (pack({"x": None}), "'x' is not an object"),
     "entry a list": (pack({"x": ["F32", [1], [0, 4]]}, D4), "'x' is not an object"),
-    "no dtype": (pack({"x": {"shape": [1], "data_offsets": [0, 4]}}, D4), "'x' lacks the field 'dtype'"),
-    "no shape": (pack({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, D4), "'x' lacks the field 'shape'"),
-    "no offsets": (pack({"x": {"dtype": "F32", "shape": [1]}}, D4), "'x' lacks the field 'data_offsets'"),
-    "dtype unknown": (pack({"x": line("f32")}, D4), "unknown dtype 'f32'"),
-    "dtype a list": (pack({"x": line(["F32"])}, D4), "unknown dtype"),
-    "dtype of six bits": (pack({"x": line("F6_E2M3", (4,), (0, 3))}, D4[:3]), "F6_E2M3"),
-    "dtype of four bits": (pack({"x": line("F4", (8,))}, D4), "F4"),
-    "odd number of four bits": (pack({"x": line("F4", (1,), (0, 1))}, b"\0"), "0.5 bytes"),
+    "no dtype": (pack({"x": {"shape": [1], "data_offsets": [0, 4]}}, D4), "the dtype None"),
+    "no shape": (pack({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, D4), "the shape None"),
+    "no offsets": (pack({"x": {"dtype": "F32", "shape": [1]}}, D4), "the data_offsets None"),
+    "dtype unknown": (pack({"x": line("f32")}, D4), "the dtype 'f32'"),
+    "dtype a list": (pack({"x": line(["F32"])}, D4), "the dtype ['F32']"),
+    "dtype of four bits": (pack({"x": line("F4", (8,))}, D4), "the dtype 'F4'"),
     "shape null": (pack({"x": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}}, D4), "the shape None"),
     "shape with a bool": (pack({"x": line(shape=(True,))}, D4), "the shape"),
     "shape with a float": (pack({"x": line(shape=(1.0,))}, D4), "the shape"),
     "shape with a text": (pack({"x": line(shape=("1",))}, D4), "the shape"),
     "shape negative": (pack({"x": line(shape=(-1, -1))}, D4), "the shape"),
     "shape beyond 64 bits": (pack({"x": line(shape=(0, 2**64), offsets=(0, 0))}), "the shape"),
-    "shape of 5000 digits": (pack('{"x":{"dtype":"F32","data_offsets":[0,4],"shape":[' + "9" * 5000 + ']}}'), "shape"),
+    "shape of 5000 digits": (pack('{"x":{"dtype":"F32","data_offsets":[0,4],"shape":[' + "9" * 5000 + ']}}'), "digits"),
     "product overflows": (pack({"x": line(shape=(2**62, 4))}, D4), "overflow"),
     "product wraps round to the right size": (pack({"x": line("U8", (2**32, 2**32), (0, 0))}), "overflow"),
-    "bits overflow": (pack({"x": line(shape=(2**60,))}, D4), "overflow"),
-    "length beyond torch": (pack({"x": line(shape=(0, 2**63), offsets=(0, 0))}), "too large for torch"),
+    "larger than any file": (pack({"x": line(shape=(2**60,))}, D4), "is 4611686018427387904 bytes"),
+    "length beyond torch": (pack({"x": line(shape=(0, 2**63), offsets=(0, 0))}), "the shape"),
     "offsets minus zero": (pack('{"x":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', D4), "data_offsets"),
     "offsets of three": (pack({"x": line(offsets=(0, 4, 4))}, D4), "data_offsets"),
     "offsets an object": (pack({"x": {"dtype": "F32", "shape": [1], "data_offsets": {}}}, D4), "data_offsets"),
-    "begin after end": (pack({"x": line(offsets=(4, 0))}, D4), "begin <= end"),
+    "begin after end": (pack({"x": line(offsets=(4, 0))}, D4), "is 4 bytes, but data_offsets are [4, 0]"),
     "size and offsets differ": (pack({"x": line(shape=(2,))}, D4), "8 bytes"),
-    "hole at the start": (pack({"x": line(offsets=(4, 8))}, D4 * 2), "a hole"),
-    "hole": (pack({"x": line(), "y": line(offsets=(8, 12))}, D4 * 3), "a hole in the data: tensor 'y'"),
-    "overlap": (pack({"x": line(), "y": line()}, D4), "an overlap"),
+    "hole at the start": (pack({"x": line(offsets=(4, 8))}, D4 * 2), "tensor 'x' begins at 4"),
+    "hole": (pack({"x": line(), "y": line(offsets=(8, 12))}, D4 * 3), "tensor 'y' begins at 8, others end at 4"),
+    "overlap": (pack({"x": line(), "y": line()}, D4), "tensor 'y' begins at 0, others end at 4"),
     "trailing bytes": (pack({"x": line()}, D4 + b"!"), "the file holds 5"),
     "data cut short": (pack({"x": line()}, D4[:3]), "the file holds 3"),
     "data without tensors": (pack({}, D4), "cover 0 bytes"),
@@ -223,7 +171,7 @@ def test_a_complaint_about_a_huge_shape_stays_short(tmp_path):
     for raw in (pack({"x": line(shape=[1] * 10_000 + [-1])}, D4), pack({"x" * 10_000: line("F4", (8,))}, D4)):
         with pytest.raises(SafetensorsError) as caught:
             load_safetensors(put(tmp_path, raw))
-        assert len(str(caught.value)) < 500 + len(str(tmp_path))
+        assert len(str(caught.value)) < 260 + len(str(tmp_path))
 
 
 def test_a_header_over_the_limit_is_refused_without_reading_it(tmp_path):
@@ -300,16 +248,16 @@ def test_an_index_gathers_its_files_and_decides_between_them(tmp_path):
                    one={"a": torch.ones(1), "c": torch.ones(2)}, two={"b": torch.ones(3), "a": torch.zeros(1)})
     loaded = load_safetensors(index)
     assert loaded.keys() == {"a", "b", "c"} and loaded["a"].item() == 1.0
-    assert read_metadata(index) == {"one": "yes", "two": "yes"}
 
 
 @pytest.mark.parametrize("weight_map, fault", [
     ({"a": "one.safetensors", "b": "gone.safetensors"}, "gone.safetensors"),
     ({"a": "one.safetensors", "lost": "one.safetensors"}, "'lost'"),
-    ({"a": "../one.safetensors"}, "outside"), ({"a": "/etc/passwd"}, "outside"), ({"a": "..\\one"}, "outside"),
-    ({"a": "C:one"}, "outside"), ({"a": ""}, "outside"), ({"a": "."}, "outside"), ({"a": "nul\0"}, "cannot read"),
-    ({"a": "model.safetensors.index.json"}, "not a valid safetensors"),
-    ({"a": 1}, "no weight_map"), ([], "no weight_map"),
+    ({"a": "../one.safetensors"}, "no file of its own folder"), ({"a": "/etc/passwd"}, "no file of its own folder"),
+    ({"a": "..\\one"}, "no file of"), ({"a": "C:one"}, "no file of"), ({"a": ""}, "no file of"),
+    ({"a": 1}, "no file of"),
+    ({"a": "nul\0"}, "cannot read"), ({"a": "model.safetensors.index.json"}, "not a valid safetensors"),
+    ([], "no weight_map"),
 ])
 def test_a_broken_index_is_named(tmp_path, weight_map, fault):
     with pytest.raises(SafetensorsError) as caught:
@@ -327,99 +275,81 @@ def test_an_index_that_is_no_object(tmp_path):
 # ---- the strict copy
 
 class Tiny(nn.Module):
-    """Two layers of joined q, k, v; a head tied to the embedding; one buffer that is saved and one that is not."""
+    """Two layers of joined q, k, v; one buffer that is saved and one that is not."""
 
     def __init__(self):
         super().__init__()
         self.wte = nn.Embedding(5, 2)
         self.h = nn.ModuleList([nn.Linear(2, 6) for _ in range(2)])
-        self.head = nn.Linear(2, 5, bias=False)
-        self.head.weight = self.wte.weight
         self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
-        self.register_buffer("mask", torch.zeros(3), persistent=False)
 
 
-TABLE = {"head.weight": "emb", "mean": Source("mean", op="viewed"),
-         **{f"h.{i}.weight": Source(f"{i}.w", op="transposed") for i in range(2)},
-         **{f"h.{i}.bias": Source(f"{i}.q", f"{i}.k", f"{i}.v", op="joined") for i in range(2)}}
+TABLE = {"wte.weight": Source(("emb",)), "mean": Source(("mean",)),
+         **{f"h.{i}.weight": Source((f"{i}.w",), "transposed") for i in range(2)},
+         **{f"h.{i}.bias": Source((f"{i}.q", f"{i}.k", f"{i}.v"), "joined") for i in range(2)}}
 
 
 def foreign():
     torch.manual_seed(0)
-    tensors = {"emb": torch.randn(5, 2), "mean": torch.randn(1, 2, 1), "0.mask": torch.ones(3, dtype=torch.uint8)}
+    tensors = {"emb": torch.randn(5, 2), "mean": torch.randn(2), "0.mask": torch.ones(3, dtype=torch.uint8)}
     for i in "01":
         tensors[f"{i}.w"] = torch.randn(2, 6)
         tensors.update({f"{i}.{part}": torch.randn(2).half() for part in "qkv"})
     return tensors
 
 
-def test_copy_weights_fills_everything_and_tells_from_where():
-    model, theirs = Tiny(), foreign()
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_copy_weights_fills_everything_and_tells_from_where(device):
+    """On "meta" the model has sizes and no memory yet."""
+    theirs = foreign()
+    with torch.device(device):
+        model = Tiny()
     rows = copy_weights(model, theirs, TABLE, ignore=["*.mask"])
-    assert torch.equal(model.wte.weight, theirs["emb"]) and model.head.weight is model.wte.weight
-    assert torch.equal(model.h[1].weight, theirs["1.w"].t())
-    assert torch.equal(model.mean, theirs["mean"].double().flatten())
+    assert torch.equal(model.wte.weight, theirs["emb"]) and torch.equal(model.h[1].weight, theirs["1.w"].t())
+    assert torch.equal(model.mean, theirs["mean"].double())
     assert torch.equal(model.h[0].bias, torch.cat([theirs[f"0.{part}"].float() for part in "qkv"]))
-    assert rows[0] == ("emb", "wte.weight = head.weight", (5, 2), "copied")
+    assert rows[0] == ("emb", "wte.weight", (5, 2), "copied") and ("1.w", "h.1.weight", (6, 2), "transposed") in rows
     assert ("0.q + 0.k + 0.v", "h.0.bias", (6,), "joined") in rows
-    assert ("1.w", "h.1.weight", (6, 2), "transposed") in rows
     assert rows[-1] == ("0.mask", "", (3,), "ignored") and len(rows) == 7
     assert all(parameter.requires_grad and parameter.grad_fn is None for parameter in model.parameters())
 
 
-def test_a_function_may_serve_where_no_word_does_and_a_tensor_twice():
-    """A fused k-then-v matrix split over two of our layers."""
-    model = nn.ModuleDict({"k": nn.Linear(2, 3, bias=False), "v": nn.Linear(2, 3, bias=False)})
-    kv = torch.arange(12.0).reshape(6, 2)
-
-    def upper(x):
-        return x[:3]
-
-    table = {"k.weight": Source("kv", op=upper), "v.weight": Source("kv", op=lambda x: x[3:])}
-    rows = copy_weights(model, {"kv": kv}, table)
-    assert torch.equal(model["k"].weight, kv[:3]) and torch.equal(model["v"].weight, kv[3:]) and rows[0].how == "upper"
-
-
-def broken(**changes):
-    """(tensors, table) with one thing wrong; None removes."""
-    tensors, table = foreign(), dict(TABLE)
-    for kind, values in (("tensors", tensors), ("table", table)):
-        values.update(changes.get(kind, {}))
-        for name in [name for name, value in values.items() if value is None]:
-            del values[name]
-    return tensors, table
-
-
 @pytest.mark.parametrize("changes, faults", [
-    ({"tensors": {"1.w": None}}, ["missing in the file: 1.w"]),
-    ({"table": {"mean": None}}, ["missing in the name table: mean", "unused in the file: mean"]),
-    ({"table": {"head.weight": None}},
-     ["missing in the name table: wte.weight = head.weight", "unused in the file: emb"]),
-    ({"table": {"wte.weight": "emb"}}, ["filled more than once: wte.weight = head.weight"]),
-    ({"table": {"mask": "mean"}}, ["unknown to the model: mask"]),
-    ({"tensors": {"extra": torch.ones(1), "0.masked": torch.ones(1)}}, ["unused in the file: 0.masked, extra"]),
-    ({"table": {"h.0.weight": "0.w"}}, ["wrong shape: ours h.0.weight (6, 2), theirs 0.w (2, 6) copied: (2, 6)"]),
-    ({"tensors": {"0.q": torch.ones(2, 2)}},
-     ["wrong shape: ours h.0.bias (6,), theirs 0.q (2, 2) + 0.k (2,) + 0.v (2,)"]),
-    ({"tensors": {"mean": torch.ones(3)}}, ["wrong shape: ours mean (2,), theirs mean (3,) viewed"]),
-    ({"tensors": {"0.w": torch.ones(1, 2, 6)}},
-     ["wrong shape: ours h.0.weight (6, 2), theirs 0.w (1, 2, 6) transposed"]),
-    ({"tensors": {"mean": torch.ones(2, dtype=torch.complex64)}},       # the copy would drop the imaginary parts
-     ["wrong shape: ours mean (2,), theirs mean (2,) viewed: complex, ours is real"]),
-    ({"tensors": {"0.w": torch.ones(3, 6), "1.w": None, "z": torch.ones(1)}},
-     ["missing in the file: 1.w", "unused in the file: z", "ours h.0.weight (6, 2), theirs 0.w (3, 6)"]),
-])
-def test_copy_weights_lists_every_fault_and_writes_nothing(changes, faults):
-    model = Tiny()
+    ({"1.w": None}, ["missing: 1.w;"]), ({"mean": None, "1.q": None}, ["missing: 1.q, mean;"]),
+    ({"extra": torch.ones(1), "0.masked": torch.ones(1)}, ["unused: 0.masked, extra;"]),
+    ({"0.w": torch.ones(6, 2)}, ["another shape: 0.w (2, 6) for our (6, 2);"]),
+    ({"0.q": torch.ones(2, 2)}, ["another shape: 0.q (2, 2) for our (6,);"]),
+    ({"0.w": torch.ones(1, 2, 6)}, ["another shape: 0.w (1, 2, 6) for our (6, 2);"]),
+    ({"0.w": torch.ones(3, 6), "1.w": None, "z": torch.ones(1)},
+     ["missing: 1.w;", "unused: z;", "another shape: 0.w (6, 3) for our (6, 2);"])])
+def test_copy_weights_names_every_fault_and_writes_nothing(changes, faults):
+    model, tensors = Tiny(), foreign() | changes
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError) as caught:
-        copy_weights(model, *broken(**changes), ignore=["*.mask"], source="some/file")
-    assert all(fault in str(caught.value) for fault in faults), str(caught.value)
-    assert str(caught.value).count("\n") == len(faults), "a fault that is none was reported"
-    assert "some/file does not fit Tiny" in str(caught.value)
+        copy_weights(model, tensors, TABLE, ignore=["*.mask"], source="some/file")
+    text = str(caught.value)
+    assert text.startswith("some/file does not fit Tiny; ") and all(fault in text for fault in faults), text
+    assert text.count(":") == len(faults), "a fault that is none was reported"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_unknown_word_in_a_table_is_refused():
-    with pytest.raises(AssertionError, match="'joind'"):
-        Source("a", "b", op="joind")
+def test_a_weight_of_ours_without_a_rule_is_missing():
+    rules = {name: rule for name, rule in TABLE.items() if name != "h.1.bias"}
+    with pytest.raises(UserError, match="missing: h.1.bias; unused: 1.k, 1.q, 1.v;"):
+        copy_weights(Tiny(), foreign(), rules, ignore=["*.mask"])
+
+
+def test_a_file_of_another_width_is_one_short_sentence_that_names_the_cause():
+    """60 tensors were once printed in 3,000 characters, and the reader had to find out that all are 48 wide."""
+    ours = nn.ModuleDict({f"layer{i}": nn.Linear(32, 64) for i in range(30)})
+    theirs = nn.ModuleDict({f"layer{i}": nn.Linear(48, 64) for i in range(30)}).state_dict()
+    rules = {name: Source((name,)) for name in theirs}
+    with pytest.raises(UserError) as caught:
+        copy_weights(ours, theirs, rules, source="/a/folder/model.safetensors")
+    text = str(caught.value)
+    assert "most are 48 wide where ours are 32; another shape: layer0.weight, layer1.weight" in text
+    assert "layer4.weight" in text and "layer5.weight" not in text and "and 25 more" in text and len(text) <= 300
+    with pytest.raises(UserError) as caught:
+        copy_weights(ours, {}, rules, source="/long" * 40)
+    assert len(str(caught.value)) <= 300 and "layer0.bias" in str(caught.value)

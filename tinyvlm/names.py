@@ -1,15 +1,14 @@
 """Whose weight is whose: the name tables of public checkpoints.
 
-To load, read a line from right to left: their tensor becomes ours. To export, from left to right.
-
 A checkpoint is a bag of named arrays. Whoever trained it chose the names and, here and there, the layout: GPT-2 keeps
 its matrices transposed, Hugging Face's ViT keeps q, k and v apart. Below, the first column holds our name and each
-other one the same weight in another dialect, as transformers, timm, torchvision or OpenAI save it.
+other one the same weight in another dialect, as transformers, timm, torchvision or OpenAI save it. To load, read a line
+from right to left: their tensor becomes ours. To export, from left to right.
 
     ln_f.                   a dot at the end: the pair ln_f.weight and ln_f.bias; bn1.* adds running_mean and _var
     blocks.{i}.             {i} is a layer's number; blocks.{i}. on its own: the six lines of BLOCK, in every layer
     [q+k+v]_proj.           several of their tensors, one below the other, make one of ours
-    c_fc.^T  x^1  x^V       theirs is transposed, gets an axis in front, or takes our shape, to become ours
+    c_fc.^T  x^1  x^V  x^0  theirs is transposed, gets an axis in front, is flattened, or is one number
     head.?                  a file that has none of it is a model without it; - in a column: none of those models has it
 
 Worked example. GPT-2's cross-attention, q from the text and k, v from the image, C = 768 channels, in layer 0:
@@ -20,31 +19,31 @@ Worked example. GPT-2's cross-attention, q from the text and k, v from the image
     blocks.0.cross.qkv.bias   (2304,)      =  q_attn.bias (768,) on top of c_attn.bias (1536,)
 """
 import re
+from typing import NamedTuple
 
 import torch
 
-from .weights import Source
-
-
-# ---- what may be done to their tensors, beyond the words that copy_weights knows
-
-def transposed_joined(*matrices):
-    """Several (in, out) matrices -> one (sum of outs, in)."""
-    return torch.cat([matrix.t() for matrix in matrices])
-
-
-def unsqueezed(table):
-    """(C,) or (N, C) -> (1, 1, C) or (1, N, C): ours keep an axis for the batch in front."""
-    return table[None, None] if table.dim() == 1 else table[None]
-
-
-def zeros(*weights):
-    """The bias of layers published without one, a zero for each of their outputs: ours always have it."""
-    return torch.zeros(sum(map(len, weights)))
-
-
-MARKS = {"": "copied", "T": "transposed", "1": unsqueezed, "V": "viewed"}
+# What is done to their tensors so that they become ours.
+OPS = {
+    "copied": lambda x: x,
+    "transposed": lambda x: x.t(),                      # Conv1D and x @ P keep (in, out), nn.Linear (out, in)
+    "joined": lambda *x: torch.cat(x),                  # rows of q, k, v, (C, C) each -> (3C, C)
+    "transposed + joined": lambda *x: torch.cat([matrix.t() for matrix in x]),
+    "unsqueezed": lambda x: x[None, None] if x.dim() == 1 else x[None],         # (C,), (N, C) -> (1, 1, C), (1, N, C)
+    "flattened": lambda x: x.flatten(1),                # linear layers kept as convolutions, (O, C, 7, 7) -> (O, 49 C)
+    "one number": lambda x: x.reshape(()),              # CLIP's temperature, published as () and as (1,)
+}
+MARKS = {"": "copied", "T": "transposed", "1": "unsqueezed", "V": "flattened", "0": "one number"}
 PARTS = {".": ("weight", "bias"), "*": ("weight", "bias", "running_mean", "running_var")}
+
+
+class Source(NamedTuple):
+    """Where a weight of ours comes from: names in the file, and the word of OPS that makes it of those tensors."""
+    names: tuple
+    op: str = "copied"
+
+    def make(self, tensors):
+        return OPS[self.op](*tensors)
 
 
 # ---- the tables
@@ -66,7 +65,7 @@ mlp.fc.    mlp.c_fc.^T    intermediate.dense.                    mlp.fc1.   mlp.
 mlp.proj.  mlp.c_proj.^T  output.dense.                          mlp.fc2.   mlp.fc2.                mlp.c_proj.
 """)
 
-# A text tower around its blocks. Only the GPT-2 of a captioner looks at an image.
+# A text tower. Only the GPT-2 of a captioner attends to an image.
 TEXT = _columns("""
 ours                    gpt2                              clip                                  openai
 wte.weight              wte.weight                        embeddings.token_embedding.weight     token_embedding.weight
@@ -119,7 +118,7 @@ head.?  head.fc.            classifier.6.
 # ---- families: each is a list of namings, {our line: their line}, one for each way its files are found written
 
 def _tower(table, dialect, ours="", theirs=""):
-    """One column of a table, its blocks filled in, one level down on both sides: ln_f. = ln_post. under visual."""
+    """One column of a table, its blocks filled in, one level down on both sides: vision.ln_f. = visual.ln_post."""
     lines = {}
     for left, right in table[dialect].items():
         inner = BLOCK[dialect] if left == "blocks.{i}." else {"": ""}
@@ -128,31 +127,26 @@ def _tower(table, dialect, ours="", theirs=""):
 
 
 def _resnet(dialect, head, lead=""):
-    # lines without {k} come out three times, equal: the dict keeps one
-    at = [dict(s=s, t=s + 1, k=k, j=k - 1, i="{i}") for s in range(4) for k in (1, 2, 3)]
+    at = [dict(s=s, t=s + 1, k=k, j=k - 1, i="{i}") for s in range(4) for k in (1, 2, 3)]   # some lines come thrice
     return {a.format(**n): lead + b.format(**n) for n in at for a, b in RESNET[dialect].items()} | {"head.?": head}
 
 
-def _openai(text):
-    return (_tower(VISION, "openai", "vision.", "visual.") | _tower(TEXT, "openai", "text.", text) |
-            {"image_head.weight": "visual.proj^T", "text_head.weight": text + "text_projection^T",      # used as x @ P
-             "logit_scale": "logit_scale^V"})
-
-
-FEATURES = {f"features.{n}.?": f"features.{n}." for n in range(100)}
-NAMINGS = {     # a model saved from inside its task's class has a word in front; of several namings the best fit counts
+FEATURES = {f"feature_map.{n}.?": f"features.{n}." for n in range(50)}
+NAMINGS = {     # a model saved from inside its task's class has a name in front; of several namings the best fit counts
     "gpt2": [_tower(TEXT, "gpt2", "", lead) for lead in ("transformer.", "")],
-    "vit": [_tower(VISION, "vit", "", lead) | {"head.?": "classifier."} for lead in ("vit.", "deit.", "")] +
+    "vit": [_tower(VISION, "vit", "", lead) | {"head.?": "classifier."} for lead in ("vit.", "")] +
            [_tower(VISION, "timm") | {"head.?": "head."}],
     "clip": [_tower(VISION, "clip", "vision.", "vision_model.") | _tower(TEXT, "clip", "text.", "text_model.") |
              {"image_head.weight": "visual_projection.weight", "text_head.weight": "text_projection.weight",
-              "logit_scale": "logit_scale^V"},
-             _openai(""), _openai("text.")],                    # open_clip's newer files put the text tower there
+              "logit_scale": "logit_scale^0"},
+             _tower(VISION, "openai", "vision.", "visual.") | _tower(TEXT, "openai", "text.") |
+             {"image_head.weight": "visual.proj^T", "text_head.weight": "text_projection^T",        # used as x @ P
+              "logit_scale": "logit_scale^0"}],
     "resnet50": [_resnet("transformers", "classifier.1.", lead) for lead in ("resnet.", "")] +
                 [_resnet("torchvision", "fc.")],
     "vgg16": [FEATURES | VGG["timm"], FEATURES | VGG["torchvision"]],
     "vit_gpt2": [_tower(VISION, "vit", "vision.", "encoder.") | _tower(TEXT, "gpt2", "text.", "decoder.transformer.") |
-                 {"bridge.proj.?": "enc_to_dec_proj."}]}        # only between towers of different width
+                 {"connector.proj.?": "enc_to_dec_proj."}]}     # only between towers of different width
 
 
 # ---- reading a naming
@@ -160,8 +154,7 @@ NAMINGS = {     # a model saved from inside its task's class has a word in front
 def write_out(naming, names, ours=False):
     """A naming with all its layers and parts written out for one model: {our name: Source}.
 
-    names: a collection of the names at hand, which tells how many layers there are and which lines with "?" apply. It
-    is the file's, or, with ours=True (to export), our model's.
+    names: those of the file (or, with ours=True, of our model), which tell the layers and which lines with "?" apply.
     """
     rules = {}
     for left, right in naming.items():
@@ -182,29 +175,29 @@ def write_out(naming, names, ours=False):
 
 def _source(theirs, op):
     """"layers.0.self_attn.[q+k+v]_proj.bias" -> Source of three names, joined."""
-    head, _, rest = theirs.partition("[")
-    words, _, tail = rest.partition("]")
-    if words:
-        op = transposed_joined if op == "transposed" else "joined"
-    return Source(*(head + word + tail for word in words.split("+")), op=op)
+    head, several, rest = theirs.partition("[")
+    middle, _, tail = rest.partition("]")
+    op = {"copied": "joined", "transposed": "transposed + joined"}[op] if several else op
+    return Source(tuple(head + part + tail for part in middle.split("+")), op)
 
 
-def best_naming(names, families=NAMINGS):
+def best_naming(names):
     """The naming that finds the largest share of its names among `names`: (that share, its family, it written out)."""
-    found = []
-    for family in families:
-        for rules in (write_out(naming, names) for naming in NAMINGS[family]):
-            theirs = {name for rule in rules.values() for name in rule.names}
-            found.append((len(theirs & set(names)) / len(theirs), family, rules))
-    return max(found, key=lambda fit: fit[0])
+    def fit(family, naming):
+        rules = write_out(naming, names)
+        theirs = {name for rule in rules.values() for name in rule.names}
+        return len(theirs & set(names)) / len(theirs), family, rules
+    return max((fit(family, naming) for family in NAMINGS for naming in NAMINGS[family]), key=lambda found: found[0])
 
 
 def outward(naming, state):
     """The way back: {their name: tensor}, made of our `state` dict by undoing what each line does."""
     tensors = {}
     for ours, rule in write_out(naming, state, ours=True).items():
-        C = len(state[ours]) // 3                               # ours is q, k and v; theirs those, or q and k with v
-        pieces = {1: [len(state[ours])], 2: [C, 2 * C], 3: [C, C, C]}[len(rule.names)]
-        for name, piece in zip(rule.names, state[ours].split(pieces)):
-            tensors[name] = piece.t() if rule.op in ("transposed", transposed_joined) else piece
+        pieces, n = [state[ours]], len(rule.names)
+        if n > 1:                                               # ours is q, k and v; theirs those, or q and k with v
+            C = len(state[ours]) // 3
+            pieces = state[ours].split([C, 2 * C] if n == 2 else C)
+        for name, piece in zip(rule.names, pieces):
+            tensors[name] = piece.t() if rule.op.startswith("transposed") else piece
     return tensors
