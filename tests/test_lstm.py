@@ -5,17 +5,13 @@ import torch
 from tinyvlm.lstm import LSTM, lstm_cell
 
 
-def twins(input_size=5, hidden_size=7, num_layers=1, dtype=torch.float64):
+def twins(num_layers=1, dtype=torch.float64):
     """Ours and torch's, with the same random weights."""
     torch.manual_seed(num_layers)
-    theirs = torch.nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dtype=dtype)
-    ours = LSTM(input_size, hidden_size, num_layers).to(dtype)
+    theirs = torch.nn.LSTM(5, 7, num_layers, batch_first=True, dtype=dtype)
+    ours = LSTM(5, 7, num_layers).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
-
-
-def random_input(B=3, T=6, L=1, H=7):
-    return tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((B, T, 5), (L, B, H), (L, B, H)))
 
 
 def everything(lstm, call, x, h, c):
@@ -29,29 +25,10 @@ def everything(lstm, call, x, h, c):
 @pytest.mark.parametrize("way", ["forward", "plain"])
 def test_equals_torch_with_gradients(way, num_layers, B, T):
     """The promise of the file: same numbers as nn.LSTM, for the output, both states and the gradient of all inputs."""
-    ours, theirs = twins(num_layers=num_layers)
-    inputs = random_input(B, T, num_layers)
+    (ours, theirs), L, H = twins(num_layers=num_layers), num_layers, 7
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((B, T, 5), (L, B, H), (L, B, H))]
     got, want = everything(ours, getattr(ours, way), *inputs), everything(theirs, theirs, *inputs)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-
-
-def test_single_precision_stays_close_over_large_values():
-    """No digits are lost, and nothing overflows, where the gates saturate."""
-    ours, theirs = twins(dtype=torch.float32)
-    x = torch.cat([torch.randn(4, 5, 5) * scale for scale in (1e-3, 1.0, 50.0, 1e4)], dim=1)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=0, atol=2e-6)
-
-
-def test_gradcheck():
-    """The derivation in Recurrence.backward against finite differences, with no other LSTM as witness."""
-    ours, _ = twins(input_size=5, hidden_size=3, num_layers=2)
-
-    def flat(x, h, c, *weights):
-        out, states = torch.func.functional_call(ours, dict(zip(dict(ours.named_parameters()), weights)), (x, (h, c)))
-        return out, *states
-
-    assert torch.autograd.gradcheck(flat, (*random_input(B=2, T=3, L=2, H=3), *ours.parameters()))
 
 
 def test_cell_by_arithmetic():
@@ -65,8 +42,7 @@ def test_cell_by_arithmetic():
 
 
 def test_reading_in_two_parts_equals_reading_at_once():
-    """The returned state is all there is to remember: generation feeds one token at a time. And it is what came before
-    alone: the first part's output is that of the whole."""
+    """The returned state is all there is to remember (generation feeds one token at a time), and knows no future."""
     ours, _ = twins(num_layers=2)
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     whole, last = ours(x)
@@ -77,15 +53,15 @@ def test_reading_in_two_parts_equals_reading_at_once():
 
 
 def test_same_seed_same_initial_weights_as_torch():
-    torch.manual_seed(5)
-    theirs = torch.nn.LSTM(4, 6, 2).state_dict()
-    torch.manual_seed(5)
-    ours = LSTM(4, 6, 2).state_dict()
-    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    states = []
+    for kind in (LSTM, torch.nn.LSTM):
+        torch.manual_seed(5)
+        states.append(kind(4, 6, 2).state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_dropout_acts_between_layers_and_only_in_training():
-    """The top layer's output carries no zeros; eval equals dropout 0; with dropout 1 the upper layer receives nothing."""
+    """The top layer's output has no zeros; eval equals dropout 0; with dropout 1 nothing reaches the upper layer."""
     torch.manual_seed(0)
     lstm, x, dry = LSTM(5, 7, num_layers=2, dropout=0.5), torch.randn(2, 4, 5), LSTM(5, 7, num_layers=2)
     dry.load_state_dict(lstm.state_dict())

@@ -1,4 +1,4 @@
-"""Muon: what its polynomial does to singular values, torch's own Muon as the oracle of its steps, AdamW for the rest."""
+"""Muon: what its polynomial does to singular values; torch's own Muon and AdamW as the oracles of its steps."""
 import pytest
 import torch
 
@@ -63,24 +63,21 @@ def test_one_overflow_stops_both(bad, value):
 
 
 def test_state_goes_to_a_file_and_back(tmp_path):
-    """Two steps, a save without pickled classes, two steps: bit for bit four steps."""
-    def run(params, optimizer, steps):
-        for step in steps:
-            torch.manual_seed(step)
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
+    """A twin made from a saved state, without pickled classes, takes the next steps bit for bit alike."""
+    def step(params, optimizer, seed):
+        torch.manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
 
-    def fresh():
-        params = [torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(4))]
-        return params, Muon([{"params": params[:1], "muon": True}, {"params": params[1:]}], lr=0.1, fused=True)
-    whole, (first, second) = fresh(), (fresh(), fresh())
-    run(*whole, range(4))
-    run(*first, range(2))
-    torch.save([first[0], first[1].state_dict()], tmp_path / "state.pt")
-    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
-    for p, saved in zip(second[0], weights):
-        p.data.copy_(saved)
-    second[1].load_state_dict(state)
-    run(*second, range(2, 4))
-    assert all(torch.equal(p, q) for p, q in zip(whole[0], second[0]))
+    params = [torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = Muon([{"params": params[:1], "muon": True}, {"params": params[1:]}], lr=0.1, fused=True)
+    step(params, optimizer, 0)
+    torch.save([params, optimizer.state_dict()], tmp_path / "state.pt")
+    twins, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    twin = Muon([{"params": twins[:1], "muon": True}, {"params": twins[1:]}], lr=0.5, fused=True)
+    twin.load_state_dict(state)
+    for seed in (1, 2):
+        step(params, optimizer, seed)
+        step(twins, twin, seed)
+    assert all(torch.equal(p, q) for p, q in zip(params, twins))
