@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-
-def main():
+if __name__ == "__main__":
     torch.manual_seed(0)
     model = ResNetForImageClassification(ResNetConfig(
         embedding_size=2, hidden_sizes=[8, 16, 32], depths=[1, 2, 2], layer_type="bottleneck", num_labels=5)).eval()
@@ -26,7 +25,3 @@ def main():
     weights = {f"weights/{name}": t for name, t in model.state_dict().items() if "num_batches_tracked" not in name}
     arrays = {name: tensor.numpy() for name, tensor in {**answers, **weights}.items()}
     np.savez_compressed(Path(__file__).with_name("reference_resnet.npz"), **arrays)
-
-
-if __name__ == "__main__":
-    main()

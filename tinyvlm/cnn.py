@@ -1,15 +1,9 @@
-"""Two convolutional image encoders: VGG-16 (Simonyan & Zisserman 2014) and ResNet-50 (He et al. 2015), with BatchNorm.
+"""Two convolutional vision towers: VGG-16 (Simonyan & Zisserman 2014) and ResNet-50 (He et al. 2015), with BatchNorm.
 
-Both see an image through ever smaller grids of ever more channels, and both answer three questions:
-
-    model(img)             one vector per image: (B, 2048) or (B, 4096)
-    model.grid(img)        one vector per place: (B, N, C), the last feature map row by row; N = 7 * 7 at 224 x 224
-    model.classify(img)    logits (B, n_class), where the model has a head
-
-VGG is a straight pile of 3x3 convolutions. ResNet lets every block add to its input instead of replacing it, so that
-the gradient finds a short way down, and 50 layers train. The ResNet is "v1.5", as torchvision's and NVIDIA's weights:
-the halving sits on a block's 3x3 convolution; the paper had it on the 1x1 before, which drops 3 of 4 places unseen.
-Left out: other depths of VGG, the two-convolution block of ResNet-18/34, VGG with BatchNorm.
+VGG is a straight pile of 3x3 convolutions. In ResNet every block adds to its input instead of replacing it, so that
+the gradient finds a short way down, and 50 layers train. This is "v1.5", as torchvision's: the halving sits on a
+block's 3x3 convolution (the paper's 1x1 before it drops 3 of 4 places unseen). Left out: other depths of VGG, its
+dropout and BatchNorm, as it only serves frozen; the two-convolution block of ResNet-18.
 """
 from dataclasses import dataclass
 
@@ -17,87 +11,56 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_reduce       # the one with a gradient
+
+from .config import UserError
+
+
+class AllReduce(torch.autograd.Function):
+    """dist.all_reduce, but with a gradient: the sum of x over all processes, and backward the sum of its gradients."""
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.apply(grad)
 
 
 class BatchNorm2d(nn.Module):
     """Ioffe & Szegedy 2015: give every channel mean 0 and variance 1, then a learned scale and shift.
 
     (B, C, H, W) -> same. In training the statistics are the batch's own, and a running average of them is kept; eval
-    uses that average, so that an image's features no longer depend on its neighbours. Same numbers as
-    torch.nn.BatchNorm2d in both modes; torch's count of batches seen is left out, as nothing here reads it.
-    """
-    eps, momentum = 1e-5, 0.1           # momentum: the weight of the newest batch in the running average
+    uses that average: an image's features then do not depend on its neighbours. Numbers as torch.nn.BatchNorm2d."""
+    eps, momentum = 1e-5, 0.1                               # momentum: the newest batch's weight in the average
 
     def __init__(self, n_channel):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_channel))
-        self.bias = nn.Parameter(torch.zeros(n_channel))
-        self.register_buffer("running_mean", torch.zeros(n_channel))     # buffers are saved, but not trained
+        self.weight, self.bias = nn.Parameter(torch.ones(n_channel)), nn.Parameter(torch.zeros(n_channel))
+        self.register_buffer("running_mean", torch.zeros(n_channel))                # saved, but not trained
         self.register_buffer("running_var", torch.ones(n_channel))
 
     def forward(self, x):
-        if self.training and dist.is_initialized() and dist.get_world_size() > 1:
-            return self.over_all_processes(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                            self.training, self.momentum, self.eps)
-
-    def plain(self, x):
-        """What the fused call in `forward` computes. The trap: the batch is divided by its biased variance (over n),
-        but the running average collects the unbiased one (over n - 1), an estimate for images not seen yet."""
-        mean, var = self.running_mean, self.running_var                             # (C,) both
-        if self.training:
-            mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False)
-            n = x.numel() / x.shape[1]
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)                        # old + 0.1 * (new - old)
-                self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        scale = self.weight / torch.sqrt(var + self.eps)                            # (C,)
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-
-
-    def over_all_processes(self, x):
-        """The same with the batch spread over several processes: sums are added up among them, gradients too, so that
-        N processes train exactly as one would on the whole batch."""
-        n = x.numel() / x.shape[1] * dist.get_world_size()
-        sums = torch.stack([x.float().sum(dim=(0, 2, 3)), x.float().square().sum(dim=(0, 2, 3))])       # (2, C)
-        mean, square = all_reduce(sums) / n                                         # (C,) both
-        var = square - mean.square()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        scale = self.weight / torch.sqrt(var + self.eps)                            # (C,)
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        world = dist.get_world_size() if self.training and dist.is_initialized() else 1
+        if self.training and x.numel() * world == x.shape[1]:
+            raise UserError("one image of one place has no variance for batch norm; raise --batch-size, lower --accum")
+        if world == 1:                                      # in one fused call, what follows for several processes
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                self.training, self.momentum, self.eps)
+        y, n = x.to(self.weight.dtype), x.numel() // x.shape[1] * world             # not in half precision
+        mean = AllReduce.apply(y.mean(dim=(0, 2, 3), keepdim=True)) / world         # (1, C, 1, 1)
+        var = AllReduce.apply((y - mean).square().mean(dim=(0, 2, 3), keepdim=True)) / world
+        with torch.no_grad():           # the batch has its biased variance (over n), the average the unbiased (n - 1)
+            self.running_mean.lerp_(mean.flatten(), self.momentum)                  # old + 0.1 * (new - old)
+            self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
+        y = (y - mean) / torch.sqrt(var + self.eps)
+        return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def conv(n_in, n_out, size, stride=1):
     """A convolution without bias, as the BatchNorm after it would subtract any; padded to keep H, W at stride 1."""
     return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
-
-
-class Bottleneck(nn.Module):
-    """ResNet's block: 1x1 down to n_mid channels, 3x3 there, where it is cheap, 1x1 up to 4 * n_mid; plus the input.
-
-    (B, n_in, H, W) -> (B, 4 * n_mid, H / stride, W / stride). Where the shape changes, a 1x1 convolution (`shortcut`)
-    fits the input to it; elsewhere the input is added as it is.
-    """
-    expansion = 4
-
-    def __init__(self, n_in, n_mid, stride=1):
-        super().__init__()
-        n_out = n_mid * self.expansion
-        self.conv1, self.bn1 = conv(n_in, n_mid, 1), BatchNorm2d(n_mid)
-        self.conv2, self.bn2 = conv(n_mid, n_mid, 3, stride), BatchNorm2d(n_mid)
-        self.conv3, self.bn3 = conv(n_mid, n_out, 1), BatchNorm2d(n_out)
-        self.shortcut = None
-        if stride != 1 or n_in != n_out:
-            self.shortcut = nn.Sequential(conv(n_in, n_out, 1, stride), BatchNorm2d(n_out))
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))                 # (B, n_mid, H, W)
-        y = F.relu(self.bn2(self.conv2(y)))                 # (B, n_mid, H / stride, W / stride)
-        y = self.bn3(self.conv3(y))                         # (B, n_out, H / stride, W / stride)
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 def init_like_kaiming(model):
@@ -112,20 +75,39 @@ def init_like_kaiming(model):
 
 
 class ImageEncoder(nn.Module):
-    """What the two encoders share: three answers out of one feature map. They provide `feature_map` and `pool`."""
-
+    """What both share, the answers that a ViT gives too: img (B, 3, H, W) -> one vector, a grid of vectors, logits."""
     def forward(self, img):
-        """img (B, 3, H, W), normalised as the checkpoint wants -> one feature vector per image (B, n_feat)."""
-        return self.pool(self.feature_map(img))
+        return self.pool(self.feature_map(img))             # (B, n_feat)
+    features = forward
+
+    def pool(self, x):
+        return x.mean(dim=(2, 3))                           # (B, C, h, w) -> (B, C): any image size will do
 
     def grid(self, img):
-        """One vector per place, for soft attention: (B, N, C), places row by row. N = 49 at 224."""
-        return self.feature_map(img).flatten(2).transpose(1, 2)     # (B, C, h, w) -> (B, h * w, C)
+        return self.feature_map(img).flatten(2).transpose(1, 2)     # (B, N, C), row by row: N = 7 * 7 at 224 x 224
 
     def classify(self, img):
-        """Logits (B, n_class)."""
         assert self.head is not None, f"this {type(self).__name__} was built without a head (n_class=0): no logits"
-        return self.head(self.drop(self(img)))
+        return self.head(self(img))                         # (B, n_class)
+
+
+class Bottleneck(nn.Module):
+    """ResNet's block: 1x1 down to n_mid channels, 3x3 there, where it is cheap, 1x1 up to n_out; plus the input.
+
+    (B, n_in, H, W) -> (B, n_out, H / stride, W / stride); where that differs, a 1x1 convolution fits the input to it.
+    """
+    def __init__(self, n_in, n_mid, n_out, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = conv(n_in, n_mid, 1), BatchNorm2d(n_mid)
+        self.conv2, self.bn2 = conv(n_mid, n_mid, 3, stride), BatchNorm2d(n_mid)
+        self.conv3, self.bn3 = conv(n_mid, n_out, 1), BatchNorm2d(n_out)
+        same = stride == 1 and n_in == n_out
+        self.shortcut = nn.Identity() if same else nn.Sequential(conv(n_in, n_out, 1, stride), BatchNorm2d(n_out))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))                 # (B, n_mid, H, W)
+        y = F.relu(self.bn2(self.conv2(y)))                 # (B, n_mid, H / stride, W / stride)
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))       # (B, n_out, H / stride, W / stride)
 
 
 @dataclass
@@ -138,33 +120,25 @@ class ResNetConfig:
 
 class ResNet50(ImageEncoder):
     """Stem, four stages of bottlenecks, average over all places: 224 -> 56 -> 56, 28, 14, 7 -> a vector (B, 2048)."""
-
     def __init__(self, config=None):
         super().__init__()
-        config = config or ResNetConfig()
-        self.conv1, self.bn1 = conv(3, config.width, 7, stride=2), BatchNorm2d(config.width)
-        self.stages = nn.ModuleList()
-        n_in = config.width
-        for s, n_block in enumerate(config.blocks):
-            n_mid, stage = config.width * 2 ** s, nn.Sequential()
-            for b in range(n_block):                        # the first block of each stage but the first halves H and W
-                stage.append(Bottleneck(n_in, n_mid, stride=2 if s > 0 and b == 0 else 1))
-                n_in = n_mid * Bottleneck.expansion
-            self.stages.append(stage)
-        self.n_feat = n_in
-        self.drop = nn.Identity()                           # ResNet's head needs no dropout
-        self.head = nn.Linear(n_in, config.n_class) if config.n_class else None
+        c = self.config = config or ResNetConfig()
+        if min(c.width, *c.blocks) < 1:
+            raise UserError(f"no ResNet has the sizes {c}; fetch its config.json again")
+        self.conv1, self.bn1 = conv(3, c.width, 7, stride=2), BatchNorm2d(c.width)
+        self.stages, n_in = nn.Sequential(), c.width
+        for s, n_block in enumerate(c.blocks):
+            n_mid, n_out = c.width * 2 ** s, 4 * c.width * 2 ** s
+            blocks = [Bottleneck(n_in, n_mid, n_out, stride=2 if s else 1)]         # halves H and W but at first
+            self.stages.append(nn.Sequential(*blocks, *(Bottleneck(n_out, n_mid, n_out) for _ in range(1, n_block))))
+            n_in = n_out
+        self.n_feat, self.head = n_in, (nn.Linear(n_in, c.n_class) if c.n_class else None)
         init_like_kaiming(self)
 
     def feature_map(self, img):
         x = F.relu(self.bn1(self.conv1(img)))               # (B, width, H / 2, W / 2)
         x = F.max_pool2d(x, 3, stride=2, padding=1)         # (B, width, H / 4, W / 4)
-        for stage in self.stages:
-            x = stage(x)                                    # (B, 4 * width * 2^s, H / (4 * 2^s), W / (4 * 2^s))
-        return x                                            # (B, n_feat, H / 32, W / 32)
-
-    def pool(self, x):
-        return x.mean(dim=(2, 3))                           # (B, n_feat): any image size will do
+        return self.stages(x)                               # (B, n_feat, H / 32, W / 32)
 
 
 @dataclass
@@ -174,37 +148,23 @@ class VGGConfig:
     convs: tuple = (2, 2, 3, 3, 3)              # 3x3 convolutions per stage: 13, and 3 linear layers make 16
     n_hidden: int = 4096                        # of the two hidden linear layers
     n_class: int = 1000                         # 0: no head
-    dropout: float = 0.5                        # after each hidden layer, while training
 
 
 class VGG16(ImageEncoder):
-    """13 convolutions, then an MLP over all of the 7 x 7 places. Nine tenths of the weights sit in that MLP.
-
-    The feature vector (B, 4096) is what remains when the last layer is cut off: fc2 after its ReLU, so never negative.
-    """
-
+    """13 convolutions, then an MLP over the 7 x 7 places. The features are fc2 after its ReLU, never negative."""
     def __init__(self, config=None):
         super().__init__()
-        config = config or VGGConfig()
-        layers, n_in = [], 3
-        for n_out, n_conv in zip(config.widths, config.convs, strict=True):
-            for _ in range(n_conv):
-                layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(inplace=True)]
+        c = self.config = config or VGGConfig()
+        self.feature_map, n_in = nn.Sequential(), 3         # (B, 3, H, W) -> (B, 512, H / 32, W / 32)
+        for n_out, n_conv in zip(c.widths, c.convs, strict=True):
+            for _ in range(n_conv):                         # numbered as the public files number them: 0, 2, 5, 7, ..
+                self.feature_map.extend([nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(inplace=True)])
                 n_in = n_out
-            layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)              # numbered as the public files number them: 0, 2, 5, 7, ...
-        self.fc1 = nn.Linear(n_in * 7 * 7, config.n_hidden)
-        self.fc2 = nn.Linear(config.n_hidden, config.n_hidden)
-        self.drop = nn.Dropout(config.dropout)
-        self.n_feat = config.n_hidden
-        self.head = nn.Linear(config.n_hidden, config.n_class) if config.n_class else None
+            self.feature_map.append(nn.MaxPool2d(2))
+        self.fc1, self.fc2 = nn.Linear(n_in * 7 * 7, c.n_hidden), nn.Linear(c.n_hidden, c.n_hidden)
+        self.n_feat, self.head = c.n_hidden, (nn.Linear(c.n_hidden, c.n_class) if c.n_class else None)
         init_like_kaiming(self)
 
-    def feature_map(self, img):
-        return self.features(img)                           # (B, 512, H / 32, W / 32)
-
     def pool(self, x):
-        # The MLP has a weight for each of 7 x 7 places: larger maps are averaged down to that, smaller ones repeated.
-        x = F.adaptive_avg_pool2d(x, 7).flatten(1)          # (B, 512 * 7 * 7): by channel, then row, then column
-        x = self.drop(F.relu(self.fc1(x)))                  # (B, n_hidden)
-        return F.relu(self.fc2(x))                          # (B, n_hidden)
+        x = F.adaptive_avg_pool2d(x, 7).flatten(1)          # (B, 512 * 7 * 7): larger maps averaged, smaller repeated
+        return F.relu(self.fc2(F.relu(self.fc1(x))))        # (B, n_hidden)
