@@ -4,32 +4,29 @@ A model names its parts: "connector" (new layers), "decoder" and "vision" (often
 the start at the full rate; what is already good waits for its epoch and then takes smaller steps, or the noise of the
 untrained layers would undo it (as ULMFiT thaws, Howard & Ruder 2018, arXiv:1801.06146).
 """
-import torch
-
-from .muon import CombinedOptimizer, Muon
+from .muon import Muon
 
 
 def make_optimizer(model, config):
-    """AdamW, or AdamW together with Muon, which then has the matrices inside; a group for each part and kind.
+    """AdamW, where --optimizer muon has Muon move the matrices inside; a group for each part and kind.
 
     A part's rate is a factor of --lr, which the training loop multiplies in. Of the two kinds, matrices decay, and norms,
     biases and a transformer's tables do not.
     """
     factor = {"connector": 1.0, "decoder": getattr(config, "lr_decoder", 1.0), "vision": config.lr_vision}
-    names, groups = {id(p): name for name, p in model.named_parameters()}, {"adamw": [], "muon": []}
+    names, groups = {id(p): name for name, p in model.named_parameters()}, []
 
     def kind(p):
-        """(which optimizer, does it decay)"""
+        """(does Muon move it, does it decay)"""
         table = names[id(p)].endswith((".wte.weight", ".wpe.weight", ".pos", ".cls"))
         inside = p.dim() == 2 and (".blocks." in names[id(p)] or names[id(p)].startswith("connector."))
-        return "muon" if inside and config.optimizer == "muon" else "adamw", p.dim() >= 2 and not table
+        return inside and config.optimizer == "muon", p.dim() >= 2 and not table
     for part, params in model.parts().items():
-        for owner, decays in dict.fromkeys(map(kind, params)):
-            groups[owner].append({"params": [p for p in params if kind(p) == (owner, decays)], "factor": factor[part],
-                                  "weight_decay": config.weight_decay if decays else 0.0})
+        for muon, decays in dict.fromkeys(map(kind, params)):
+            groups.append({"params": [p for p in params if kind(p) == (muon, decays)], "factor": factor[part],
+                           "weight_decay": config.weight_decay if decays else 0.0, "muon": muon})
     fused = next(model.parameters()).device.type in ("cpu", "cuda")               # one loop over all weights, not ten
-    adamw = torch.optim.AdamW(groups["adamw"], lr=config.lr, betas=(0.9, 0.98), fused=fused)
-    return CombinedOptimizer(adamw, Muon(groups["muon"], lr=config.lr)) if groups["muon"] else CombinedOptimizer(adamw)
+    return Muon(groups, lr=config.lr, betas=(0.9, 0.98), fused=fused)
 
 
 def unfreeze(model, config, epoch):
