@@ -74,7 +74,8 @@ def test_a_second_process_is_told_or_waits(tmp_path):
 
 def test_one_walk_follows_links_once_and_skips_what_is_no_data(tmp_path):
     touch(tmp_path / "disk", "a.jpg")
-    touch(tmp_path / "set", "b.png", "deep/er/c.jpg", "__MACOSX/b.png", "._b.png", ".thumbs/b.png", "d.incomplete/d.jpg")
+    touch(tmp_path / "set", "b.png", "deep/er/c.jpg",
+          "__MACOSX/b.png", "._b.png", ".thumbs/b.png", "d.incomplete/d.png")
     os.symlink(tmp_path / "disk", tmp_path / "set" / "linked")
     os.symlink(tmp_path / "set", tmp_path / "set" / "deep" / "loop")              # would never end
     assert list_files(tmp_path / "set") == ["b.png", "linked/a.jpg", "deep/er/c.jpg"]
@@ -113,7 +114,7 @@ def test_an_image_never_stands_in_for_that_of_another_folder(tmp_path):
     finder = ImageFinder(touch(tmp_path, "dogs/8.jpg", "cats/9.jpg", "old/birds.txt"))
     (tmp_path / "cows").mkdir()
     assert ImageFinder(tmp_path).find("cows/8.jpg") is None
-    assert finder.find("cats/8.jpg") is None and finder.find("x/cats/8.jpg") is None and finder.find("old/8.jpg") is None
+    assert [finder.find(name) for name in ("cats/8.jpg", "x/cats/8.jpg", "old/8.jpg")] == [None] * 3
     assert finder.find("images/8.jpg") == "dogs/8.jpg"           # there is no folder images at all
     assert finder.find("images/8.jpg", by_name=False) is None
     assert finder.find("8.jpg", base="cats") is None
@@ -131,7 +132,8 @@ def test_of_two_images_none_is_taken_by_alphabet(tmp_path):
 
 def test_copies_in_folders_of_one_name_are_one_if_they_are_the_same(tmp_path):
     """As Kaggle's zip of Flickr30k has them. Another size is another image."""
-    touch(tmp_path, "Images/8.jpg", "Images/Images/8.jpg", "Images/Images/9.jpg", "xImages/Images/7.jpg", "xImages/7.jpg")
+    touch(tmp_path, *(f"Images/{name}" for name in ("8.jpg", "Images/8.jpg", "Images/9.jpg")))
+    touch(tmp_path, "xImages/Images/7.jpg", "xImages/7.jpg")
     touch(tmp_path, "Images/9.jpg", text="larger")
     finder = ImageFinder(tmp_path)
     assert finder.find("8.jpg") == "Images/8.jpg"

@@ -119,9 +119,9 @@ def png(pixels, depth, kind, *chunks):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     w, h = len(pixels[0]) * 8 // depth // {0: 1, 2: 3}[kind], len(pixels)
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, kind, 0, 0, 0))
-    rows = zlib.compress(b"".join(b"\0" + row for row in pixels))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*c) for c in chunks) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    head = (b"IHDR", struct.pack(">IIBBBBB", w, h, depth, kind, 0, 0, 0))
+    rows = (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in pixels)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in (head, *chunks, rows, (b"IEND", b"")))
 
 
 @pytest.mark.parametrize("depth, kind, clear, pixel, other, colour", [
@@ -151,25 +151,16 @@ def test_bad_files_are_one_sentence_with_the_true_reason(tmp_path):
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     (tmp_path / "dir.jpg").mkdir()
     saved(tmp_path, Image.new("1", (20000, 20000)), "bomb.png")                   # 50 kB on disk, 1.2 GB as RGB
+    saved(tmp_path, Image.new("1", (51, 1)), "strip.png")                         # 40000x1, its short side 224, is GBs
     for name, words in (("cut.jpg", "truncated"), ("page.jpg", "not an image"), ("empty.png", "not an image"),
-                        ("script.jpg", "not an image of a kind read here"), ("no.jpg", "No such file"),
-                        ("dir.jpg", "Is a directory"), ("bomb.png", "20000x20000 pixels, more than")):
+                        ("script.jpg", "not an image .* JPEG, PNG"), ("no.jpg", "No such file"),
+                        ("dir.jpg", "Is a directory"), ("bomb.png", "20000x20000 pixels, more than"),
+                        ("strip.png", "51x1 pixels, too long and thin")):
         with pytest.raises(UserError, match=words) as error:
             load_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="https://x/cut"):
         load_image(good[:500], name="https://x/cut")
-
-
-@pytest.mark.parametrize("size, fits", [((50, 1), True), ((51, 1), False), ((1, 101), False), ((40000, 1), False)])
-def test_a_long_thin_strip_is_refused(size, fits, tmp_path):
-    """A file of a few hundred bytes would be gigabytes once its short side is 224."""
-    strip = saved(tmp_path, Image.new("1", size))
-    if fits:
-        assert load_image(strip).size == size
-    else:
-        with pytest.raises(UserError, match=f"a.png is {size[0]}x{size[1]} pixels, too long and thin"):
-            load_image(strip)
 
 
 def test_a_damaged_exif_leaves_the_picture_as_it_is(tmp_path):
@@ -179,20 +170,6 @@ def test_a_damaged_exif_leaves_the_picture_as_it_is(tmp_path):
     raw = bytearray(exif.tobytes())
     raw[29] = 0x19                                                                # 282, the resolution, becomes 281
     assert load_image(saved(tmp_path, noise(40, 20), "a.jpg", exif=bytes(raw))).size == (40, 20)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), NotImplementedError("pixel format"),
-                                   TypeError("a str"), struct.error("4 bytes")])
-def test_whatever_a_decoder_raises_is_a_sentence(error, tmp_path, monkeypatch):
-    """AVIF, DDS and BLP, TIFF: each of Pillow's decoders has its own way to fail."""
-    path = saved(tmp_path, noise(4, 4))
-
-    def load(self):
-        raise error
-
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    with pytest.raises(UserError, match=f"a.png cannot be opened \\({type(error).__name__}: "):
-        load_image(path)
 
 
 def test_damage_anywhere_is_a_sentence(tmp_path):

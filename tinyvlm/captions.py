@@ -98,7 +98,7 @@ def _rows(path):
     if path.suffix == ".jsonl":
         for number, line in enumerate(lines, 1):
             with layout(f"line {number} of {path}", 'like {"image": "a.jpg", "caption": "a dog"}', "mend it"):
-                row = json.loads(line)
+                row = {key.lower(): value for key, value in json.loads(line).items()}
             yield row
         return
     head, rows = lines[0] if lines else "", None
@@ -161,9 +161,8 @@ def read_coco(path, urls, notes):
             urls[name] = coco_url(name) if not url or "//mscoco.org" in url else re.sub(        # a host that is gone
                 "^https?://images.cocodataset.org/", COCO, url)
         for note in content["annotations"]:
-            texts = captions.get(by_id.get(note["image_id"]))
-            lost += texts is None
-            (texts or []).append(" ".join(note["caption"].split()))
+            lost += note["image_id"] not in by_id
+            captions.get(by_id.get(note["image_id"]), []).append(" ".join(note["caption"].split()))
     if lost:
         notes.append(f"{lost} captions in {path.name} are of images that it does not list, and were left out")
     split = re.search("train|val|test", path.stem)

@@ -177,8 +177,9 @@ class ImageFinder:
     """
 
     def __init__(self, folder):
-        self.folder, self.root, self.files = Path(folder), Path(os.path.abspath(folder)).as_posix(), list_files(folder)
-        self.paths = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)]
+        self.folder, self.root, every = Path(folder), Path(os.path.abspath(folder)).as_posix(), list_files(folder)
+        self.paths = [path for path in every if path.lower().endswith(IMAGE_TYPES)]
+        self.files = [path for path in every if not path.lower().endswith(IMAGE_TYPES)]         # captions and the like
         self.at, self.called = {}, {}                           # {whole path: [path, ..]}, {file name: [path, ..]}
         for path in self.paths:
             whole = tidy_name(f"{self.root}/{path}")
@@ -192,15 +193,17 @@ class ImageFinder:
 
     def find(self, name, base="", by_name=True):
         """Its path in the folder (and below base), or None. Raises UserError where several files fit."""
-        tidy, end = tidy_name(name), self.folder_of(name)
-        file = posixpath.basename(tidy)
+        tidy = tidy_name(name)
         fit = self.at.get(tidy_name(posixpath.join(self.root, base, tidy)), [])
-        if not fit and (end or by_name):
+        if not fit and ((end := self.folder_of(name)) or by_name):
+            file = posixpath.basename(tidy)
             fit = [path for path in self.called.get(file, []) if path.startswith(base and base + "/")
                    and tidy_name(f"{self.root}/{path}").endswith(f"/{end}/{file}" if end else file)]
+        if len(fit) < 2:
+            return fit[0] if fit else None
         if len({posixpath.dirname(path) for path in fit}) == 1:                   # 7.jpg beside 7.JPG: as it is spelled
             fit = [path for path in fit if posixpath.basename(path) in name] or fit
         copies = {re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path) for path in fit}   # Kaggle has Images/Images/7.jpg, too
-        if len(fit) > 1 and (len(copies) > 1 or len({(self.folder / path).stat().st_size for path in fit}) > 1):
+        if len(copies) > 1 or len({(self.folder / path).stat().st_size for path in fit}) > 1:
             raise UserError(f"{name} could be {fit[0]} or {fit[1]} in {self.folder}; keep one, or write its folder too")
-        return fit[0] if fit else None
+        return fit[0]

@@ -1,8 +1,7 @@
 """From a picture file to the tensor a model expects, and back. All that a model demands of its input is a Recipe.
 
-Every public checkpoint was trained on images prepared in one particular way; other images give plausible but worse
-answers and no error. So the preparation is data (`Recipe`), stored with each run and each loaded checkpoint. Resizing
-is Pillow's, antialiased: what torchvision does to PIL images.
+Every public checkpoint was trained on images prepared in one way; others give plausible, worse answers and no error. So
+the preparation is data, stored with each run and each checkpoint. Resizing is Pillow's, antialiased, as in torchvision.
 
     file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
                                                  ^ cached, batched, augmented on the device
@@ -78,10 +77,10 @@ def load_image(source, name=None):
     frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the file and the fault.
     """
     name = name or (source if not isinstance(source, bytes) else "the image")
-    Image.init()                                # an older Pillow has no AVIF
+    Image.init()
+    formats = [kind for kind in FORMATS if kind in Image.OPEN]                    # an older Pillow has no AVIF
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
-                           formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
             why = f"more than {MAX_PIXELS} in all" if w * h > MAX_PIXELS else "too long and thin to resize"
@@ -92,7 +91,7 @@ def load_image(source, name=None):
             image = ImageOps.exif_transpose(image)
         return to_rgb(image, depth)
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not an image of a kind read here ({', '.join(FORMATS)}); convert it") from None
+        raise UserError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}; convert it") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:                  # Pillow's decoders raise nearly anything on a damaged file
@@ -102,8 +101,8 @@ def load_image(source, name=None):
 def to_rgb(image, depth=None):
     """Any PIL mode -> RGB, transparency on white. depth: Pillow's name for a pixel in the file, such as "RGB;16B".
 
-    Pillow's convert() clips 16-bit grey to white: it is scaled here. The one colour that a PNG may call transparent
-    comes in the file's own depth, while the pixels have 8 bits by now.
+    Pillow's convert() clips 16-bit grey: it is scaled here. The one colour that a PNG may call transparent comes in the
+    file's own depth, while the pixels have 8 bits by now.
     """
     clear = image.info.get("transparency")
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
@@ -169,7 +168,7 @@ def to_pil(img, recipe=None):
 
 @dataclass
 class Augment:
-    """What training does to each image anew every time it is seen. All zero and False: nothing."""
+    """What training does to each image anew every time it is seen."""
     crop: float = 0.0           # 0.3: a random window of 70..100% of the area, aspect 3/4..4/3, blown up to full size
     jitter: float = 0.0         # 0.2: brightness, contrast and saturation each times 0.8..1.2
     flip: bool = False          # mirror half of the images; never where captions speak of left and right
@@ -189,8 +188,7 @@ def augment(img, how, draw):
         aspect = torch.exp((2 * draw[1] - 1) * math.log(4 / 3))
         w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
         x0, y0 = (1 - w) * (2 * draw[2] - 1), (1 - h) * (2 * draw[3] - 1)         # centre of the window in -1..1
-        zero = torch.zeros_like(area)
-        theta = torch.stack([w, zero, x0, zero, h, y0], dim=1).view(-1, 2, 3)      # from output to input places
+        theta = torch.stack([w, 0 * w, x0, 0 * w, h, y0], dim=1).view(-1, 2, 3)   # from output to input places
         grid = F.affine_grid(theta, list(img.shape), align_corners=False)         # (B, H, W, 2)
         img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)
     if how.jitter:

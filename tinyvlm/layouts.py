@@ -207,7 +207,8 @@ def caption_files(finder, name, notes):
         files = [path for k, path in enumerate(files) if not any(same_file(finder, path, p) for p in files[:k])]
     years = {re.search(r"(20\d\d)?\.\w+$", path)[1] for path in files}
     if len(years) > 1:
-        raise UserError(f"{finder.folder} holds COCO's captions of {' and '.join(map(str, years))}; keep one year's")
+        years = " and ".join(sorted(map(str, years)))
+        raise UserError(f"{finder.folder} holds COCO's captions of {years}; keep those of one year")
     return sorted(files)
 
 
