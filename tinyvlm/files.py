@@ -1,13 +1,17 @@
 """Files that appear whole or not at all, one way to read and write json and csv, and what a folder of images holds.
 
-Everything tinyvlm leaves on a disk goes through `atomic_write`: a kill at any moment leaves the old file or the new one.
+All that tinyvlm leaves on a disk goes through `atomic_write`: a kill at any moment leaves the old file or the new one.
 `IMAGE_TYPES` is the one list of what counts as an image's name; whether it is a good image shows when it is opened.
+`ImageFinder` is the one place that decides which image is meant by a name that somebody wrote.
 """
 import contextlib
 import csv
 import io
 import json
 import os
+import posixpath
+import re
+import unicodedata
 from pathlib import Path
 
 from .config import UserError
@@ -29,8 +33,7 @@ def atomic_write(path, write):
 
     os.replace swaps names in one step, so whoever opens `path` finds the old content or the new, never a part. On a
     failure (full disk, ctrl-C) the new file goes and the old one stays. Missing folders are made, links are followed.
-    Raises UserError where `path` is a device, a pipe or a folder (a rename would replace /dev/null by a file), OSError
-    naming `path` where the disk refuses.
+    Raises UserError where `path` is a device or a folder (a rename would replace /dev/null by a file), or OSError.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -55,23 +58,16 @@ def atomic_write(path, write):
 
 def _remove_leftovers(path):
     """Remove what a killed process (kill -9) was writing when it died: .NAME.<its number>.part."""
-    for entry in os.scandir(path.parent):
-        head, _, number = entry.name.removesuffix(".part").rpartition(".")
-        if entry.name.endswith(".part") and head == f".{path.name}" and number.isdigit() and not _is_alive(int(number)):
-            with contextlib.suppress(OSError):
-                os.unlink(entry)
-
-
-def _is_alive(process):
-    if os.name != "posix":              # elsewhere signal 0 does harm, so every process counts as alive
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+    for entry in os.scandir(path.parent) if os.name == "posix" else ():           # elsewhere signal 0 does harm
+        number = entry.name.removeprefix(f".{path.name}.").removesuffix(".part")
+        if number.isdecimal() and len(number) < 10 and entry.name == f".{path.name}.{number}.part":
+            try:
+                os.kill(int(number), 0)                         # nothing is sent; it fails where the process is gone
+            except ProcessLookupError:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry)
+            except OSError:
+                pass
 
 
 def write_text(path, text):
@@ -134,25 +130,80 @@ def read_json(path, error=UserError):
         raise error(f"{path} is not a readable JSON file: {str(fault)[:100]}; mend it or fetch it again") from fault
 
 
-def list_files(folder):
-    """["a/b.jpg", ..]: every file in a folder, shallow ones first. One walk: the 123,287 images of COCO take a second.
+def _walk(folder):
+    """Yields (subfolder or "", [its files]), each once, though links lead there again (large sets lie on other disks).
 
-    Linked folders count (large sets often lie on another disk), each once. Passed over: hidden files and folders, a
-    Mac's resource forks among them (._7.jpg and all of __MACOSX end in .jpg too), and what a killed run was unpacking.
+    Passed over: hidden ones, a Mac's ._7.jpg and __MACOSX, which are no pictures, and what is being unpacked.
     """
-    found, seen, folder = [], set(), Path(folder)
+    seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        real, inner = os.path.realpath(root), Path(root).relative_to(folder).as_posix()
-        if real in seen:                                        # a link back up would never end
+        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX" and not f.endswith(".incomplete"))
+        if os.path.realpath(root) in seen:                      # a link back up would never end
             folders.clear()
             continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if f != "__MACOSX" and not f.endswith(".incomplete") and f[0] != ".")
-        files = [file for file in files if file[0] != "."]
-        found += files if inner == "." else [f"{inner}/{file}" for file in files]
-    return sorted(sorted(found), key=lambda path: path.count("/"))
+        seen.add(os.path.realpath(root))
+        yield Path(root).relative_to(folder).as_posix().removeprefix("."), [f for f in files if f[0] != "."]
+
+
+def list_files(folder):
+    """["a/b.jpg", ..]: every file in a folder, shallow ones first. The 123,287 images of COCO take a second."""
+    found = [f"{inner}/{file}".removeprefix("/") for inner, files in _walk(folder) for file in files]
+    return sorted(found, key=lambda path: (path.count("/"), path))
 
 
 def list_images(folder):
     """["b.jpg", "a/c.png", ..]: the images in and below a folder, by their names' endings."""
     return [path for path in list_files(folder) if path.lower().endswith(IMAGE_TYPES)]
+
+
+def tidy_name(name):
+    r"""A file's name as people write it -> one spelling: ".\cats\7.JPG#0" -> "cats/7.jpg", accents composed (NFC)."""
+    name = re.sub(r"#\d+$", "", unicodedata.normalize("NFC", name).strip()).replace("\\", "/")
+    stem, kind = posixpath.splitext(posixpath.normpath(name))
+    return stem + kind.lower()
+
+
+def _ends(path):
+    """The ends of a path's folders, longest first: "a/b/c.jpg" -> ["a/b", "b"]."""
+    parts = [part for part in path.split("/")[:-1] if part not in ("", "..")]
+    return ["/".join(parts[k:]) for k in range(len(parts))]
+
+
+class ImageFinder:
+    """Which image of a folder is meant by a name that somebody wrote.
+
+    It is a path from `base`, the subfolder whose file names it; or the longest end of its folders that exists decides:
+    data/pets/cats/8.jpg may be photos/cats/8.jpg, never dogs/8.jpg. Only where none exists does the file name stand in.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.root, every = Path(folder), Path(os.path.abspath(folder)).as_posix(), list_files(folder)
+        self.paths = [path for path in every if path.lower().endswith(IMAGE_TYPES)]
+        self.files = [path for path in every if not path.lower().endswith(IMAGE_TYPES)]         # captions and the like
+        self.at, self.called = {}, {}                           # {whole path: [path, ..]}, {file name: [path, ..]}
+        for path in self.paths:
+            whole = tidy_name(f"{self.root}/{path}")
+            self.at.setdefault(whole, []).append(path)
+            self.called.setdefault(posixpath.basename(whole), []).append(path)
+        self.folders = {end for inner, _ in _walk(folder) for end in _ends(tidy_name(f"{self.root}/{inner}/x"))}
+
+    def folder_of(self, name):
+        """The longest end of the name's folders that exists: "data/pets/cats/8.jpg" -> "cats", or ""."""
+        return next((end for end in _ends(tidy_name(name)) if end in self.folders), "")
+
+    def find(self, name, base="", by_name=True):
+        """Its path in the folder (and below base), or None. Raises UserError where several files fit."""
+        tidy = tidy_name(name)
+        fit = self.at.get(tidy_name(posixpath.join(self.root, base, tidy)), [])
+        if not fit and ((end := self.folder_of(name)) or by_name):
+            file = posixpath.basename(tidy)
+            fit = [path for path in self.called.get(file, []) if path.startswith(base and base + "/")
+                   and tidy_name(f"{self.root}/{path}").endswith(f"/{end}/{file}" if end else file)]
+        if len(fit) < 2:
+            return fit[0] if fit else None
+        if len({posixpath.dirname(path) for path in fit}) == 1:                   # 7.jpg beside 7.JPG: as it is spelled
+            fit = [path for path in fit if posixpath.basename(path) in name] or fit
+        copies = {re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path) for path in fit}   # Kaggle has Images/Images/7.jpg, too
+        if len(copies) > 1 or len({(self.folder / path).stat().st_size for path in fit}) > 1:
+            raise UserError(f"{name} could be {fit[0]} or {fit[1]} in {self.folder}; keep one, or write its folder too")
+        return fit[0]

@@ -1,8 +1,7 @@
 """From a picture file to the tensor a model expects, and back. All that a model demands of its input is a Recipe.
 
-Every public checkpoint was trained on images prepared in one particular way; feeding it others gives plausible but
-worse answers and no error. So the preparation is data (`Recipe`), stored with each run and each loaded checkpoint, and
-there is one function that carries it out. Resizing is Pillow's, antialiased: what torchvision does to PIL images.
+Every public checkpoint was trained on images prepared in one way; others give plausible, worse answers and no error. So
+the preparation is data, stored with each run and each checkpoint. Resizing is Pillow's, antialiased, as in torchvision.
 
     file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
                                                  ^ cached, batched, augmented on the device
@@ -11,39 +10,50 @@ import contextlib
 import functools
 import io
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .config import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")     # no other: Pillow would hand an EPS to Ghostscript
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 MAX_PIXELS = 100_000_000                    # a decoded image of 300 MB; larger "photos" are bombs or maps
 MAX_ASPECT = 50                             # a strip of 40000x1, its short side blown up to 224, would be gigabytes
+# Pillow's own limits come before ours and refuse good files: photographs of 90 megapixels, colour profiles above 1 MB.
+Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
 
 
 @dataclass
 class Recipe:
-    """How an image becomes (3, size, size) numbers.
+    """How an image becomes (3, size, size) numbers. Raises ValueError where that is impossible.
 
-    mode: "squash" resizes both sides to `size`, whatever the shape; "crop" resizes the short side to `resize` and cuts
-    the centre; "adaptive" pads long, thin images (short/long < 0.6) with black to a square and centre-crops the others.
-    mean, std: per channel (RGB), of values in 0..1.
+    mode: "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`;
+    "adaptive" pads long, thin images (short/long < 0.6) with black to a square, centre-crops the others, and squashes.
+    In the end the middle size x size is cut out. mean, std: per channel (RGB), of values in 0..1.
     """
     size: int = 224
     mode: str = "crop"
-    resize: int | None = None               # crop: the short side before cutting; None: `size`
+    resize: int | None = None               # None: `size`
     interpolation: str = "bicubic"          # or "bilinear"
-    mean: tuple = HALF[0]
-    std: tuple = HALF[1]
+    mean: tuple = (0.5, 0.5, 0.5)
+    std: tuple = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
+        side = self.size if self.resize is None else self.resize
+        if not (type(self.size) is type(side) is int and 1 <= self.size <= side <= 10_000):
+            raise ValueError(f"{self.size!r} pixels cannot be cut out of an image resized to {side!r}")
+        if self.mode not in ("squash", "crop", "adaptive") or self.interpolation not in tuple(FILTERS):
+            raise ValueError(f"mode {self.mode!r} or interpolation {self.interpolation!r} is unknown")
+        for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, 0)):
+            if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(
+                    isinstance(v, (int, float)) and least < v < math.inf for v in values):
+                raise ValueError(f"{name} {values!r} is not three {'positive ' if name == 'std' else ''}numbers")
         self.mean, self.std = tuple(self.mean), tuple(self.std)                   # json knows lists only
 
 
@@ -60,95 +70,81 @@ RECIPES = {
 }
 
 
-def load_image(source, name=None, formats=None):
-    """Open a path or bytes as an upright RGB PIL image. formats: only these of Pillow's, for images of strangers.
+def load_image(source, name=None):
+    """Open a path or bytes as an upright RGB PIL image: the one place where a file of unknown origin is decoded.
 
     Grey, palette, CMYK and 16-bit images become 8-bit RGB, transparency is laid on white, of an animation the first
     frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the file and the fault.
     """
     name = name or (source if not isinstance(source, bytes) else "the image")
+    Image.init()
+    formats = [kind for kind in FORMATS if kind in Image.OPEN]                    # an older Pillow has no AVIF
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{name} is {image.width}x{image.height} pixels, more than this program will decode")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise UserError(f"{name} is {image.width}x{image.height} pixels, too long and thin to resize; crop it")
-            image.load()
-        with contextlib.suppress(Exception):        # a damaged EXIF costs the turning, not the picture
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+        w, h = image.size
+        if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
+            why = f"more than {MAX_PIXELS} in all" if w * h > MAX_PIXELS else "too long and thin to resize"
+            raise UserError(f"{name} is {w}x{h} pixels, {why}; make it smaller, or crop it")
+        depth = image.tile[0][3] if image.tile else None                          # load() forgets it
+        image.load()
+        with contextlib.suppress(Exception):    # a damaged EXIF costs the turning, not the picture
             image = ImageOps.exif_transpose(image)
-        return to_rgb(image)
-    except FileNotFoundError:
-        raise UserError(f"there is no image {name}; check the path") from None
+        return to_rgb(image, depth)
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not an image Pillow can read; convert it to JPEG or PNG") from None
+        raise UserError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}; convert it") from None
     except (UserError, MemoryError):
         raise
-    except Exception as error:                              # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError(f"{name} is a damaged image ({type(error).__name__}: {error}); replace or remove it") from None
+    except Exception as error:                  # Pillow's decoders raise nearly anything on a damaged file
+        raise UserError(f"{name} cannot be opened ({type(error).__name__}: {str(error)[:99]}); replace it") from None
 
 
-def to_rgb(image):
-    """Any PIL mode -> RGB. Pillow's own convert() clips 16-bit grey to white; it is scaled here instead."""
+def to_rgb(image, depth=None):
+    """Any PIL mode -> RGB, transparency on white. depth: Pillow's name for a pixel in the file, such as "RGB;16B".
+
+    Pillow's convert() clips 16-bit grey: it is scaled here. The one colour that a PNG may call transparent comes in the
+    file's own depth, while the pixels have 8 bits by now.
+    """
+    clear = image.info.get("transparency")
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        grey = np.asarray(image, dtype=np.float32)
+        grey = np.array(image, dtype=np.float32)                                # (H, W)
         top = 65535.0 if image.mode != "F" else max(1.0, float(grey.max(initial=0)))
-        image = Image.fromarray((grey.clip(0, top) * (255.0 / top)).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        grey[grey == clear] = top                                                 # no pixel where clear is None
+        return Image.fromarray((grey.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(depth))
+    if scale and clear is not None:
+        image.info["transparency"] = int(clear * scale) if depth[0] == "L" else tuple(int(v * scale) for v in clear)
+    if image.mode in ("RGBA", "LA", "PA") or clear is not None:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def resize_short(image, size, interpolation="bicubic"):
-    """Resize so that the short side is `size`: 500x375 to 224 gives 298x224 (long side rounded down)."""
-    w, h = image.size
-    new = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    return image.resize(new, _filter(interpolation))
-
-
 def centre_crop(image, size):
-    """Cut size x size from the middle; an odd pixel goes where Python's round() puts half (as torchvision does).
-
-    The image processors of `transformers` round down instead, so their cut may lie one pixel beside ours.
-    """
-    w, h = image.size
-    left, top = round((w - size) / 2), round((h - size) / 2)
+    """Cut size x size from the middle; an odd pixel goes where round() puts half (torchvision's way; others floor)."""
+    left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
 def adaptive_square(image):
     """Long, thin images (short/long < 0.6) would lose too much to a crop: pad them with black. Crop all others."""
-    w, h = image.size
-    if min(w, h) / max(w, h) >= 0.6:
-        return centre_crop(image, min(w, h))
-    square = Image.new("RGB", (max(w, h),) * 2)
-    square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
-    return square
-
-
-def _filter(interpolation):
-    return {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    short, long = sorted(image.size)
+    return centre_crop(image, short if short / long >= 0.6 else long)             # beyond the edges Pillow cuts black
 
 
 def to_uint8(image, recipe):
     """RGB PIL image -> (3, size, size) uint8 tensor, geometry done, colours untouched."""
-    size = recipe.size
-    if recipe.mode == "crop":
-        image = centre_crop(resize_short(image, recipe.resize or size, recipe.interpolation), size)
-    elif image.size != (size, size) or recipe.mode == "adaptive":
-        image = adaptive_square(image) if recipe.mode == "adaptive" else image
-        image = image.resize((size, size), _filter(recipe.interpolation))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()        # (H, W, 3) -> (3, H, W)
+    side, (w, h) = recipe.resize or recipe.size, image.size
+    image, shape = adaptive_square(image) if recipe.mode == "adaptive" else image, (side, side)
+    if recipe.mode == "crop":           # the long side is rounded down: 500x375, its short side to 224, gives 298x224
+        shape = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
+    pixels = np.array(centre_crop(image.resize(shape, FILTERS[recipe.interpolation]), recipe.size))    # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                 # (3, H, W)
 
 
 def normalise(img, recipe):
     """(..., 3, H, W) uint8, or floats in 0..1, -> floats the model was trained on."""
     img = img.float() / 255 if img.dtype == torch.uint8 else img
-    mean, std = (_per_channel(tuple(values), img.device) for values in (recipe.mean, recipe.std))
-    return (img - mean) / std                                                     # (..., 3, H, W)
+    return (img - _per_channel(recipe.mean, img.device)) / _per_channel(recipe.std, img.device)   # (..., 3, H, W)
 
 
 @functools.cache
@@ -172,7 +168,7 @@ def to_pil(img, recipe=None):
 
 @dataclass
 class Augment:
-    """What training does to each image anew every time it is seen. All zero and False: nothing."""
+    """What training does to each image anew every time it is seen."""
     crop: float = 0.0           # 0.3: a random window of 70..100% of the area, aspect 3/4..4/3, blown up to full size
     jitter: float = 0.0         # 0.2: brightness, contrast and saturation each times 0.8..1.2
     flip: bool = False          # mirror half of the images; never where captions speak of left and right
@@ -181,27 +177,24 @@ class Augment:
 def augment(img, how, draw):
     """Augment a whole batch on its device: img (B, 3, H, W) floats in 0..1 -> same shape.
 
-    draw (8, B): numbers in 0..1 that decide everything, made by the caller, so that a resumed run or one split over
-    several processes repeats them. Rows: 0 area, 1 aspect, 2 and 3 place, 4 mirror (1.0: never), 5 to 7 brightness,
-    contrast, saturation. A crop is one affine map per image, all sampled in a single call.
+    draw (8, B): numbers in 0..1 that decide everything, from the caller, so that a resumed run repeats them. Rows: 0
+    area, 1 aspect, 2 and 3 place, 4 mirror (1.0: never), 5 to 7 brightness, contrast, saturation.
     """
-    B, draw = len(img), draw.to(img.device, non_blocking=True)
+    draw = draw.to(img.device, non_blocking=True)                                 # (8, B)
     if how.flip:
-        mirrored = (draw[4] < 0.5).view(B, 1, 1, 1)
-        img = torch.where(mirrored, img.flip(-1), img)
+        img = torch.where((draw[4] < 0.5).view(-1, 1, 1, 1), img.flip(-1), img)    # (B, 3, H, W)
     if how.crop:
         area = 1 - how.crop * draw[0]                                             # (B,) share of the image kept
         aspect = torch.exp((2 * draw[1] - 1) * math.log(4 / 3))
         w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
         x0, y0 = (1 - w) * (2 * draw[2] - 1), (1 - h) * (2 * draw[3] - 1)         # centre of the window in -1..1
-        zero = torch.zeros_like(area)
-        theta = torch.stack([w, zero, x0, zero, h, y0], dim=1).view(B, 2, 3)      # from output to input places
-        grid = F.affine_grid(theta, list(img.shape), align_corners=False)   # (B, H, W, 2)
+        theta = torch.stack([w, 0 * w, x0, 0 * w, h, y0], dim=1).view(-1, 2, 3)   # from output to input places
+        grid = F.affine_grid(theta, list(img.shape), align_corners=False)         # (B, H, W, 2)
         img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)
     if how.jitter:
         gain = (1 + how.jitter * (2 * draw[5:8] - 1))[:, :, None, None, None]     # (3, B, 1, 1, 1)
         img = img * gain[0]                                                       # brightness
-        mean = img.mean(dim=(1, 2, 3), keepdim=True)
+        mean = img.mean(dim=(1, 2, 3), keepdim=True)                              # (B, 1, 1, 1)
         img = mean + (img - mean) * gain[1]                                       # contrast
         grey = (img * _per_channel((0.299, 0.587, 0.114), img.device)).sum(dim=1, keepdim=True)   # (B, 1, H, W)
         img = (grey + (img - grey) * gain[2]).clamp(0, 1)                         # saturation
