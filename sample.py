@@ -35,7 +35,7 @@ from tinyvlm.features import Encoder, read_features, text_embeddings
 from tinyvlm.files import IMAGE_TYPES, list_images, write_image
 from tinyvlm.generate import generate
 from tinyvlm.image import load_image, open_batches, preprocess, to_pil
-from tinyvlm.layouts import clean_caption
+from tinyvlm.captions import clean_caption
 from tinyvlm.pretrained import load_clip, load_pretrained, load_run
 from tinyvlm.retrieval import classify, embed_folder, label_embeddings, search
 from tinyvlm.task import forbidden_ids

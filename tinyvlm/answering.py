@@ -33,9 +33,9 @@ def prepare(config, dataset, features=None, run=None):
     tokenizer, first, end = captioning.start_tokenizer(config, dataset, start)
     tokenizer.add_special_tokens(TAGS)
     cut = Counter()
-    rows = [[to_targets(*row) for row in rows_of(questions, tokenizer, config.max_tokens, config.turns, cut=cut)]
+    rows = [[to_targets(*row) for row in rows_of(questions, tokenizer, config.max_tokens, config.turns, cut)]
             for questions in dataset.questions]
-    notes = [f"{n} {what} do not fit into --max-tokens {config.max_tokens} and were cut" for what, n in cut.items()]
+    notes = [f"{n} {what}" for what, n in (+cut).items()]
     longest = max((longest_answer(targets) for of_image in rows for _, targets in of_image), default=0)
     if not longest:
         raise UserError(f"--max-tokens {config.max_tokens} leaves no room for any answer; raise it")
@@ -107,7 +107,7 @@ def evaluate(model, setup, split, limit=None, n_predict=None, num_beams=1, lengt
     answers = {way: setup.device.merge(found) for way, found in answers.items()}
     asked = [(i, q) for i in setup.store.usable(split)[:limit] for q in questions[i] if q.question_id in answers["true"]]
     scores = {"loss": value, "shuffled loss": shuffled}
-    short = {way: {q.question_id: to_short(found[q.question_id], q.question) for _, q in asked}
+    short = {way: {q.question_id: to_short(found[q.question_id]) for _, q in asked}
              for way, found in answers.items()}
     if any(q.answers for _, q in asked):                        # the official test split keeps its answers secret
         parts = {way: score_vqa([q for _, q in asked], texts) for way, texts in short.items()}

@@ -17,7 +17,7 @@ from .config import UserError, flag_name, option
 from .generate import generate
 from .gpt import IGNORE, GPTConfig
 from .image import Recipe
-from .layouts import clean_caption
+from .captions import clean_caption
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
 from .shapes import meaning

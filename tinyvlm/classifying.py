@@ -20,7 +20,7 @@ from .features import open_encoder
 from .files import ImageFinder, read_json, write_csv
 from .gpt import IGNORE
 from .image import Recipe, open_batches, preprocess
-from .layouts import clean_caption
+from .captions import clean_caption
 from .retrieval import classify, label_embeddings
 from .task import Prepared, fresh_vision, load_vision, mean_losses
 from .vit import ViTConfig, build_vision

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import io
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .config import UserError
+from .draw import progress
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -199,3 +202,25 @@ def augment(img, how, draw):
         grey = (img * _per_channel((0.299, 0.587, 0.114), img.device)).sum(dim=1, keepdim=True)   # (B, 1, H, W)
         img = (grey + (img - grey) * gain[2]).clamp(0, 1)                         # saturation
     return img
+
+
+def open_batches(keys, open_one, batch_size=32, broken=None, label=None, threads=None):
+    """The one loop over images: yields lists of (key, open_one(key)), a batch at a time, opened by all cores.
+
+    What raises UserError is left out, and noted in the dict `broken`: {key: its sentence}. label: shows progress.
+    """
+    broken = {} if broken is None else broken
+
+    def attempt(key):
+        try:
+            return open_one(key)
+        except UserError as error:
+            return error
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:     # Pillow decodes outside Python's lock
+        for start in range(0, len(keys), batch_size):
+            part = keys[start:start + batch_size]
+            opened = list(zip(part, pool.map(attempt, part)))
+            broken.update((key, str(found)) for key, found in opened if isinstance(found, UserError))
+            if label:
+                progress(start + len(part), len(keys), label)
+            yield [(key, found) for key, found in opened if not isinstance(found, UserError)]

@@ -246,7 +246,7 @@ def _build_run(config):
     if task == "clip":
         return CLIP(CLIPConfig(**{**sizes, "vision": vision, "text": sizes["text"] and GPTConfig(**sizes["text"])}))
     if task == "classify":
-        from .classifier import Classifier, ClassifierConfig    # a task's module, which may import this one
+        from .classifying import Classifier, ClassifierConfig    # a task's module, which may import this one
         return Classifier(ClassifierConfig(**{**sizes, "vision": vision}))
     raise ValueError(f"task is {task!r}")
 

@@ -21,7 +21,7 @@ from .features import TextEmbeddings, text_embeddings, text_rows
 from .files import IMAGE_TYPES, list_images
 from .gpt import GPTConfig
 from .image import Recipe, load_image, normalise, open_batches, to_uint8
-from .layouts import clean_caption
+from .captions import clean_caption
 from .pretrained import load_clip
 from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, tower_sizes, train_mode
 from .tokenizer import END

@@ -55,7 +55,7 @@ def save_model(out, model, setup, features, scores):
     recipe = features.recipe or prepared.recipe if features else prepared.recipe
     write_json(out / "config.json", {
         "task": config.task, "model": getattr(config, "model", config.task), "sizes": asdict(model.config),
-        "recipe": asdict(recipe), **prepared.meta, "features": features.meta if features else None,
+        "recipe": asdict(recipe), "clean": "none", **prepared.meta, "features": features.meta if features else None,
         "dataset": setup.dataset.name, "scores": scores, "options": asdict(config)})
 
 
