@@ -130,7 +130,7 @@ def corpus(config, dataset):
     if config.model == "prefix":
         yield SYSTEM
         for q in (q for i in train for q in getattr(dataset, "questions", None) and dataset.questions[i] or ()):
-            yield from (q.question, to_sentence(q.question, q.answer, q.question_type))
+            yield from (q.question, to_sentence(q.question, q.answer))
 
 
 def caption_rows(captions, tokenizer, first, end, max_tokens, clean):

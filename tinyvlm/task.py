@@ -21,7 +21,7 @@ from .cnn import BatchNorm2d
 from .config import UserError, option
 from .image import Recipe
 from .pretrained import is_run, load_pretrained, load_run, pretrained_tokenizer
-from .tokenizer import END, BPETokenizer, WordTokenizer
+from .tokenizer import END, SPECIAL_TOKENS, BPETokenizer, WordTokenizer
 from .vit import ViTConfig
 
 
@@ -107,9 +107,14 @@ def fresh_vision(config):
 
 
 def make_tokenizer(config, corpus):
-    """The tokenizer that the options ask for: trained on the texts `corpus`, or a ready one that learns END and <image>."""
+    """The tokenizer that the options name: trained on the texts `corpus`, or a ready one that learns END and <image>.
+
+    A prefix model's <image> stands behind the --vocab-size other entries: 32,000 and one, of which it has id 32,000.
+    """
     if config.tokenizer == "bpe":
-        return BPETokenizer.train(corpus, config.vocab_size)
+        prefix = getattr(config, "model", "") == "prefix"
+        special = sorted(SPECIAL_TOKENS, key=lambda token: token == "<image>") if prefix else SPECIAL_TOKENS
+        return BPETokenizer.train(corpus, config.vocab_size + prefix, special)
     if config.tokenizer == "words":
         return WordTokenizer.train(corpus, config.min_count)
     tokenizer = pretrained_tokenizer(config.tokenizer)          # BERT's WordPiece, or any other
