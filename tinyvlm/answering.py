@@ -6,14 +6,14 @@ only. Accuracy is the official one of VQA v2, of the short answers read off the 
 import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from . import captioning
 from .config import UserError, option
 from .files import write_text
-from .generate import generate
 from .gpt import IGNORE
-from .task import Prepared, forbidden_ids, mean_losses
+from .task import Prepared, mean_losses, write
 from .vqa import TAGS, encode_dialogue, rows_of, score_vqa, submission, to_short, to_targets
 
 
@@ -25,97 +25,81 @@ class Options(captioning.DecoderOptions):
     wiring, reinforce = "final", 0                              # a captioner's other options, fixed: no flags
 
 
+build, loss = captioning.build, captioning.loss
+
+
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared: each image's dialogues as rows. meta["longest"]: the longest answer, in tokens."""
     if not hasattr(dataset, "questions"):
         raise UserError(f"{dataset.name} holds no questions; --task vqa needs --dataset shapes or vqav2")
-    start = captioning.load_start(config, run=run)
+    start, left_out = captioning.load_start(config, run=run), Counter()
     tokenizer, first, end = captioning.start_tokenizer(config, dataset, start)
     tokenizer.add_special_tokens(TAGS)
-    cut = Counter()
-    rows = [[to_targets(*row) for row in rows_of(questions, tokenizer, config.max_tokens, config.turns, cut)]
+    rows = [[to_targets(*row) for row in rows_of(questions, tokenizer, config.max_tokens, config.turns, left_out)]
             for questions in dataset.questions]
-    notes = [f"{n} {what}" for what, n in (+cut).items()]
-    longest = max((longest_answer(targets) for of_image in rows for _, targets in of_image), default=0)
+    longest = max((len([*part]) for of_image in rows for _, targets in of_image
+                   for trained, part in groupby(targets, lambda target: target != IGNORE) if trained), default=0)
     if not longest:
         raise UserError(f"--max-tokens {config.max_tokens} leaves no room for any answer; raise it")
     meta = {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean,
             "longest": run.config["longest"] if run else longest}
-    return Prepared(start.recipe, rows, tokenizer, meta, start, notes)
+    return Prepared(start.recipe, rows, tokenizer, meta, start, [f"{n} {what}" for what, n in (+left_out).items()])
 
 
-def longest_answer(targets):
-    """The longest stretch of trained tokens: [-100, 7, 8, -100, 9] -> 2."""
-    most = n = 0
-    for target in targets:
-        n = 0 if target == IGNORE else n + 1
-        most = max(most, n)
-    return most
-
-
-build, loss = captioning.build, captioning.loss
+def room_for_text(model):
+    """How many tokens of question and answer fit beside the image into the decoder's context (<image> is one of them)."""
+    c = model.config
+    return c.text.block_size + 1 - captioning.n_image_tokens(c.model, c.vision, c.shuffle)
 
 
 def answer(model, feats, prompts, setup, **how):
-    """Sentences: feats (Q, N, C) of the images and the dialogues so far as ids, one each for Q questions."""
-    meta, tokenizer = setup.prepared.meta, setup.prepared.tokenizer
-    most = room_for_text(model)
-    out = [""] * len(prompts)                                   # a dialogue that leaves no room is unanswered, so wrong
-    fits = [k for k, prompt in enumerate(prompts) if len(prompt) < most]
+    """Sentences: feats (Q, N, C) of the images and the dialogues so far as ids, one each for Q questions.
+
+    A dialogue that leaves no room is not answered, so wrong.
+    """
+    room, out = room_for_text(model) - setup.prepared.meta["longest"], [""] * len(prompts)
+    fits = [k for k, prompt in enumerate(prompts) if len(prompt) <= room]
     for start in range(0, len(fits), 256):
         part = fits[start:start + 256]
-        some = [prompts[k] for k in part]
-        with setup.device.autocast():
-            rows = generate(model, feats[part], some, min(meta["longest"], most - max(map(len, some))),
-                            eos_id=meta["end"], forbidden=forbidden_ids(tokenizer, meta["end"],
-                                                                        model.config.text.vocab_size), **how)
+        rows = write(model, feats[part], [prompts[k] for k in part], setup, setup.prepared.meta["longest"], **how)
         for k, row in zip(part, rows):
-            out[k] = tokenizer.decode(row).strip()
+            out[k] = setup.prepared.tokenizer.decode(row).strip()
     return out
 
 
-def room_for_text(model, n_images=1):
-    """How many tokens of question and answer fit beside the images into the decoder's context (<image> is one of them)."""
-    c = model.config
-    return c.text.block_size - n_images * (captioning.n_image_tokens(c.model, c.vision, c.shuffle) - 1)
-
-
-def evaluate(model, setup, split, limit=None, n_predict=None, num_beams=1, length_penalty=1.0):
+def evaluate(model, setup, split, limit=None, n_predict=None, **how):
     """-> scores, examples: the loss, and the accuracy of the answers about the first n_predict images (None: all).
 
     With all of them: by kind of question, with shuffled and with blank images (0 after normalisation, the mean colour),
     and results.json in the official form for submission.
     """
-    questions, tokenizer, full = setup.dataset.questions, setup.prepared.tokenizer, n_predict is None
-    answers = {way: {} for way in (("true", "shuffled", "blank") if full else ("true",))}
-    seen = []
+    questions, full, device = setup.dataset.questions, n_predict is None, setup.device
+    answers, n = {way: {} for way in (("", "shuffled ", "blank ") if full else ("",))}, 0
 
     def visit(batch):
-        if not full and setup.device.world == 1 and len(seen) >= n_predict:
+        nonlocal n
+        if not full and device.world == 1 and n >= n_predict:
             return
-        seen.extend(batch.members)
+        n += len(batch.members)
         pairs = [(k, q) for k, i in enumerate(batch.members) for q in questions[i]]
-        prompts = [encode_dialogue(tokenizer, [(q.question, None)])[0] for _, q in pairs]
+        prompts = [encode_dialogue(setup.prepared.tokenizer, [(q.question, None)])[0] for _, q in pairs]
         for way, found in answers.items():
-            img = batch.img * 0 if way == "blank" else batch.img.roll(1, 0) if way == "shuffled" else batch.img
-            with setup.device.autocast():
+            img = {"": batch.img, "shuffled ": batch.img.roll(1, 0), "blank ": batch.img * 0}[way]
+            with device.autocast():
                 feats = model.vision.grid(img)                                    # (b, N, C): once for all questions
-            texts = answer(model, feats[[k for k, _ in pairs]], prompts, setup, num_beams=num_beams,
-                           length_penalty=length_penalty)
+            texts = answer(model, feats[[k for k, _ in pairs]], prompts, setup, **how)
             found.update((q.question_id, text) for (_, q), text in zip(pairs, texts))
     value, shuffled, _ = mean_losses(model, setup, split, limit, lambda m, b: m(b.img, b.idx, b.targets)[1], visit)
-    answers = {way: setup.device.merge(found) for way, found in answers.items()}
-    asked = [(i, q) for i in setup.store.usable(split)[:limit] for q in questions[i] if q.question_id in answers["true"]]
+    answers = {way: device.merge(found) for way, found in answers.items()}
+    asked = [(i, q) for i in setup.store.usable(split)[:limit] for q in questions[i] if q.question_id in answers[""]]
     scores = {"loss": value, "shuffled loss": shuffled}
-    short = {way: {q.question_id: to_short(found[q.question_id]) for _, q in asked}
-             for way, found in answers.items()}
+    short = {way: {key: to_short(text) for key, text in found.items()} for way, found in answers.items()}
     if any(q.answers for _, q in asked):                        # the official test split keeps its answers secret
         parts = {way: score_vqa([q for _, q in asked], texts) for way, texts in short.items()}
-        scores |= {("" if way == "true" else f"{way} ") + "accuracy": part["overall"] for way, part in parts.items()}
-        if full:
-            kinds = parts["true"]["answer_type"] | parts["true"]["question_type"]
-            scores |= {f"accuracy, {kind}": value for kind, value in sorted(kinds.items())[:24]}
-    if full and setup.device.main:
-        write_text(Path(setup.config.out_dir) / "results.json", json.dumps(submission(short["true"])))
-    return scores, [{"image": i, "question": q.question, "prediction": answers["true"][q.question_id], "truth": q.answer,
-                     "text": f"{q.question} {answers['true'][q.question_id]}"} for i, q in asked]
+        scores |= {f"{way}accuracy": part["overall"] for way, part in parts.items()}
+        kinds = parts[""]["answer_type"] | parts[""]["question_type"] if full else {}
+        scores |= {f"accuracy, {kind}": value for kind, value in sorted(kinds.items())[:24]}
+    if full and device.main:
+        write_text(Path(setup.config.out_dir) / "results.json", json.dumps(submission(short[""])))
+    return scores, [{"image": i, "question": q.question, "prediction": answers[""][q.question_id], "truth": q.answer,
+                     "text": f"{q.question} {answers[''][q.question_id]}"} for i, q in asked]

@@ -13,16 +13,15 @@ import torch.nn.functional as F
 
 from . import metrics
 from .batches import pad_rows
+from .captions import clean_caption
 from .config import UserError, flag_name, option
-from .generate import generate
 from .gpt import IGNORE, GPTConfig
 from .image import Recipe
-from .captions import clean_caption
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
 from .shapes import meaning
-from .task import (Prepared, TextOptions, forbidden_ids, fresh_vision, load_vision, make_tokenizer, mean_losses,
-                   tower_sizes, train_mode)
+from .task import (Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, mean_losses, tower_sizes, train_mode,
+                   write)
 from .tokenizer import END
 from .vit import ViTConfig
 from .vlm import MODELS, LSTMConfig, VLMConfig
@@ -58,6 +57,7 @@ class Options(DecoderOptions):
 # options that are a model's or its tokenizer's own: a stage that goes on from --init cannot change them
 MADE_WITH = {"image_size", "patch_size", "stem", "class_token", "n_layer", "n_head", "n_embd", "n_hidden", "shuffle",
              "wiring", "soft_attention", "tokenizer", "vocab_size", "min_count"}
+ONLY = {"wiring": "cross", "shuffle": "prefix", "n_hidden": "lstm", "soft_attention": "lstm"}   # .. and of one --model
 
 
 # ---- what the model reads, and what it should predict
@@ -68,8 +68,7 @@ def prepare(config, dataset, features=None, run=None):
     tokenizer, first, end = start_tokenizer(config, dataset, start)
     rows, notes = caption_rows(dataset.captions, tokenizer, first, end, config.max_tokens, config.clean)
     meta = {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean}
-    if config.reinforce:
-        start.reward = Reward(dataset)
+    start.reward = Reward(dataset) if config.reinforce else None
     return Prepared(start.recipe, rows, tokenizer, meta, start, notes)
 
 
@@ -78,47 +77,43 @@ def load_start(config, features=None, run=None):
     and the recipe that follows from them. Public weights bring their own picture size and tokenizer."""
     if config.reinforce and not (config.init and features and config.reinforce > 1 and config.captions_per_image == 1):
         raise UserError("--reinforce needs 2 or more captions, --init RUN, --features, and --captions-per-image 1")
-    if config.init and (config.vision or config.text):
-        raise UserError("--init brings a whole model: drop --vision and --text")
+    if config.init and (config.vision or config.text) or config.text and config.model == "lstm":
+        raise UserError("--init brings a whole model and --model lstm has no GPT-2: drop --vision, --text or the other")
+    for name in sorted(ONLY.keys() & config.given):
+        if config.model != ONLY[name]:
+            raise UserError(f"{flag_name(name)} is for --model {ONLY[name]}, not {config.model}: drop it")
     vision = gpt = None
-    if config.init and not run:
-        run = load_run(config.init)
-        then = run.config["options"]
+    if run or config.init:
+        run = run or load_run(config.init)
         if run.config["task"] not in ("caption", "vqa") or run.config["model"] != config.model:
             raise UserError(f"--init {config.init} holds a {run.config['task']} run of model {run.config['model']}; a "
                             f"{config.model} captioner goes on from a {config.model} captioner")
         for name in sorted(MADE_WITH & config.given):
-            if getattr(config, name) != then.get(name):
-                raise UserError(f"--init {config.init} was made with {flag_name(name)} {then.get(name)}, which stays: "
-                                "drop the flag, or train anew without --init")
-    if not run:
+            if getattr(config, name) != run.config["options"].get(name):
+                raise UserError(f"--init {config.init} was made with another {flag_name(name)}, which stays: drop it")
+        wants, has = run.model.config.feat_dim, features and features.feat_dim
+        if wants != has:
+            raise UserError(f"the run was trained on {f'features of {wants} numbers' if wants else 'pixels'}, not "
+                            f"{f'features of {has} numbers' if has else 'pixels'}: see --features")
+    else:
         vision = load_vision(config.vision) if config.vision else None
         if vision and (features or not isinstance(vision.config, ViTConfig)):
             raise UserError(f"--vision {config.vision}: a captioner takes a ViT, or ready-made --features of any network")
         new = TAGS if config.task == "vqa" else ("<image>",) if config.model == "prefix" else ()
-        if config.text and config.model == "lstm":
-            raise UserError("--text brings a GPT-2, and --model lstm has none: drop one of them")
         gpt = load_gpt2(config.text, special_tokens=new) if config.text else None
-        if gpt is not None and gpt.tokenizer is None:
-            raise UserError(f"--text {config.text} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    elif run.model.config.feat_dim != (features and features.feat_dim):
-        has, wants = features and features.feat_dim, run.model.config.feat_dim
-        raise UserError(f"{config.init or config.out_dir} takes " + (f"features of {wants} numbers" if wants else
-                        "pixels") + f", not {f'features of {has} numbers' if has else 'pixels'}: see --features")
     chosen = run or vision
-    return SimpleNamespace(run=run, vision=vision, gpt=gpt, reward=None,
-                           recipe=chosen.recipe if chosen else Recipe(size=config.image_size))
+    return SimpleNamespace(run=run, vision=vision, gpt=gpt, recipe=chosen.recipe if chosen else
+                           Recipe(size=config.image_size))
 
 
 def start_tokenizer(config, dataset, start):
-    """The tokenizer of the run or GPT-2 that the model starts from, else a new one; the ids a text begins and ends with."""
+    """The tokenizer of the run or GPT-2 that the model starts from, or a new one; the ids a text begins and ends with."""
     tokenizer = start.run.tokenizer if start.run else start.gpt.tokenizer if start.gpt is not None else \
         make_tokenizer(config, corpus(config, dataset))
-    end = tokenizer.token_to_id(END)
-    first = tokenizer.token_to_id("<image>") if config.model == "prefix" else end
+    end = tokenizer and tokenizer.token_to_id(END)
+    first = tokenizer and tokenizer.token_to_id("<image>") if config.model == "prefix" else end
     if first is None or end is None:
-        raise UserError(f"the tokenizer of {config.text or config.init or config.out_dir} has no {END}; name a GPT-2, or "
-                        "train one")
+        raise UserError(f"{config.text or config.init or config.out_dir} has no tokenizer that knows {END}; name another")
     return tokenizer, first, end
 
 
@@ -127,9 +122,9 @@ def corpus(config, dataset):
     since it keeps its tokenizer through all stages, and without them it would spell "what" letter by letter."""
     train = dataset.splits["train"]
     yield from (clean_caption(text, config.clean) for i in train for text in dataset.captions[i])
-    if config.model == "prefix":
+    if config.model == "prefix" and hasattr(dataset, "questions"):
         yield SYSTEM
-        for q in (q for i in train for q in getattr(dataset, "questions", None) and dataset.questions[i] or ()):
+        for q in (q for i in train for q in dataset.questions[i]):
             yield from (q.question, to_sentence(q.question, q.answer))
 
 
@@ -164,29 +159,21 @@ def caption_rows(captions, tokenizer, first, end, max_tokens, clean):
 
 def build(config, prepared, features=None):
     """The captioner: each tower public, from another run, or fresh as the options say."""
-    start, tokenizer = prepared.start, prepared.tokenizer
+    start, vocab_size = prepared.start, prepared.tokenizer.vocab_size
     if start.run:
-        return extend(start.run.model, config, tokenizer, features)
+        return extend(start.run.model, config, vocab_size, features)
     vision = None if features else replace(start.vision.config, dropout=config.dropout) if start.vision else \
         fresh_vision(config)
-    if config.wiring == "lockstep" and (config.model != "cross" or features):
-        raise UserError("--wiring lockstep pairs the layers of a vision tower with those of a --model cross decoder")
-    if config.shuffle > 1 and config.model != "prefix":
-        raise UserError("--shuffle joins the image tokens of --model prefix")
-    n_image = n_image_tokens(config.model, vision, config.shuffle, features)
-    room = config.max_tokens + 2 + n_image                      # start and end frame the caption
+    room = config.max_tokens + 2 + n_image_tokens(config.model, vision, config.shuffle, features)   # start, end
     if config.model == "lstm":
-        text = LSTMConfig(tokenizer.vocab_size, config.n_layer, config.n_embd, config.n_hidden or config.n_embd,
-                          config.dropout, config.n_head if config.soft_attention else 0)
+        text = LSTMConfig(vocab_size, config.n_layer, config.n_embd, config.n_hidden or config.n_embd, config.dropout,
+                          config.n_head if config.soft_attention else 0)
     elif start.gpt is not None:
         text = replace(start.gpt.config, dropout=config.dropout)
+        if text.block_size < room:
+            raise UserError(f"--text {config.text} reads only {text.block_size} tokens; image and caption need {room}")
     else:
-        text = GPTConfig(block_size=room, vocab_size=tokenizer.vocab_size, **tower_sizes(config))
-    if config.model != "lstm" and text.block_size < room:
-        raise UserError(f"--text {config.text} reads only {text.block_size} tokens; image and caption need {room}")
-    if config.wiring == "lockstep" and vision.n_layer != text.n_layer:
-        raise UserError(f"--wiring lockstep pairs the layers of both towers, but they have {vision.n_layer} and "
-                        f"{text.n_layer}; use --wiring final, or give --n-layer")
+        text = GPTConfig(block_size=room, vocab_size=vocab_size, **tower_sizes(config))
     model = build_vlm(VLMConfig(model=config.model, vision=vision, text=text, wiring=config.wiring,
                                 shuffle=config.shuffle, feat_dim=features and features.feat_dim,
                                 image_token=prepared.meta["first"] if config.model == "prefix" else None))
@@ -194,29 +181,22 @@ def build(config, prepared, features=None):
         model.vision.load_state_dict(start.vision.weights)
     if start.gpt is not None:                                   # all but the new cross-attention, which starts at zero
         missing, extra = model.text.load_state_dict(start.gpt.state_dict(), strict=False)
-        new = [name for name in missing if "cross" not in name]
-        assert not extra and not new, f"GPT weights do not fit the decoder: missing {new}, extra {extra}"
+        assert not extra and all("cross" in name for name in missing), f"GPT does not fit: {missing}, {extra}"
     return model
 
 
 def n_image_tokens(model, vision, shuffle, features=None):
     """How many tokens an image takes in the decoder's context: 196 in a prefix of 16-pixel patches at 224, else none."""
-    if model != "prefix":
-        return 0
-    n = vision.n_patches if vision else features.n_tokens
-    side = math.isqrt(n)
-    if shuffle > 1 and (side * side != n or side % shuffle):
-        raise UserError(f"--shuffle {shuffle} needs a square grid that it divides, not {n} image tokens")
-    return n // shuffle ** 2
+    return (vision.n_patches if vision else features.n_tokens) // shuffle ** 2 if model == "prefix" else 0
 
 
-def extend(model, config, tokenizer, features=None):
+def extend(model, config, vocab_size, features=None):
     """The model of --init for another stage: rows for tokens it did not have, positions for longer texts, new dropout."""
     if config.model != "lstm":
         c, text = model.config, model.text
-        n_image = n_image_tokens(c.model, c.vision, c.shuffle, features)
-        text.extend_vocab(max(text.config.vocab_size, tokenizer.vocab_size))
-        text.extend_context(max(text.config.block_size, config.max_tokens + 2 + n_image))
+        room = config.max_tokens + 2 + n_image_tokens(c.model, c.vision, c.shuffle, features)
+        text.extend_vocab(max(text.config.vocab_size, vocab_size))
+        text.extend_context(max(text.config.block_size, room))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
@@ -253,33 +233,24 @@ def self_critical_loss(model, batch, setup):
     somebody's caption, this a high score of the model's own. A caption's advantage is its CIDEr-D minus the mean of the
     other K - 1 of its image; the loss is minus the advantage times the caption's log-probability.
     """
-    config, device, meta = setup.config, setup.device, setup.prepared.meta
+    config, device, meta = setup.config, setup.device.torch, setup.prepared.meta
     K, plain = config.reinforce, getattr(model, "module", model)                  # DDP holds the model as .module
     img = batch.img.repeat_interleave(K, dim=0)                                   # (B * K, D) or (B * K, N, D)
     plain.eval()
-    drawn = predict(plain, img, setup, temperature=1.0)
+    drawn = write(plain, img, [[meta["first"]]] * len(img), setup, temperature=1.0)
     train_mode(plain)
-    captions = [setup.prepared.tokenizer.decode(row) for row in drawn]
-    score = torch.tensor([setup.prepared.start.reward(text, batch.members[k // K]) for k, text in enumerate(captions)])
-    score = score.view(-1, K).to(device.torch)                                    # (B, K)
+    texts = [setup.prepared.tokenizer.decode(row) for row in drawn]
+    score = torch.tensor([setup.prepared.start.reward(text, batch.members[k // K]) for k, text in enumerate(texts)])
+    score = score.view(-1, K).to(device)                                          # (B, K)
     advantage = (score - score.mean(dim=1, keepdim=True)) * K / (K - 1)           # (B, K)
     full = [row + [meta["end"]] if len(row) < config.max_tokens else row for row in drawn]
-    idx, targets = (t.long().to(device.torch) for t in pad_rows([([meta["first"]] + row[:-1], row) for row in full]))
+    idx, targets = (t.long().to(device) for t in pad_rows([([meta["first"]] + row[:-1], row) for row in full]))
     logits = model(img, idx)[0]                                                   # (B * K, T, V)
     # cross_entropy takes (rows, V, T), and gives 0 where there is no target: log_p is (B * K,)
     log_p = -F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(dim=1)
-    mean = (batch.share * config.batch_size * K) / len(img)     # the loop weighs by targets, here each caption counts once
-    value = -(advantage.flatten() * log_p).mean() / mean
-    return value + (-score.mean() / mean - value).detach()      # this gradient; as the number to log, minus the score
-
-
-def predict(model, img, setup, **how):
-    """Captions as rows of ids for ready images. how: for generate."""
-    meta = setup.prepared.meta
-    with setup.device.autocast():
-        return generate(model, img, [[meta["first"]]] * len(img), meta["max_tokens"], eos_id=meta["end"],
-                        forbidden=forbidden_ids(setup.prepared.tokenizer, meta["end"], model.config.text.vocab_size),
-                        **how)
+    share = batch.share * config.batch_size * K / len(img)      # the loop weighs by targets; here each caption counts once
+    value = -(advantage.flatten() * log_p).mean() / share
+    return value + (-score.mean() / share - value).detach()     # this gradient; as the number to log, minus the score
 
 
 def evaluate(model, setup, split, limit=None, n_predict=None, num_beams=1, length_penalty=1.0):
@@ -288,39 +259,35 @@ def evaluate(model, setup, split, limit=None, n_predict=None, num_beams=1, lengt
     "shuffled": the same with every image in its neighbour's place; what is left of a score then is what the model knows
     of captions in general. nats per word: comparable between vocabularies, as the loss per token is not.
     """
-    config, dataset, captions = setup.config, setup.dataset, {}
+    config, dataset, device, found = setup.config, setup.dataset, setup.device, {}
     n_predict = limit if config.reinforce and n_predict is not None else n_predict
 
     def visit(batch):
-        if n_predict is None or setup.device.world > 1 or len(captions) < n_predict:
-            rows = predict(model, batch.img, setup, num_beams=num_beams, length_penalty=length_penalty)
-            captions.update((i, setup.prepared.tokenizer.decode(row).strip()) for i, row in zip(batch.members, rows))
+        if n_predict is None or device.world > 1 or len(found) < n_predict:
+            rows = write(model, batch.img, [[setup.prepared.meta["first"]]] * len(batch.img), setup, num_beams=num_beams,
+                         length_penalty=length_penalty)
+            found.update((i, setup.prepared.tokenizer.decode(row).strip()) for i, row in zip(batch.members, rows))
     value, shuffled, n_tokens = mean_losses(model, setup, split, limit, lambda m, b: m(b.img, b.idx, b.targets)[1], visit)
-    members = setup.store.usable(split)[:limit]
+    captions, members = device.merge(found), setup.store.usable(split)[:limit]
     n_words = sum(len(clean_caption(text, config.clean).split()) for i in members for text in dataset.captions[i])
-    captions = setup.device.merge(captions)
     members = [i for i in members if i in captions][:n_predict]
     predictions = [captions[i] for i in members]
     scores = {"loss": value, "perplexity": math.exp(min(value, 50)), "nats per word": value * n_tokens / max(1, n_words),
-              "shuffled loss": shuffled}
+              "shuffled loss": shuffled, "distinct": len(set(predictions)) / max(1, len(predictions))}
     if n_predict is None or config.reinforce:
         scores |= score_captions(dataset, members, predictions)
         key = "exact" if "exact" in scores else "CIDEr-D"
         scores[f"shuffled {key}"] = score_captions(dataset, members[1:] + members[:1], predictions)[key]
         if config.reinforce:                                    # what is trained is the score, so it also decides
             scores = {"CIDEr-D": scores.pop("CIDEr-D"), **scores}
-    else:
-        scores["distinct"] = len(set(predictions)) / max(1, len(predictions))
     return scores, [{"image": i, "prediction": text, "truth": dataset.captions[i][0], "text": text}
                     for i, text in zip(members, predictions)]
 
 
 def score_captions(dataset, members, predictions):
-    """How often the meaning is right (shapes) or the papers' scores; and the share of distinct captions."""
+    """How often the meaning is right (shapes), or the papers' scores."""
     truths = [dataset.captions[i] for i in members]
-    distinct = {"distinct": len(set(predictions)) / len(predictions),
-                "distinct in truth": len({t[0] for t in truths}) / len(truths)}
     if dataset.name == "shapes":
         right = [meaning(text) == meaning(truth[0]) for text, truth in zip(predictions, truths)]
-        return {"exact": sum(right) / len(right), **distinct}
-    return {**metrics.score_captions(predictions, truths), **distinct}
+        return {"exact": sum(right) / len(right), "distinct in truth": len({t[0] for t in truths}) / len(truths)}
+    return metrics.score_captions(predictions, truths)

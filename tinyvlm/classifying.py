@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .cnn import ResNetConfig
 from .config import UserError, option
 from .features import open_encoder
-from .files import ImageFinder, read_json, write_csv
+from .files import read_json, tidy_name, write_csv
 from .gpt import IGNORE
 from .image import Recipe, open_batches, preprocess
 from .captions import clean_caption
@@ -75,52 +75,44 @@ class Classifier(nn.Module):
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared. An image has one row: its label's number in each category as idx, and one target that counts it once.
 
-    A label that the training split lacks has no number: nothing could learn it.
+    A label that the training split lacks has no number: nothing could learn it. Images without a label are left out.
     """
     start = load_vision(config.vision) if config.vision and not run else None
     given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
     if given is None:
         raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, and give the file "
                         "with --labels")
-    labels, train, notes = {}, set(dataset.splits["train"]), []
-    for i in given.keys() & train:
+    labels, notes, rows = {}, [], [[] for _ in dataset.names]
+    for i in given.keys() & {*dataset.splits["train"]}:
         for category, name in given[i].items():
             labels.setdefault(category, set()).add(name)
     labels = run.model.config.labels if run else {category: sorted(names) for category, names in sorted(labels.items())}
-    number = {category: {name: k for k, name in enumerate(names)} for category, names in labels.items()}
-    rows = [[] for _ in dataset.names]
     for i, found in given.items():
-        row = [number[category].get(found.get(category), IGNORE) for category in labels]
+        row = [names.index(found[kind]) if found.get(kind) in names else IGNORE for kind, names in labels.items()]
         if any(k != IGNORE for k in row):
             rows[i] = [(row, [0] + [IGNORE] * (len(row) - 1))]
     for split, members in dataset.splits.items():
-        known = [i for i in members if rows[i]]
-        if not known:
+        dataset.splits[split] = [i for i in members if rows[i]]
+        if len(dataset.splits[split]) < len(members):
+            notes.append(f"{len(members) - len(dataset.splits[split])} of {len(members)} images of the {split} split have "
+                         "no label that is learned and are left out")
+        if not dataset.splits[split]:
             raise UserError(f"no image of the {split} split has a label that is learned; label more images, or with a "
                             "lower --margin")
-        if len(known) < len(members):
-            notes.append(f"{len(members) - len(known)} of {len(members)} images of the {split} split have no label that "
-                         "is learned and are left out")
-        dataset.splits[split] = known
     recipe = run.recipe if run else start.recipe if start else Recipe(size=config.image_size)
     return Prepared(recipe, rows, meta={"labels": labels}, start=start, notes=notes)
 
 
 def read_labels(path, dataset):
     """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}. Raises UserError."""
+    number, found = {tidy_name(name): i for i, name in enumerate(dataset.names)}, {}
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")       # without the mark that Excel begins with
-        rows = [(row["image"], row["category"], row["label"]) for row in csv.DictReader(io.StringIO(text))]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the labels in {path}: {str(error)[:100]}") from None
-    except KeyError:
-        raise UserError(f"{path} should begin with the line image,category,label") from None
-    find, found = ImageFinder.among(dataset.names), {}
-    number = {name: i for i, name in enumerate(dataset.names)}
-    for name, category, label in rows:
-        i = number.get(find(name or ""))
-        if i is not None and label and category:
-            found.setdefault(i, {})[category] = label
+        for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))):
+            i = number.get(tidy_name(row["image"]))
+            if i is not None and row["label"] and row["category"]:
+                found.setdefault(i, {})[row["category"]] = row["label"]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no table of labels that begins with image,category,label ({error!r:.80})") from None
     if not found:
         raise UserError(f"{path} holds no label for any image of {dataset.name}; make it with data.py --label, perhaps "
                         "with a lower --margin")
@@ -177,8 +169,7 @@ def read_categories(path):
     if not isinstance(categories, dict) or not categories or not all(
             isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n.strip() for n in names)
             for names in categories.values()):
-        raise UserError(f'{path} should be like {{"color": ["red", "blue"], "place": ["a kitchen", "a beach"]}}, with '
-                        "two phrases or more in each category")
+        raise UserError(f'{path} should be like {{"color": ["red", "blue"]}}, with two phrases or more in each category')
     return categories
 
 

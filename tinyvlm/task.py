@@ -19,6 +19,7 @@ import torch
 
 from .cnn import BatchNorm2d
 from .config import UserError, option
+from .generate import generate
 from .image import Recipe
 from .pretrained import is_run, load_pretrained, load_run, pretrained_tokenizer
 from .tokenizer import END, SPECIAL_TOKENS, BPETokenizer, WordTokenizer
@@ -155,5 +156,12 @@ def show(scores):
 
 def forbidden_ids(tokenizer, end, n_rows):
     """Ids a model must never produce: <image>, tags, the unknown word, and rows of its matrix (n_rows) without a name."""
-    unnamed = range(tokenizer.vocab_size, n_rows)
-    return sorted({*tokenizer.special_ids, *unnamed, tokenizer.unk_id} - {end, None})
+    return sorted({*tokenizer.special_ids, *range(tokenizer.vocab_size, n_rows), tokenizer.unk_id} - {end, None})
+
+
+def write(model, img, prompts, setup, max_new_tokens=None, **how):
+    """Texts as rows of ids: img, ready for the model, and for each image the ids its text begins with. how: for generate."""
+    meta = setup.prepared.meta
+    with setup.device.autocast():
+        return generate(model, img, prompts, max_new_tokens or meta["max_tokens"], eos_id=meta["end"], forbidden=
+                        forbidden_ids(setup.prepared.tokenizer, meta["end"], model.config.text.vocab_size), **how)
