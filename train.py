@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -205,8 +205,10 @@ def train(config, setup, features, state=None):
     n_params = sum(p.numel() for p in model.parameters())
     device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K} "
                f"texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
-    first, fast, losses, stop = step, None, [], []
-    mark, timed = time.perf_counter(), None
+    first, fast, losses, stop, mark, timed = step, None, [], [], time.perf_counter(), None
+
+    def save():
+        save_state(out, model, optimizer, device, step=step, best=best, log=log, options=asdict(config), data=data)
 
     with locked(out / ".lock", wait=False) if device.main else nullcontext(), catch_signals(stop):
         for micro_batches in load_steps(batches, step, total, device, config.workers):
@@ -220,7 +222,7 @@ def train(config, setup, features, state=None):
             if unfreeze(model, config, step / steps_per_epoch) or fast is None:
                 train_mode(model)
                 if fast is None and (device.cuda and n_params > 1e7 if config.compile is None else config.compile):
-                    compile_blocks(model, lambda: task.loss(model, ready[0], setup).backward(), device.say)
+                    compile_blocks(model, device)
                 fast = device.spread(model)
 
             # Forward and backward, micro-batch by micro-batch. Each counts by its share of the step's targets, so the
@@ -247,8 +249,9 @@ def train(config, setup, features, state=None):
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if step == first + 1 and not state and device.main:     # all works: now a new run may replace an old one
-                replace_old_run(out, lambda: save_state(out, model, optimizer, device, step=step, best=best, log=log,
-                                                        options=asdict(config), data=data))
+                save()                                          # half of each would be a model nobody trained
+                for path in old_files(out):
+                    path.unlink() if path.name != "state.pt" else None
 
             # Log. Only here are numbers read off the device, so only here can a bad one be seen.
             end = step == total
@@ -256,7 +259,9 @@ def train(config, setup, features, state=None):
             if evaluating or leaving or step % config.log_interval == 0:
                 *values, stops = device.total(*torch.stack(losses).tolist(), len(stop))
                 leaving = stops > 0
-                check_finite(values, step)
+                if not all(map(math.isfinite, values)):
+                    raise UserError(f"the loss is not finite within the {len(values)} steps before step {step}; lower --lr "
+                                    "and start again (the weights of the last good evaluation are kept)")
                 now, n, mean = time.perf_counter(), len(losses), sum(values) / len(losses)
                 ms = 1000 * (now - mark) / n
                 log.append({"step": step, "train_loss": mean, "lr": lr, "grad_norm": norm.item(), "ms": ms,
@@ -272,31 +277,13 @@ def train(config, setup, features, state=None):
                 best = validate(model, setup, features, step, best, log[-1])
                 mark = time.perf_counter()
             if (evaluating or leaving) and device.main:
-                save_state(out, model, optimizer, device, step=step, best=best, log=log, options=asdict(config), data=data)
+                save()
                 write_log(out, log, f"{setup.dataset.name}, {getattr(config, 'model', config.task)}")
             if leaving and not end:
                 device.say(f"stopped after step {step}; go on with: python train.py --resume "
                            f"--out-dir={shlex.quote(str(out))}")
                 return None
     return model
-
-
-def check_finite(values, step):
-    """Raise UserError if one of the losses of the latest steps is inf or nan."""
-    for k, value in enumerate(values):
-        if not math.isfinite(value):
-            raise UserError(f"the loss of step {step - len(values) + 1 + k} is not finite; lower --lr and start again (the "
-                            "weights of the last good evaluation are kept)")
-
-
-def replace_old_run(out, save):
-    """Half of an old run and half of a new one would be a model nobody trained: remove the old files, then save."""
-    old = old_files(out)
-    if old:
-        print(f"replacing the run in {out}")
-    for path in old:
-        path.unlink()
-    save()
 
 
 def validate(model, setup, features, step, best, row):

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 
-from .config import UserError, out_of_memory
+from .config import UserError
 from .transformer import Block
 
 
@@ -81,25 +81,15 @@ class Device:
             print(text, flush=True)
 
 
-def compile_blocks(model, trial, say):
+def compile_blocks(model, device):
     """torch.compile each Block, in place: equal blocks share one compilation, and no name in a checkpoint changes.
 
-    trial(): a forward and backward pass, as compilation happens at the first call. Where a compiler is missing, that is
-    said, and the model goes on as it was.
+    A trial comes first, as a missing compiler shows at the first call only: then the model goes on as it was.
     """
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    buffers = [b.clone() for b in model.buffers()]              # BatchNorm's statistics: the trial must not count
     try:
-        for block in blocks:
-            block.compile()
-        with torch.random.fork_rng():
-            trial()
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device.torch))
     except Exception as error:                                  # a compiler can raise anything
-        if out_of_memory(error) or isinstance(error, UserError):
-            raise
-        for block in blocks:
-            block._compiled_call_impl = None                    # what Module.compile sets
-        say(f"torch.compile failed ({type(error).__name__}); going on without it, slower")
-    model.zero_grad(set_to_none=True)
-    for b, old in zip(model.buffers(), buffers):
-        b.copy_(old)
+        return device.say(f"torch.compile failed ({type(error).__name__}); going on without it, slower")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()

@@ -10,18 +10,19 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from . import metrics
+from .captions import clean_caption
 from .clip import CLIP, CLIPConfig, chance, gather, in_batch_accuracy, info_nce, similarities
 from .config import UserError, option
 from .features import TextEmbeddings, text_embeddings, text_rows
 from .files import IMAGE_TYPES, list_images
 from .gpt import GPTConfig
 from .image import Recipe, load_image, normalise, open_batches, to_uint8
-from .captions import clean_caption
 from .pretrained import load_clip
 from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, tower_sizes, train_mode
 from .tokenizer import END
@@ -43,7 +44,10 @@ class Options(TextOptions):
 # ---- the task
 
 def prepare(config, dataset, features=None, run=None):
-    """-> Prepared: a caption is what the text tower reads, or the number of a ready-made embedding."""
+    """-> Prepared: a caption is what the text tower reads, or the number of a ready-made embedding.
+
+    start: the towers that `build` begins with, vision and reader (a CLIP), ready text embeddings, and the CLIPConfig.
+    """
     vision = load_vision(config.vision) if config.vision and not run else None
     reader = load_clip(config.text) if config.text and not run else None
     ready = TextEmbeddings(config.text_embeddings, dataset) if config.text_embeddings else None
@@ -54,48 +58,41 @@ def prepare(config, dataset, features=None, run=None):
         make_tokenizer(config, [text for i in dataset.splits["train"] for text in texts[i]])
     if tokenizer is None and not ready:
         raise UserError(f"--text {config.text} came without its tokenizer; name a checkpoint that has one")
-    recipe = run.recipe if run else vision.recipe if vision else Recipe(size=config.image_size)
-    prepared = Prepared(recipe, [], tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source})
-    prepared.start = {"vision": vision, "reader": reader, "ready": ready}
-    sizes = run.model.config if run else clip_sizes(config, prepared, features)
-    prepared.start["sizes"] = sizes
-    prepared.rows = ready.rows if ready else [
+    if run:
+        sizes = run.model.config
+    else:
+        text = reader.config.text if reader else None if ready else GPTConfig(
+            block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **tower_sizes(config))
+        sizes = CLIPConfig(
+            vision=None if features else vision.config if vision else fresh_vision(config), text=text, head=config.head,
+            n_joint=reader.config.n_joint if reader else ready.dim if ready else config.n_joint, dropout=config.dropout,
+            end_token=reader.config.end_token if reader else tokenizer.token_to_id(END) if tokenizer else None,
+            feat_dim=features and features.feat_dim)
+    rows = ready.rows if ready else [
         [(row, [0]) for row in text_rows(tokenizer, captions, sizes).tolist()] if captions else [] for captions in texts]
-    return prepared
-
-
-def clip_sizes(config, prepared, features):
-    """The options (and public towers) -> CLIPConfig."""
-    vision, reader, ready = (prepared.start[name] for name in ("vision", "reader", "ready"))
-    text, end = None, None
-    if reader:
-        text, end = reader.config.text, reader.config.end_token
-    elif not ready:
-        text = GPTConfig(block_size=config.max_tokens + 1, vocab_size=prepared.tokenizer.vocab_size, **tower_sizes(config))
-        end = prepared.tokenizer.token_to_id(END)
-    return CLIPConfig(vision=None if features else vision.config if vision else fresh_vision(config), text=text,
-                      n_joint=reader.config.n_joint if reader else ready.dim if ready else config.n_joint,
-                      head=config.head, end_token=end, feat_dim=features and features.feat_dim, dropout=config.dropout)
+    recipe = run.recipe if run else vision.recipe if vision else Recipe(size=config.image_size)
+    return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
+                    SimpleNamespace(vision=vision, reader=reader, ready=ready, sizes=sizes))
 
 
 def build(config, prepared, features=None):
     """A CLIP whose towers are public where --vision and --text name some, and fresh elsewhere."""
-    vision, reader, sizes = (prepared.start[name] for name in ("vision", "reader", "sizes"))
-    model = CLIP(sizes)
-    if vision:
-        model.vision.load_state_dict(vision.weights)
-        if vision.head is not None and sizes.head == "linear" and vision.head.shape == model.image_head.weight.shape:
-            model.image_head.weight.data.copy_(vision.head)     # a CLIP's tower comes with its way into the space
-    if reader:
-        model.text.load_state_dict(reader.text.state_dict())
-        model.text_head.load_state_dict(reader.text_head.state_dict())
-        model.logit_scale.data.copy_(reader.logit_scale.data)
+    start, model = prepared.start, CLIP(prepared.start.sizes)
+    if start.vision:
+        model.vision.load_state_dict(start.vision.weights)
+        head = start.vision.head                                # a CLIP's tower comes with its way into the space
+        if head is not None and config.head == "linear" and head.shape == model.image_head.weight.shape:
+            model.image_head.weight.data.copy_(head)
+    if start.reader:
+        model.text.load_state_dict(start.reader.text.state_dict())
+        model.text_head.load_state_dict(start.reader.text_head.state_dict())
+        model.logit_scale.data.copy_(start.reader.logit_scale.data)
     return model
 
 
 def texts_of(batch, setup):
     """What encode_text takes: idx (B, T), or ready-made embeddings (B, D) in their place."""
-    ready = setup.prepared.start["ready"]
+    ready = setup.prepared.start.ready
     return batch.idx if ready is None else ready.data[batch.idx[:, 0].cpu()].float().to(setup.device.torch)
 
 
@@ -111,8 +108,7 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **_):
 
     Of drawn scenes with one caption only the first is searched: no sentence could tell them apart.
     """
-    device, dataset, rows = setup.device, setup.dataset, setup.prepared.rows
-    image_emb, text_emb = {}, {}
+    device, dataset, rows, image_emb, text_emb = setup.device, setup.dataset, setup.prepared.rows, {}, {}
     model.eval()
     for batch in setup.each_batch(split, None if dataset.name == "shapes" else limit):
         with device.autocast():
@@ -129,14 +125,11 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **_):
     members = members[:limit]
     img, txt = torch.stack([image_emb[i] for i in members]), torch.cat([text_emb[i] for i in members])     # (n, D), (m, D)
     owner = torch.tensor([k for k, i in enumerate(members) for _ in rows[i]])     # (m,)
-    recall = metrics.recall_at_k(img, txt, owner)
+    recall, shuffled = (metrics.recall_at_k(emb, txt, owner) for emb in (img, img.roll(1, 0)))
     first = torch.stack([text_emb[i][0] for i in members])                        # (n, D)
-    scores = {"mean recall": sum(way[f"R@{k}"] for way in recall.values() for k in (1, 5, 10)) / 6}
-    scores |= {f"{way.replace('_', ' ')} {name}": float(value) for way, part in recall.items() for name, value in
-               part.items()}
-    scores |= batch_losses(model, img, first, setup.config.batch_size)
-    shuffled = metrics.recall_at_k(img.roll(1, 0), txt, owner)
-    scores["shuffled mean recall"] = sum(way[f"R@{k}"] for way in shuffled.values() for k in (1, 5, 10)) / 6
+    scores = {"mean recall": mean_recall(recall), **{f"{way.replace('_', ' ')} {name}": float(value) for way, part in
+                                                     recall.items() for name, value in part.items()},
+              **batch_losses(model, img, first, setup.config.batch_size), "shuffled mean recall": mean_recall(shuffled)}
     captions = [text for i in members for text in dataset.captions[i]]
     best = (img @ txt.t()).argmax(dim=1).tolist()                                 # (n,)
     return scores, [{"image": i, "prediction": captions[k], "truth": dataset.captions[i][0], "text": captions[k],
@@ -144,16 +137,20 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **_):
                     for n, (i, k) in enumerate(zip(members, best))]
 
 
+def mean_recall(recall):
+    """The mean of R@1, R@5 and R@10, both ways."""
+    return sum(way[f"R@{k}"] for way in recall.values() for k in (1, 5, 10)) / 6
+
+
 def batch_losses(model, image_emb, text_emb, batch_size):
     """As in training: the loss of batches of one size, beside chance, with shuffled images, and the share right."""
-    size, scale = min(batch_size, len(image_emb)), model.logit_scale.detach().cpu()
-    pairs = list(zip(image_emb.split(size), text_emb.split(size)))[:max(1, len(image_emb) // size)]
-
-    def mean(f):
-        return sum(float(f(img, txt)) for img, txt in pairs) / len(pairs)
-    return {"loss": mean(lambda img, txt: info_nce(img, txt, scale)), "chance loss": chance(size),
-            "shuffled loss": mean(lambda img, txt: info_nce(img.roll(1, 0), txt, scale)),
-            "right in a batch": mean(lambda img, txt: in_batch_accuracy(img @ txt.t()))}
+    size, scale, n = min(batch_size, len(image_emb)), model.logit_scale.detach().cpu(), max(1, len(image_emb) // batch_size)
+    total = {"loss": 0.0, "chance loss": chance(size) * n, "shuffled loss": 0.0, "right in a batch": 0.0}
+    for img, txt in list(zip(image_emb.split(size), text_emb.split(size)))[:n]:
+        total["loss"] += info_nce(img, txt, scale).item()
+        total["shuffled loss"] += info_nce(img.roll(1, 0), txt, scale).item()
+        total["right in a batch"] += in_batch_accuracy(img @ txt.t())
+    return {name: value / n for name, value in total.items()}
 
 
 # ---- labels in words
@@ -169,10 +166,10 @@ def fill(template, label):
     return (re.sub(r"\ban? (?=\{\})", "", template) if re.match(COUNTED, label) else template).replace("{}", label)
 
 
-def label_embeddings(model, tokenizer, labels, templates=TEMPLATES, clean=str):
+def label_embeddings(model, tokenizer, labels, clean=str):
     """Labels in words -> (n, D): the mean of each label's sentences, brought back to length 1."""
-    emb = text_embeddings(model, tokenizer, [fill(t, label) for label in labels for t in templates], clean=clean)
-    return F.normalize(emb.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)         # (n, D)
+    emb = text_embeddings(model, tokenizer, [fill(t, label) for label in labels for t in TEMPLATES], clean=clean)
+    return F.normalize(emb.view(len(labels), len(TEMPLATES), -1).mean(dim=1), dim=-1)         # (n, D)
 
 
 def classify(image_emb, label_emb, log_scale):
@@ -183,7 +180,7 @@ def classify(image_emb, label_emb, log_scale):
 # ---- search in a folder
 
 def search(image_emb, text_emb, k=10):
-    """(n, D), (Q, D) or (D,) -> the cosines and the image numbers of the k best, (Q, k) or (k,) each, best first."""
+    """(n, D), (D,) -> the cosines and the image numbers of the k best, (k,) each, best first."""
     return (text_emb @ image_emb.t()).topk(min(k, len(image_emb)), dim=-1)
 
 
@@ -197,20 +194,19 @@ def embed_folder(model, recipe, folder, cache, model_key, batch_size=32, device=
     """
     if model.vision is None:
         raise UserError("this model learned from ready-made features and has no vision tower; use the one that made them")
-    folder, cache, known = Path(folder), Path(cache), {}
+    folder, cache, known, broken = Path(folder), Path(cache), {}, {}
     stamps = {name: (p.stat().st_size, p.stat().st_mtime_ns) for name in sorted(list_images(folder))
               if (p := folder / name).is_file()}                # not a link that leads nowhere
     if not stamps:
         raise UserError(f"the folder {folder} holds no images ({', '.join(IMAGE_TYPES)}); check the path")
-    if cache.exists():
-        try:
-            meta = read_metadata(cache)
-            if meta["model"] == model_key:
-                old = zip(json.loads(meta["images"]), load_safetensors(cache)["emb"].clone())
-                known = {name: row for (name, *stamp), row in old if stamps.get(name) == tuple(stamp)}
-        except (KeyError, TypeError, ValueError):               # SafetensorsError is a ValueError, too
-            say(f"{cache} is damaged and is made anew")
-    todo, broken = [name for name in stamps if name not in known], {}
+    try:
+        meta = read_metadata(cache) if cache.exists() else {}
+        if meta.get("model") == model_key:
+            old = zip(json.loads(meta["images"]), load_safetensors(cache)["emb"].clone())
+            known = {name: row for (name, *stamp), row in old if stamps.get(name) == tuple(stamp)}
+    except (KeyError, TypeError, ValueError):                   # SafetensorsError is a ValueError, too
+        say(f"{cache} is damaged and is made anew")
+    todo = [name for name in stamps if name not in known]
     model.to(device).eval()
     for part in open_batches(todo, lambda name: to_uint8(load_image(folder / name), recipe), batch_size, broken,
                              "embedding images"):
