@@ -268,7 +268,7 @@ def photos(name, folder, seed=0, allow_broken=False, stream=False):
 
 def fetch_piece(url, folder, name):
     """Download a file, or unpack a zip as folder/name, unless it is there. One process (torchrun) fetches for all."""
-    with locked(folder / f".{name}.lock"):
+    with locked(folder / f".fetch-{name}.lock"):                # not the lock that extract_zip takes within
         if not (folder / name).exists():
             if name.endswith(".csv"):
                 download(url, folder / name)
