@@ -108,32 +108,25 @@ class ImageStore:
     def of_pixels(cls, dataset, splits, recipe, allow_broken=False, processes=1, say=print):
         """Decode every image of some splits once. Kept in memory if all take less than half of what is free."""
         members = sorted({i for split in splits for i in dataset.splits[split]})
-        if dataset.urls:
-            say(f"{len(members)} images are fetched as they are needed; up to {STREAM_CACHE / 1e9:g} GB stay in "
-                f"{dataset.folder / 'stream'}")
-            return cls(dataset, recipe)
-        size, broken = len(members) * 3 * recipe.size ** 2, {}
-        fits = size * processes < free_memory() / 2
+        size = len(members) * 3 * recipe.size ** 2
+        fits = not dataset.urls and size * processes < free_memory() / 2
         say(f"{len(members)} images of {recipe.size}x{recipe.size} pixels, {size / 1e6:.0f} MB: " +
-            ("in memory" if fits else "decoded as they are needed"))
+            ("in memory" if fits else "fetched as needed" if dataset.urls else "decoded as needed"))
+        if dataset.urls:
+            return cls(dataset, recipe)
         data = torch.zeros(len(members) if fits else 0, 3, recipe.size, recipe.size, dtype=torch.uint8)  # (n, 3, S, S)
-        row = {i: k for k, i in enumerate(members)}
+        row, broken = {i: k for k, i in enumerate(members)}, {}
         for part in open_batches(members, lambda i: to_uint8(dataset.open(i), recipe), 256, broken, "decoding images"):
             for i, pixels in part if fits else ():
                 data[row[i]] = pixels                                             # (3, S, S)
-        refuse_broken(dataset, broken, len(members), allow_broken, say)
+        report_broken(dataset, broken, len(members), allow_broken, say)
         return cls(dataset, recipe, data, row, broken) if fits else cls(dataset, recipe, broken=broken)
 
-    @property
-    def in_memory(self):
-        return self.data is not None
-
     def to(self, device):
-        """Move what is in memory to a GPU, if it takes less than half of what is free there; says so by its result."""
-        if self.data is None or device.type != "cuda" or self.data.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-            return device.type == "cpu" and self.data is not None
-        self.data = self.data.to(device)
-        return True
+        """Whether the images are on the device now: on a GPU those in memory are, if they take less than half of it."""
+        if device.type == "cuda" and self.data is not None and self.data.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.data = self.data.to(device)
+        return self.data is not None and self.data.device.type == device.type
 
     def usable(self, split):
         return [i for i in self.dataset.splits[split] if i not in self.broken and (self.row is None or i in self.row)]
@@ -153,17 +146,13 @@ class ImageStore:
             found.update(part)
         if broken and (not found or not self.dataset.urls):
             raise UserError(next(iter(broken.values())))
-        self.count_lost(broken)
+        self.lost.update(broken)
+        if len(self.lost) >= self.next_report:                  # each time that their number has doubled
+            print(f"{len(self.lost)} images could not be fetched so far, the latest: {list(self.lost.values())[-1]}")
+            self.next_report = 2 * len(self.lost)
         good = [k for k, i in enumerate(members) if i in found]
         places = [k if i in found else good[k % len(good)] for k, i in enumerate(members)]
         return torch.stack([found[members[k]] for k in places]), places           # (B, 3, S, S)
-
-    def count_lost(self, broken):
-        """Say how many images could not be fetched, each time that their number has doubled."""
-        self.lost.update(broken)
-        if len(self.lost) >= self.next_report:
-            print(f"{len(self.lost)} images could not be fetched so far, the latest: {list(self.lost.values())[-1]}")
-            self.next_report = 2 * len(self.lost)
 
 
 def free_memory():
@@ -174,12 +163,11 @@ def free_memory():
         return 4 << 30
 
 
-def refuse_broken(dataset, broken, n, allow_broken, say=print):
+def report_broken(dataset, broken, n, allow_broken, say=print):
     """Report the broken images; raise UserError if they are more than 1% of n and nobody has allowed it."""
     for reason in list(broken.values())[:10]:
         say(f"left out: {reason}")
-    if broken:
-        say(f"{len(broken)} of {n} images are broken and left out")
+    say(f"{len(broken)} of {n} images are broken")
     if len(broken) > MAX_LOST * n and not allow_broken:
         raise UserError(f"{len(broken)} of {n} images are broken, first {dataset.names[min(broken)]}; mend the data "
                         "set, or go on without them with --allow-broken")
@@ -210,17 +198,14 @@ def main():
     dataset = load_dataset(config)
     print(report(dataset))
     n, broken = len(dataset.names), {}
-    if config.dataset == "shapes" or config.stream:             # nothing on disk that could be broken
-        print("  images are made or fetched when needed: none to check")
-    else:
+    if config.dataset != "shapes" and not dataset.urls:         # else nothing is on disk that could be broken
         for _ in open_batches(range(n), lambda i: dataset.open(i) and None, 256, broken, "checking images"):
             pass
-        refuse_broken(dataset, broken, n, config.allow_broken)
-        print(f"  {len(broken)} broken images")
+        report_broken(dataset, broken, n, config.allow_broken)
     some = [i for i in random.Random(config.seed).sample(range(n), min(12, n)) if i not in broken]
     drawn = [pair for part in open_batches(some, dataset.open, 12, broken) for pair in part]
     if not drawn:
-        raise UserError(f"none of the images of {dataset.name} that were tried can be opened; the lines above say why")
+        raise UserError(f"none of the images of {dataset.name} can be opened: {[*broken.values()][:1]}")
     write_image(config.sheet, caption_sheet([image for _, image in drawn],
                                             ["\n".join(dataset.captions[i][:2]) for i, _ in drawn]))
     print(f"wrote {config.sheet}")

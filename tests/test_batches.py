@@ -164,7 +164,7 @@ def test_memory_and_on_demand_give_the_same_pixels(tmp_path):
     dataset = photos("folder", album(tmp_path / "a"))
     store = ImageStore.of_pixels(dataset, dataset.splits, Recipe(size=8), say=lambda text: None)
     bare = ImageStore(dataset, Recipe(size=8))
-    assert store.in_memory and not bare.in_memory
+    assert store.data is not None and bare.data is None
     (a, places), (b, _) = store.get([3, 9, 3]), bare.get([3, 9, 3])
     assert torch.equal(a, b) and a.dtype == torch.uint8 and places == [0, 1, 2]
 

@@ -186,8 +186,7 @@ def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1)
 
 def load_steps(batches, start, total, device, workers):
     """The steps from `start` on: made here where images are in memory, else ahead of time by worker processes."""
-    store = batches.store
-    if store.in_memory and store.data.device.type == device.torch.type:
+    if batches.store.to(device.torch):
         return (batches[step] for step in range(start, total))
 
     def ignore_signals(_):              # Ctrl-C and SIGTERM go to the whole group: the workers leave them to us

@@ -11,7 +11,7 @@ argparse: any text, even "False", would then be true; a bool field becomes the p
 
     config = parse_config(Config, presets={"laptop": {"lr": 5e-4}}, argv=["--preset", "laptop"])
 
-This file also holds `UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
+`UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
 """
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""A run's folder: the best model, the state that --resume needs, the log. Every file appears whole or not at all.
+"""A run's folder: the best model, the state that --resume needs, the log, the result. Every file appears whole or not.
 
     model.safetensors, config.json, tokenizer.json      the best model so far; all that sample.py needs
     state.pt                                            everything at the last save: weights, optimizer, random numbers
@@ -24,7 +24,7 @@ from .weights import load_safetensors, save_safetensors
 
 RUN_FILES = ("state.pt", "model.safetensors", "tokenizer.json", "log.csv", "curves.png", "samples.png", "example.png",
              "scores.json", "predictions.jsonl", "results.json", "similarity.png", "search-*.safetensors",
-             "config.json")     # the order of deletion: first what --resume needs, last what tells that the rest was a run's
+             "config.json")     # in the order of deletion: last what tells that the rest was a run's
 LOG = ("step", "train_loss", "val_loss", "shuffled_loss", "lr", "grad_norm", "ms", "images_per_s")
 
 
@@ -59,17 +59,10 @@ def save_model(out, model, setup, features, scores):
         "dataset": setup.dataset.name, "scores": scores, "options": asdict(config)})
 
 
-def add_scores(out, scores):
-    """Put more of them, by name, into config.json."""
-    config = read_json(Path(out) / "config.json")
-    config["scores"].update(scores)
-    write_json(Path(out) / "config.json", config)
-
-
 def save_state(out, model, optimizer, device, **rest):
     """All that --resume needs to go on as if nothing had happened, in one file: no kill can split it. rest: step, best,
     log, options, data (the fingerprint)."""
-    state = {"model": model.state_dict(), "optimizers": optimizer.state_dict(), "scaler": device.scaler.state_dict(),
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": device.scaler.state_dict(),
              "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(device.torch) if device.cuda else None,
              **rest}
 
@@ -82,21 +75,20 @@ def save_state(out, model, optimizer, device, **rest):
 
 
 def read_state(out):
-    """The content of a run's state.pt, or a UserError: torch.load trusts the numbers, so the checksums are compared here."""
+    """The content of a run's state.pt, or a UserError: torch.load trusts the numbers, so checksums are compared here."""
     path = Path(out) / "state.pt"
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
-                raise UserError(f"{path} is damaged (a checksum is wrong); start again without --resume")
+                raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"optimizers", "data", "options", "log"} <= state.keys():
-            raise KeyError("it is of an earlier version")
+        state["optimizer"], state["data"], state["options"]     # KeyError: of an earlier version
         return state
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile,
-            NotImplementedError, pickle.UnpicklingError) as error:
-        if out_of_memory(error) or getattr(error, "filename", None):              # not the file's fault
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, NotImplementedError,
+            pickle.UnpicklingError) as error:
+        if out_of_memory(error):                                # not the file's fault
             raise
-        raise UserError(f"{path} is damaged ({type(error).__name__}); start again without --resume") from None
+        raise UserError(f"{path} is damaged or of another version ({error!r:.60}); start again without --resume") from None
 
 
 def load_state(out, state, model, optimizer, device, data):
@@ -104,18 +96,12 @@ def load_state(out, state, model, optimizer, device, data):
     if state["data"] != data:
         raise UserError(f"the images, captions, labels or tokenizer are not those that the run in {out} began with; "
                         "bring them back, or start again without --resume")
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizers"])
-        device.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if device.cuda and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device.torch)
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(f"{out}/state.pt does not fit the model of its own options ({type(error).__name__}); start again "
-                        "without --resume") from None
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    device.scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    if device.cuda and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device.torch)
 
 
 def write_log(out, log, title):
@@ -127,7 +113,8 @@ def write_log(out, log, title):
 
 
 def report_test(model, setup, features, evaluate):
-    """The result by the best weights on the test split, as the task's `evaluate` has it: scores, samples.png, example.png, and what to run next."""
+    """The result by the best weights on the test split, as the task's `evaluate` has it: scores, samples.png,
+    example.png, and what to run next."""
     config, dataset, out = setup.config, setup.dataset, Path(setup.config.out_dir)
     model.load_state_dict(load_safetensors(out / "model.safetensors"))
     scores, examples = evaluate(model, setup, "test", config.test_images)
@@ -137,18 +124,19 @@ def report_test(model, setup, features, evaluate):
     for example in examples[:6]:
         print("".join(f"    {key:10}  {example[key]}\n" for key in ("question", "prediction", "truth") if key in example))
     print("test split: " + show(scores))
-    add_scores(out, {f"test {name}": value for name, value in scores.items()})
+    about = read_json(out / "config.json")
+    about["scores"].update({f"test {name}": value for name, value in scores.items()})
+    write_json(out / "config.json", about)
     shown = list({example["image"]: example for example in examples}.values())[:16]
     pictures = [dataset.open(example["image"]) for example in shown]
     write_image(out / "samples.png", caption_sheet(pictures, [example["text"] for example in shown]))
     write_image(out / "example.png", pictures[0])
     if config.task == "clip":
-        n = min(12, len(examples))
-        sim = torch.tensor([example["similarity"][:n] for example in examples[:n]])                # (n, n)
-        write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:n]]))
+        sim = torch.tensor([example["similarity"] for example in examples[:12]])   # (12, 12), or fewer
+        write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:12]]))
     where = "" if str(out) == "out" else f" --out-dir={shlex.quote(str(out))}"
     picture = f"{out}/example.png"
-    if features and not features.meta["source"]:                # a new picture cannot be encoded: look it up by name
+    if features and not features.meta["source"]:                # a new picture cannot be encoded: known ones by name
         where += f" --features={shlex.quote(str(config.features))}"
         picture = dataset.names[shown[0]["image"]]
     more = {"vqa": f" --prompt {shlex.quote(shown[0].get('question', ''))}",
