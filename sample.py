@@ -32,7 +32,7 @@ from tinyvlm.device import check_device
 from tinyvlm.download import download
 from tinyvlm.draw import attention_over, caption_sheet
 from tinyvlm.features import Encoder, read_features, text_embeddings
-from tinyvlm.files import IMAGE_TYPES, list_images, write_image
+from tinyvlm.files import list_images, write_image
 from tinyvlm.generate import generate
 from tinyvlm.image import load_image, open_batches, preprocess, to_pil
 from tinyvlm.captions import clean_caption
@@ -75,23 +75,6 @@ class SampleConfig:
 
 # ---- pictures in
 
-def gather(sources):
-    """Files, folders and addresses -> their names, and those that a folder holds: only these may be broken."""
-    names, optional = [], set()
-    for source in sources:
-        if source.startswith(("http://", "https://")) or not Path(source).is_dir():
-            names.append(source)
-            continue
-        inside = [str(Path(source) / name) for name in list_images(source)]
-        if not inside:
-            raise UserError(f"the folder {source} holds no images ({', '.join(IMAGE_TYPES)})")
-        names += inside
-        optional |= {*inside}
-    if not names:
-        raise UserError("name at least one picture: python sample.py --image dog.jpg")
-    return names, optional
-
-
 def open_image(name):
     """A file or an address -> RGB PIL image. Raises UserError."""
     if not name.startswith(("http://", "https://")):
@@ -104,9 +87,11 @@ def open_image(name):
 def inputs(run, config, batch_size):
     """Yields (names, what the model takes): (b, 3, S, S), or features (b, D) or (b, N, D), a batch at a time.
 
-    Raises UserError for a picture that was named and cannot be read; those of a folder are reported and left out.
+    What cannot be read is reported and left out. Raises UserError if nothing is left.
     """
-    (names, optional), meta, broken, good = gather(config.image), run.config.get("features"), {}, 0
+    names, broken, good, meta = [], {}, 0, run.config.get("features")
+    for source in config.image:
+        names += [str(Path(source) / name) for name in list_images(source)] if Path(source).is_dir() else [source]
     known = read_features(config.features) if meta and config.features else None
     if meta and not known and not meta["source"]:
         raise UserError(f"this run takes features of {meta['encoder'][:80]!r}, a network that is not at hand: give the "
@@ -120,17 +105,14 @@ def inputs(run, config, batch_size):
             return known[1][known[0].index(Path(name).name)].float()              # (D,) or (N, D)
         return open_image(name) if encode else preprocess(open_image(name), run.recipe)       # (3, S, S)
     for part in open_batches(names, open_one, batch_size, broken):
-        for name in [*broken]:
-            reason = broken.pop(name)
-            if name not in optional:
-                raise UserError(reason)
-            print(f"left out: {reason}", file=sys.stderr)
         if part:
             good += len(part)
             values = [value for _, value in part]
             yield [name for name, _ in part], (encode(values) if encode else torch.stack(values)).to(config.device)
     if not good:
-        raise UserError("none of the images could be read; the lines above say why")
+        raise UserError(next(iter(broken.values()), "name at least one picture: python sample.py --image dog.jpg"))
+    for reason in broken.values():
+        print(f"left out: {reason}", file=sys.stderr)
 
 
 # ---- captions

@@ -116,7 +116,8 @@ def read_options(argv):
             raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its weights "
                             f"with --init {out} (or --vision) in another --out-dir")
         task, preset = choose(argv)
-        return parse_config(config_class(task), argv, PRESETS_OF[task] if task in TASKS else {}, __doc__, preset), None
+        return parse_config(config_class(task), argv, PRESETS_OF[task] if task in TASKS else {},
+                            __doc__.partition("\n")[0], preset), None
     cls = config_class(saved.get("task"))
     config = parse_config(cls, argv)
     try:

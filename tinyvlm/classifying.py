@@ -181,28 +181,24 @@ def write_pseudo_labels(config, dataset, path, say=print):
     config: data.PrepareConfig.
     """
     categories, loaded = read_categories(config.label), open_encoder(config.labeler)
-    model, tokenizer = loaded.model.to(config.device), loaded.tokenizer
-    if getattr(model, "text", None) is None or not hasattr(model, "encode_image") or tokenizer is None:
+    model, tokenizer, how = loaded.model.to(config.device), loaded.tokenizer, loaded.config.get("clean", "none")
+    if not hasattr(model, "encode_image") or model.text is None or tokenizer is None:
         raise UserError(f"--labeler {config.labeler} is no CLIP with both an image tower and a text tower")
-    how = loaded.config.get("clean", "none")
     label_emb = {category: label_embeddings(model, tokenizer, names, clean=lambda text: clean_caption(text, how))
                  for category, names in categories.items()}                       # (n_labels, D) each
     rows, broken, unsure = [], {}, Counter()
     for part in open_batches(range(len(dataset.names)), lambda i: preprocess(dataset.open(i), loaded.recipe),
                              config.batch_size, broken, "labelling"):
-        if not part:
-            continue
-        emb = model.encode_image(torch.stack([img for _, img in part]).to(config.device))          # (b, D)
-        for category, names in categories.items():
+        emb = model.encode_image(torch.stack([img for _, img in part]).to(config.device)) if part else ()      # (b, D)
+        for category, names in categories.items() if part else ():
             best, order = classify(emb, label_emb[category], model.logit_scale).topk(2)           # (b, 2) both
             for (i, _), (p, q), (k, _) in zip(part, best.tolist(), order.tolist()):
                 sure = p - q >= config.margin
                 unsure[category] += not sure
                 rows.append([dataset.names[i], category, names[k] if sure else "", f"{p:.4f}", f"{p - q:.4f}"])
     write_csv(path, ["image", "category", "label", "probability", "margin"], rows)
-    n = len(rows) // len(categories)
+    n = len(dataset.names) - len(broken)
     for category in categories:
         say(f"  {category}: {n - unsure[category]} images labelled, {unsure[category]} too unsure (margin {config.margin})")
-    if broken:
-        say(f"  {len(broken)} images could not be opened, such as: {next(iter(broken.values()))}")
+    say(f"  {len(broken)} images could not be opened {[*broken.values()][:1]}")
     return path

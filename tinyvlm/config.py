@@ -69,7 +69,8 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
     presets, names = presets or {}, {f.name for f in dataclasses.fields(cls)}
     for name, values in presets.items():
         assert values.keys() <= names, f"preset {name} sets fields that do not exist: {sorted(values.keys() - names)}"
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = _Parser(usage="%(prog)s [options]", description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a named set of options; other flags win over it" +
