@@ -14,6 +14,7 @@ argparse: any text, even "False", would then be true; a bool field becomes the p
 `UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
 """
 import argparse
+import codecs
 import dataclasses
 import difflib
 import errno
@@ -142,9 +143,9 @@ def out_of_memory(error):
 
 def run_script(main):
     """Run a script's main(): a UserError, a disk that refuses, memory that ran out: one sentence and exit code 2."""
-    for stream, how in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):    # file names that are not UTF-8
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=how)
+    codecs.register_error("as_bytes", _as_bytes)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="as_bytes")
     try:
         main()
     except UserError as error:
@@ -156,6 +157,8 @@ def run_script(main):
         if out_of_memory(error):
             sys.exit(_complain("memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller "
                                "model"))
+        if re.search("Connection (closed|reset)|peer|NCCL", str(error)) and "RANK" in os.environ:
+            sys.exit(_complain("another process of this run has ended; its own message says why"))
         if not isinstance(error, OSError) or error.errno is None:
             raise
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
@@ -163,6 +166,15 @@ def run_script(main):
         sys.exit(_complain(f"cannot use {where}: {error.strerror}; {remedy}, or choose another"))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _as_bytes(error):
+    """File names that are not UTF-8 are printed as the bytes they are, so that a printed command works; other characters
+    that have no bytes are escaped."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _complain(message):
