@@ -8,7 +8,6 @@ From "Making the V in VQA matter" (Goyal et al. 2017, arXiv:1612.00837: the file
 
 Left out: multiple choice, version 1, test-dev (a part of test), and grammar: a few safe rules make the sentences.
 """
-import posixpath
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -64,26 +63,24 @@ def vqav2(folder, seed=0, allow_broken=False):
     lacks. The answers of test are secret: with its images in the folder it is kept, to be submitted and not scored.
     """
     folder, notes, about, lists = Path(folder), [], {}, {}
-    files = {posixpath.basename(path): path for path in reversed(list_files(folder))}        # the shallower of two
+    files = {Path(path).name: path for path in reversed(list_files(folder))}                # of two, the shallower
     for split, subset in SUBSETS.items():
-        parts = [f"v2_OpenEnded_mscoco_{subset}_questions.json", f"v2_mscoco_{subset}_annotations.json"]
-        parts = parts[:1] if split == "test" else parts
-        lacking = [name for name in parts if name not in files]
-        if lacking and (split == "train" or len(lacking) == 1 < len(parts)):
+        source, people = f"v2_OpenEnded_mscoco_{subset}_questions.json", f"v2_mscoco_{subset}_annotations.json"
+        if source not in files and split != "train":
+            continue
+        parts, found = [source] if split == "test" else [source, people], {}
+        if lacking := [name for name in parts if name not in files]:
             raise UserError(f"{folder} holds no {lacking[0]}; put VQA's files there, or name it: --data-dir")
-        found = {}                      # {image: [Question, ..]}; the folders of 2017 hold the same images, split anew
-        for q in [] if lacking else read_vqa(*(folder / files[name] for name in parts)):
-            name = f"{q.image_id:012d}.jpg"
+        for q in read_vqa(*(folder / files[name] for name in parts)):
+            name = f"{q.image_id:012d}.jpg"                     # so in COCO's folders of 2017: the same images
             found.setdefault(files.get(f"COCO_{subset}_{name}", files.get(name)), []).append(q)
         absent = {q.image_id for q in found.pop(None, [])}
-        if found or absent and split != "test":                 # many have the questions of test, but not its images
-            check_absent(notes, sorted(absent), len(found) + len(absent), parts[0], folder, allow_broken)
-            notes.append(f"{split}: {sum(map(len, found.values()))} questions in {parts[0]}")
+        if found or split != "test":                            # many have the questions of test, but not its images
+            check_absent(notes, sorted(absent), len(found) + len(absent), source, folder, allow_broken)
             about, lists[split] = about | found, {*found}
-    names, questions = [*about], [*about.values()]
-    captions = [[f"{q.question} {q.answer}".strip() for q in some] for some in questions]
-    dataset = Dataset("vqav2", names, captions, make_splits(names, lists, seed, notes, folder), folder, notes)
-    dataset.questions = questions
+    captions = [[f"{q.question} {q.answer}".strip() for q in questions] for questions in about.values()]
+    dataset = Dataset("vqav2", [*about], captions, make_splits([*about], lists, seed, notes, folder), folder, notes)
+    dataset.questions = [*about.values()]
     return dataset
 
 
@@ -91,8 +88,7 @@ def vqav2(folder, seed=0, allow_broken=False):
 
 BE, PLACE = "(?P<be>is|are|was|were)", "in|on|at|under|behind|near|next to|between|by|over|beside"
 # "the cat's bowl", "it"; not "the man wearing", which is half of something, nor "the dog or the cat"
-THING = (r"(?P<it>(?:the|this|that|these|those|his|her|their|its?|he|she|they)"
-         r"(?: (?!(?:or|made|painted|going|\w{3,}ing)\b)[\w'-]+)*)")
+THING = r"(?P<it>(?:the|this|that|these|those|his|her|its?|he|she|they)(?: (?!(?:or|made|going|\w{3,}ing)\b)[\w'-]+)*)"
 CLAIM = (rf"{BE} (?P<it>there|it|he|she|they|(?:this|that)(?= an? )|the \w+(?= \w+$| \w+ing ))"
          r" (?P<any>(?:any )?)(?P<rest>(?!any)(?!.*\bor\b).+)")
 COUNT = rf"how many (?P<it>(?!of )[\w' -]+?) (?:are there|(?:can|do) you see|are(?= (?:{PLACE}) ))(?P<rest>.*)"
@@ -130,7 +126,7 @@ def to_sentence(question, answer):
 
 
 def to_short(sentence):
-    """The short answer in a sentence: "Yes, it is." -> "yes", "There are 2 dogs." -> "2"; or all of it, "Red." -> "red"."""
+    """The short answer in a sentence, or all of it: "Yes, it is." -> "yes", "There are 2 dogs." -> "2", "Red" -> "red"."""
     text = " ".join(sentence.split()).removesuffix(".")
     text = text[:1].lower() + text[1:]
     for form in ("(yes|no)(?:,.*)?", "the answer is (.*)", r"there (?:is|are) (\S+).*",
@@ -167,7 +163,8 @@ def rows_of(questions, tokenizer, max_len, turns, left_out):
     pairs = [(q.question, to_sentence(q.question, q.answer)) for q in questions if q.answer]
     rows = [encode_dialogue(tokenizer, pairs[k:k + turns]) for k in range(0, len(pairs), turns)]
     left_out["questions without an answer"] += len(questions) - len(pairs)
-    left_out["answers cut at the end or whole"] += sum(ids[max_len:].count(tokenizer.token_to_id(END)) for ids, _ in rows)
+    end = tokenizer.token_to_id(END)
+    left_out["answers cut at the end or whole"] += sum(ids[max_len:].count(end) for ids, _ in rows)
     return [(ids[:max_len], trained[:max_len]) for ids, trained in rows if any(trained[:max_len])]
 
 
