@@ -10,7 +10,6 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, permutations
 
 from PIL import Image, ImageDraw
@@ -25,7 +24,6 @@ SIZES = {"small": 14, "large": 25}          # radius, in pixels of a CANVAS x CA
 CANVAS = 128
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-PARTS = ("size", "color", "shape", "place", "relation")
 # the corners of each shape of radius 1 about (0, 0); of a star's ten, every other one is pulled in
 OUTLINES = {"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
             "triangle": [(0, -1), (.95, .8), (-.95, .8)], "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)],
@@ -97,8 +95,8 @@ def meaning(caption):
 def score_parts(prediction, truth):
     """Which parts of a caption are right: {"size", "color", "shape", "place", "relation": True, False or None}.
 
-    None stands for what the truth lacks: of a lone thing the relation, of several the place. A part is right if it is
-    for all things, each paired with the true one that it resembles most; so with a wrong number of things nothing is.
+    None is what the truth lacks: a lone thing's relation, the place of several. A part is right if it is for all things,
+    each paired with the true one that it resembles most; so with a wrong number of things nothing is.
         truth "a small red circle above a large blue star", prediction "a large blue circle below a small red circle"
         -> size, color and relation are right, shape is not
     """
@@ -108,8 +106,8 @@ def score_parts(prediction, truth):
         related = {(pairing[a], how, pairing[b]) for a, how, b in theirs} == claims
         scored.append((sum(map(sum, same)), related, [all(part) for part in zip(*same)]))
     _, related, attributes = max(scored, default=(0, False, [False] * 3))
-    last = "place" if len(things) == 1 else "relation"
-    return dict.fromkeys(PARTS) | dict(zip(PARTS, attributes)) | {last: related}
+    parts = dict(zip(("size", "color", "shape"), attributes), place=None, relation=None)
+    return parts | {"place" if len(things) == 1 else "relation": related}
 
 
 def make_scene(rng, n_objects):
@@ -181,7 +179,7 @@ def ask(scene, rng, i=0):
 
 
 class Shapes(Dataset):
-    """Scenes made from (seed, split, index), drawn anew at each open().
+    """Scenes made from (seed, split, index), drawn anew at each open(); `questions` and `labels` by image number.
 
     A scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
     caption, by construction and whatever the seed.
@@ -200,6 +198,9 @@ class Shapes(Dataset):
                 self.scenes.append(scene)
         names, captions = [f"scene-{i:05d}" for i in range(len(self.scenes))], [[describe(s)] for s in self.scenes]
         super().__init__("shapes", names, captions, splits)
+        self.questions = [ask(scene, random.Random(f"{seed}/ask/{i}"), i) for i, scene in enumerate(self.scenes)]
+        # of the first thing, the large or leftmost one
+        self.labels = {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}
 
     def open(self, i):
         return draw_scene(self.scenes[i], random.Random(f"{self.seed}/paint/{i}"))
@@ -207,13 +208,3 @@ class Shapes(Dataset):
     def may_flip(self, i):
         """Of two things the one further left is often named first, so only lone things can be mirrored."""
         return len(self.scenes[i]) == 1 and super().may_flip(i)
-
-    @cached_property
-    def questions(self):
-        """questions[i]: the list of vqa.Question about image i."""
-        return [ask(scene, random.Random(f"{self.seed}/ask/{i}"), i) for i, scene in enumerate(self.scenes)]
-
-    @property
-    def labels(self):
-        """{i: {category: label}} of image i's first thing (the large or leftmost one), for classification."""
-        return {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}
