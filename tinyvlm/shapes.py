@@ -95,8 +95,8 @@ def meaning(caption):
 def score_parts(prediction, truth):
     """Which parts of a caption are right: {"size", "color", "shape", "place", "relation": True, False or None}.
 
-    None is what the truth lacks: a lone thing's relation, the place of several. A part is right if it is for all things,
-    each paired with the true one that it resembles most; so with a wrong number of things nothing is.
+    None is what the truth lacks: a lone thing's relation, the place of several. A part is right if it is for all, each
+    thing paired with the true one that it resembles most; so with a wrong number of things nothing is.
         truth "a small red circle above a large blue star", prediction "a large blue circle below a small red circle"
         -> size, color and relation are right, shape is not
     """
@@ -154,9 +154,9 @@ def ask(scene, rng, i=0):
     things, found, types = list(scene), [], {"yes/no": "yes/no", "count": "number"}
 
     def name(thing):
-        same = [u for u in things if u.shape == thing.shape]
+        same = [u.color for u in things if u.shape == thing.shape]
         text = f"the {thing.shape}" if len(same) == 1 else f"the {thing.color} {thing.shape}"
-        return text if sum(u.color == thing.color for u in same) == 1 else None
+        return text if same.count(thing.color) == 1 else None
     t = rng.choice(things)
     if sum(u.shape == t.shape for u in things) == 1:
         found.append(("color", f"what color is the {t.shape}?", t.color))

@@ -22,7 +22,7 @@ from .tokenizer import SPECIAL_TOKENS
 
 TAGS = END, IMAGE, BEGIN, USER, ASSISTANT = SPECIAL_TOKENS
 SYSTEM = "Answer the question about the image."
-SUBSETS = {"train": "train2014", "val": "val2014", "test": "test2015"}      # of COCO, whose images they are about
+SUBSETS = {"train": "train2014", "val": "val2014", "test": "test2015"}            # of COCO, whose images these are
 
 
 @dataclass
@@ -109,24 +109,23 @@ RULES = (                       # question, answer, statement: the first that fi
 
 
 def to_sentence(question, answer):
-    """A short answer as a sentence, by the first of RULES that fits. to_short takes it back, letter by letter.
+    """A short answer as a sentence, by the first of RULES that fits; to_short takes it back, letter by letter.
 
-    "Is it a dog?" no -> "No, it is not a dog."   "how many dogs are there?" 2 -> "there are 2 dogs."
+    "Is it a dog?" no -> "No, it is not a dog."   "how many dogs are there?" 2 -> "there are 2 dogs."   "" -> ""
     """
     question, answer = " ".join(question.split()), " ".join(answer.split())
     plain = question[:1].lower() + question[1:].rstrip(" ?.!")
-    for pattern, answers, text in RULES:
-        match = re.fullmatch(answers, answer) and re.fullmatch(pattern, plain)
-        if match:
-            text = text.format(answer=answer, **match.groupdict()) + "."
+    for pattern, answers, form in RULES:
+        if match := re.fullmatch(answers, answer) and re.fullmatch(pattern, plain):
+            text = form.format(answer=answer, **match.groupdict()) + "."
             text = text if question[:1].islower() else text[:1].upper() + text[1:]
             if to_short(text) == answer:
                 return text
-    return ""                                                   # of an empty answer
+    return ""
 
 
 def to_short(sentence):
-    """The short answer in a sentence, or all of it: "Yes, it is." -> "yes", "There are 2 dogs." -> "2", "Red" -> "red"."""
+    """The short answer in a sentence, or all of it: "Yes, it is." -> "yes", "There are 2." -> "2", "Red" -> "red"."""
     text = " ".join(sentence.split()).removesuffix(".")
     text = text[:1].lower() + text[1:]
     for form in ("(yes|no)(?:,.*)?", "the answer is (.*)", r"there (?:is|are) (\S+).*",
@@ -179,8 +178,8 @@ def show_tokens(tokenizer, idx, targets, n_image_tokens, color=True):
     Trained tokens are shown as the loss sees them, from the targets: unshifted targets would double each word. What
     follows the last target is padding and not shown.
     """
-    image, colors, lines = tokenizer.token_to_id(IMAGE), {"image": 34, "masked": 90, "trained": 32}, []
-    tokens = [("image" if i == image else "masked", i) if target == IGNORE else ("trained", target)
+    colors, lines, image = {"image": 34, "masked": 90, "trained": 32}, [], tokenizer.token_to_id(IMAGE)
+    tokens = [("trained", target) if target != IGNORE else ("image" if i == image else "masked", i)
               for i, target in zip(idx + [None], [IGNORE] + targets)]             # each token, or what stands for it
     while tokens[-1][0] != "trained":
         tokens.pop()
