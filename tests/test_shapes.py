@@ -68,7 +68,7 @@ def test_parts_of_a_caption(truth, prediction, right):
 
 
 def test_all_parts_are_right_exactly_if_the_meaning_is():
-    """Of captions with one word exchanged, too, some of which mean the same (two colours swapped, two twins)."""
+    """Of captions with one word replaced, too, some of which mean the same (two colours swapped, two twins)."""
     rng, equal = random.Random(0), 0
     words = [*COLORS, *SHAPES, "small", "large", "left", "right", "above", "below"]
     for _ in range(1500):

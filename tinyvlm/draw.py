@@ -1,7 +1,6 @@
 """Pictures of what happens, with Pillow alone: caption sheets, curves, attention over the image; and a progress line.
 
-Looking at the data and at the mistakes is half of the work; these are what the scripts write for you to look at. Every
-function returns a PIL image; files.write_image keeps it. Left out: everything a plotting library does better.
+Half of the work is to see the data and the mistakes. Every function returns a PIL image; files.write_image keeps it. Left out: everything a plotting library does better.
 """
 import math
 import sys

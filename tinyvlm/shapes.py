@@ -173,7 +173,7 @@ def ask(scene, rng, i=0):
     yes = rng.random() < 0.5
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in things)])
     found.append(("yes/no", f"is there a{'n' * (color[0] in 'aeiou')} {color} thing?", "yes" if yes else "no"))
-    rng.shuffle(found)                      # in a dialogue any kind may come first, as when a stranger asks
+    rng.shuffle(found)                      # in a dialogue any kind may come first
     return [Question(1000 * i + k, i, question, [answer], answer, kind, types.get(kind, "other"))
             for k, (kind, question, answer) in enumerate(found)]
 
