@@ -1,6 +1,7 @@
 """Pictures of what happens, with Pillow alone: caption sheets, curves, attention over the image; and a progress line.
 
-Half of the work is to see the data and the mistakes. Every function returns a PIL image; files.write_image keeps it. Left out: everything a plotting library does better.
+Half of the work is to see the data and the mistakes. Every function returns a PIL image, for files.write_image to keep.
+Left out: everything a plotting library does better.
 """
 import math
 import sys
