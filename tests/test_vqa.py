@@ -2,6 +2,7 @@
 import collections
 import csv
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -9,11 +10,12 @@ from PIL import Image
 from tinyvlm.config import UserError
 from tinyvlm.gpt import IGNORE
 from tinyvlm.tokenizer import SPECIAL_TOKENS, BPETokenizer
-from tinyvlm.vqa import (SYSTEM, TAGS, Question, encode_dialogue, export_csv, read_vqa, rows_of, score_vqa, show_tokens,
-                         submission, to_sentence, to_short, to_targets, vqav2)
+from tinyvlm.vqa import (ASSISTANT, BEGIN, END, IMAGE, SYSTEM, TAGS, USER, Question, encode_dialogue, export_csv,
+                         read_vqa, rows_of, score_vqa, show_tokens, submission, to_sentence, to_short, to_targets,
+                         vqav2)
 
 
-def write_pair(folder, split="train", images=range(1, 41), name="{split}2014/COCO_{split}2014_{i:012d}.jpg"):
+def write_pair(folder, split="train2014", images=range(1, 41), name="{split}/COCO_{split}_{i:012d}.jpg"):
     """The official files of a split, two questions an image, and a picture for each image. Returns the two paths."""
     questions, annotations = [], []
     for i in images:
@@ -26,8 +28,8 @@ def write_pair(folder, split="train", images=range(1, 41), name="{split}2014/COC
         path = folder / name.format(split=split, i=i)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (i % 250, 0, 0)).save(path)
-    paths = [folder / f"v2_{kind}.json" for kind in (f"OpenEnded_mscoco_{split}2014_questions",
-                                                     f"mscoco_{split}2014_annotations")]
+    paths = [folder / f"v2_{kind}.json" for kind in (f"OpenEnded_mscoco_{split}_questions",
+                                                     f"mscoco_{split}_annotations")]
     paths[0].write_text(json.dumps({"questions": questions}))
     paths[1].write_text(json.dumps({"annotations": annotations[::-1]}))
     return paths
@@ -36,110 +38,75 @@ def write_pair(folder, split="train", images=range(1, 41), name="{split}2014/COC
 # -- files
 
 def test_questions_and_annotations_are_joined_by_id(tmp_path):
-    """Annotations come in reversed order here; one question nobody answered is left out and noted."""
-    questions, annotations = write_pair(tmp_path)
-    data = json.loads(annotations.read_text())
-    annotations.write_text(json.dumps({"annotations": data["annotations"][1:]}))
-    notes = []
-    found = read_vqa(questions, annotations, notes)
-    assert [q.question_id for q in found[:3]] == [1000, 1001, 2000] and len(found) == 79 and "1 of 80" in notes[0]
+    """Annotations come in reversed order here."""
+    found = read_vqa(*write_pair(tmp_path))
+    assert [q.question_id for q in found[:3]] == [1000, 1001, 2000] and len(found) == 80
     assert found[2] == Question(2000, 2, "What color is thing 0?", ["red", "blue"] + ["red", "red", "blue"] * 2 +
                                 ["red", "red"], "red", "what color is", "other")
-    secret = read_vqa(questions, None, notes)
-    assert len(secret) == 80 and secret[0].answers == [] and secret[0].answer == ""
-
-
-def test_annotations_of_another_split_are_refused(tmp_path):
-    """By their ids; and by their images, where each split counts its questions from 0."""
-    train, val = write_pair(tmp_path), write_pair(tmp_path, "val", range(101, 141))
-    with pytest.raises(UserError, match=r"val2014_annotations.*train2014_questions.*: 0 of 80 questions match"):
-        read_vqa(train[0], val[1], [])
-    train[1].write_text(train[1].read_text().replace('"image_id": ', '"image_id": 9'))
-    with pytest.raises(UserError, match="0 of 80 questions match"):
-        read_vqa(*train, [])
+    secret = read_vqa(tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json")
+    assert len(secret) == 80 and secret[0] == Question(1000, 1, "What color is thing 0?", [])
 
 
 @pytest.mark.parametrize("which, text, fault", [
-    ("q", "{", "not a readable JSON"), ("q", "[7]", "as VQA publishes"),
-    ("a", '{"annotations": [{}]}', "as VQA publishes"),
-    ("q", '{"questions": [{"question_id": 1}, {"question_id": 1}]}', "1 of its question_ids twice"),
-    ("q", '{"questions": [{"question_id": 1, "image_id": 2, "question": 3}]}', "as VQA publishes"),
-    ("a", '{"annotations": [{"question_id": 1, "image_id": 2, "answers": "yes"}]}', "as VQA publishes")])
+    ("q", "{", "not a readable JSON"), ("q", "[7]", "as VQA publishes"), ("a", "", "as VQA publishes"),
+    ("q", '{"questions": [{"question_id": 2000, "image_id": 2, "question": 3}]}', "as VQA publishes"),
+    ("q", '{"questions": [{"question_id": 2000, "image_id": 3, "question": "of another split?"}]}', "(2000, 3)"),
+    ("a", '{"annotations": [{"question_id": 2000, "image_id": 2, "answers": "yes"}]}', "as VQA publishes")])
 def test_broken_files_end_in_a_sentence_that_names_them(tmp_path, which, text, fault):
+    """Among them annotations of another split, which may count from 0, too: 2000 is about image 2 here, and 3 there."""
     files = dict(zip("qa", write_pair(tmp_path, images=[2])))
-    for path, old in ((files["q"], "2000"), (files["a"], "2000")):
-        path.write_text(path.read_text().replace(old, "1"))
-    files[which].write_text(text)
-    with pytest.raises(UserError, match=fault) as error:
-        read_vqa(files["q"], files["a"], [])
+    files[which].write_text(text or '{"annotations": []}')
+    with pytest.raises(UserError, match=re.escape(fault)) as error:
+        read_vqa(files["q"], files["a"])
     assert files[which].name in str(error.value)
 
 
 def test_a_folder_with_train_and_val(tmp_path):
     """Most people's VQA v2: val is held out from train by image, the official val is the test."""
     write_pair(tmp_path / "deep" / "er")
-    write_pair(tmp_path, "val", range(101, 111))
+    write_pair(tmp_path, "val2014", range(101, 111))
     ds = vqav2(tmp_path, seed=3)
     assert [len(ds.splits[s]) for s in ("train", "val", "test")] == [36, 4, 10] and len(ds.names) == 50
-    assert not set(ds.splits["train"]) & set(ds.splits["val"])
     assert any("official val split is the test" in n for n in ds.notes)
     assert {ds.questions[i][0].image_id for i in ds.splits["test"]} == set(range(101, 111))
     for i, questions in enumerate(ds.questions):
         assert ds.open(i).getpixel((0, 0))[0] in range(questions[0].image_id - 4, questions[0].image_id + 5)
         assert ds.captions[i] == [f"{q.question} red" for q in questions] and len(questions) == 2 and ds.may_flip(i)
-    assert vqav2(tmp_path, seed=3).splits == ds.splits != vqav2(tmp_path, seed=4).splits
 
 
 def test_official_splits_and_a_test_without_answers(tmp_path):
-    for split, images in (("train", range(1, 21)), ("val", range(21, 26))):
-        write_pair(tmp_path, split, images)
-    write_pair(tmp_path, "test", range(31, 34))[1].unlink()
+    for split, images in (("train2014", range(1, 21)), ("val2014", range(21, 26)), ("test2015", range(31, 34))):
+        _, annotations = write_pair(tmp_path, split, images)
+    annotations.unlink()
     ds = vqav2(tmp_path)
     assert [len(v) for v in ds.splits.values()] == [20, 5, 3] and ds.questions[-1][0].answers == []
-    for path in tmp_path.glob("test2014/*"):
+    for path in tmp_path.glob("test2015/*"):
         path.unlink()
     ds = vqav2(tmp_path)                                                          # as if there were no test at all
-    assert [len(v) for v in ds.splits.values()] == [18, 2, 5] and any("no images: left out" in n for n in ds.notes)
-    for path in list(tmp_path.glob("val2014/*"))[1:]:
-        path.unlink()
-    with pytest.raises(UserError, match="names 4 images that are not in"):        # answers without images: a fault
+    assert [len(v) for v in ds.splits.values()] == [18, 2, 5]
+    next(tmp_path.glob("val2014/*")).unlink()
+    with pytest.raises(UserError, match="names 1 images that are not in .*--allow-broken"):
         vqav2(tmp_path)
-
-
-def test_what_a_folder_lacks_or_holds_twice_is_named(tmp_path):
-    paths = write_pair(tmp_path, "val", range(1, 31))
-    ds = vqav2(tmp_path)                                                          # one split alone is cut in three
-    assert [len(v) for v in ds.splits.values()] == [24, 3, 3] and any("80/10/10" in n for n in ds.notes)
-    for kind in ("MultipleChoice_mscoco_val2014", "v2_OpenEnded_mscoco_test-dev2015"):        # published too: left out
-        (tmp_path / f"{kind}_questions.json").write_text("[]")
-    assert vqav2(tmp_path).splits == ds.splits
-    (tmp_path / "OpenEnded_mscoco_val2014_questions.json").write_text("[]")       # version 1 beside version 2
-    with pytest.raises(UserError, match="holds both OpenEnded.* and v2_OpenEnded.*questions.json"):
-        vqav2(tmp_path)
-    (tmp_path / "OpenEnded_mscoco_val2014_questions.json").unlink()
-    paths[1].unlink()
-    with pytest.raises(UserError, match="has no .*annotations"):
-        vqav2(tmp_path)
-    with pytest.raises(UserError, match="holds no .*questions"):
-        vqav2(tmp_path / "val2014")
+    assert len(vqav2(tmp_path, allow_broken=True).splits["test"]) == 4
+    for name in ("v2_mscoco_val2014_annotations", "v2_OpenEnded_mscoco_train2014_questions"):
+        (tmp_path / f"{name}.json").unlink()
+        with pytest.raises(UserError, match=f"holds no {name}.json"):
+            vqav2(tmp_path)
 
 
 def test_an_image_is_the_one_of_its_split_and_of_this_number(tmp_path):
-    """Image 7 of val is never shown for image 7 of train; a Mac's ._ files and what is no image count for nothing."""
+    """Image 7 of val is never shown for image 7 of train; a Mac's ._ files, version 1, test-dev count for nothing."""
     write_pair(tmp_path)
-    write_pair(tmp_path, "val")
-    for name in ("val2014/._COCO_val2014_000000000007.jpg", "._v2_mscoco_val2014_annotations.json",
-                 "val2014/COCO_val2014_000000000007.pdf", "val2014/COCO_val2014_000000000007.h5"):
+    write_pair(tmp_path, "val2014")
+    for name in ("val2014/._COCO_val2014_000000000007.jpg", "val2014/COCO_val2014_000000000007.pdf",
+                 "._v2_mscoco_val2014_annotations.json", "OpenEnded_mscoco_val2014_questions.json",
+                 "v2_OpenEnded_mscoco_test-dev2015_questions.json"):
         (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
     ds = vqav2(tmp_path)
     assert [("val2014/" in name) for name in ds.names] == [i in ds.splits["test"] for i in range(80)]
-    (tmp_path / "val2014/COCO_val2014_000000000009.jpg").unlink()
-    with pytest.raises(UserError, match="names 1 images that are not .*--allow-broken"):
-        vqav2(tmp_path)
-    assert len(vqav2(tmp_path, allow_broken=True).splits["test"]) == 39
     other = tmp_path / "other"                                                    # COCO's folders of 2017: split anew
-    write_pair(other, "val", range(1, 31), name="train2017/{i:012d}.jpg")
-    assert vqav2(other).names[0] == "train2017/000000000001.jpg"
+    write_pair(other, images=range(1, 31), name="val2017/{i:012d}.jpg")
+    assert vqav2(other).names[0] == "val2017/000000000001.jpg"
 
 
 # -- sentences
@@ -147,47 +114,39 @@ def test_an_image_is_the_one_of_its_split_and_of_this_number(tmp_path):
 SENTENCES = """Is the cat black? | yes | Yes, the cat is black.
 is there a red thing? | yes | yes, there is a red thing.
 Are there any dogs? | no | No, there are not any dogs.
-Are there any dogs? | yes | Yes, there are dogs.
-Is there a dog in the picture? | yes | Yes, there is a dog in the picture.
-How many dogs are there? | 2 | There are 2 dogs.
 How many dogs are there? | 1 | There is 1.
-How many people are in the picture? | three | There are three people in the picture.
+How many people are in the picture? | 3 | There are 3 people in the picture.
 What color is the fridge? | white | The fridge is white.
-What color is the dog's nose? | black and white | The dog's nose is black and white.
 What shape is the red thing? | circle | The red thing is a circle.
-How big is the dog? | small | The dog is small.
 Where is the cat? | on the table | The cat is on the table.
 where is the cup relative to the fork? | left | the cup is left of the fork.
 What is the man doing? | riding a bike | The man is riding a bike.
-What sport is this? | tennis | The sport is tennis.
 What is the man holding? | bat | The answer is bat.
-What is this? | not sure | Not sure.
 Is this a train or a bus? | yes | Yes.
 Is the stop sign red? | yes | Yes.
 Is there anything on it? | yes | Yes.
 How many of the dogs are black? | 2 | The answer is 2.
-What color is the man wearing? | red | The color is red.
-What color is the cat that is on the bed? | red | The color is red.
-What color is the cat? | unsure | Unsure.""".split("\n")
+What color is the man wearing? | red | The answer is red.
+What color is the cat that is on the bed? | red | The answer is red.
+How tall is the man? | 6 feet | The man is 6 feet.
+how many are there? | lots | the answer is lots.""".split("\n")
 
 
 @pytest.mark.parametrize("row", SENTENCES + [" | cat | The answer is cat.", "What? |  | "])
 def test_sentences(row):
-    """Each rule; and from "What is the man holding?" on: what is half understood gets the plain answer."""
+    """Each rule; and from "What is the man holding?" on what no rule understands."""
     question, answer, sentence = row.split(" | ")
     assert to_sentence(question, answer) == sentence and to_short(sentence) == answer
 
 
 def test_every_sentence_leads_back_to_its_answer():
     """Letter by letter, whatever the question and the answer look like: all pairs of odd ones."""
-    answers = """no|2|yes|on the table|not sure|yes, both|.|..|cat|the cat is black|The answer is 2|there are 2 dogs|1|
-one|2 or 3|red.|NY|Yes|NO|a|a dog|an|is|it is it|no idea|yes and no|left|left of the door|above the table|don't know|
-red, white and blue|eating a pizza|none|circle|10:30|1,000|İ|ß|the answer is the answer is x|yes,|no.|there is 1|
-{a}|{0}|x\ny|is red|a  b|?|in|outside|0|<image>|n/a|yes.no|No, thanks|the""".split("|") + ["", " ", "a" * 300]
+    answers = """no|2|yes|on the table|not sure|yes, both|.|..|the cat is black|The answer is 2|there are 2 dogs|1|red.|
+Yes|NO|a dog|an|is|yes and no|left|left of the door|above the table|don't know|red, white and blue|eating a pizza|
+circle|1,000|İ|ß|the answer is the answer is x|yes,|no.|there is 1|{a}|{0}|x\ny|a  b|?|0|<image>|""".split("|")
     for question in [row.split(" | ")[0] for row in SENTENCES] + [
             "?", "is", "how many", "HOW MANY DOGS ARE IN IT", "what color is {a} {0} the dog", "Does it say no?"]:
-        for answer in answers:
-            assert to_short(to_sentence(question, answer)) == " ".join(answer.split()), (question, answer)
+        assert [to_short(to_sentence(question, a)) for a in answers] == [" ".join(a.split()) for a in answers], question
 
 
 # -- dialogues
@@ -198,49 +157,29 @@ def tokenizer():
 
 
 def test_only_the_assistants_words_and_end_tags_are_trained(tokenizer):
-    ids, trained = encode_dialogue(tokenizer, [("what  color? ", "red."), ("how many?", "2")])
+    """And a tag in a text from outside stays letters."""
+    ids, trained = encode_dialogue(tokenizer, [("what  color? ", "red."), ("".join(TAGS), "2<|endoftext|>")])
     assert TAGS is SPECIAL_TOKENS and tokenizer.decode(ids) == (
         f"<|system|>{SYSTEM}<|user|><image>what color?<|assistant|>red.<|endoftext|>"
-        "<|user|>how many?<|assistant|>2<|endoftext|>")
-    assert tokenizer.decode([i for i, on in zip(ids, trained) if on]) == "red.<|endoftext|>2<|endoftext|>"
+        f"<|user|>{''.join(TAGS)}<|assistant|>2<|endoftext|><|endoftext|>")
+    assert tokenizer.decode([i for i, on in zip(ids, trained) if on]) == "red.<|endoftext|>2<|endoftext|><|endoftext|>"
+    assert [tokenizer.id_to_token(i) for i in ids if i in map(tokenizer.token_to_id, TAGS)] == [
+        BEGIN, USER, IMAGE, ASSISTANT, END, USER, ASSISTANT, END]
     idx, targets = to_targets(ids, trained)
     assert idx == ids[:-1] and [t for t in targets if t != IGNORE] == [i for i, on in zip(ids, trained) if on]
     assert all(t in (IGNORE, following) for t, following in zip(targets, ids[1:]))
     assert idx[targets.index(ids[trained.index(True)])] == tokenizer.token_to_id("<|assistant|>")   # "red" follows it
 
 
-def test_images_stand_before_the_question_or_where_it_puts_them(tokenizer):
-    ids, _ = encode_dialogue(tokenizer, [("a", None)], 2)
-    assert tokenizer.decode(ids).endswith("<|user|><image><image>a<|assistant|>")
-    turns = [("<image> and", "a"), ("or <image>?", None)]
-    ids, _ = encode_dialogue(tokenizer, turns, 2, places_images=True)
-    assert tokenizer.decode(ids).endswith(
-        "<|user|><image> and<|assistant|>a<|endoftext|><|user|>or <image>?<|assistant|>")
-    for n, turn, placed in ((1, turns, 2), (3, turns, 2), (1, [("none", None)], 0)):
-        with pytest.raises(UserError, match=rf"places {placed} of {n} images"):
-            encode_dialogue(tokenizer, turn, n, places_images=True)
-
-
-def test_texts_from_data_never_become_tags(tokenizer):
-    """Tags in a question or an answer stay letters; nothing but the answer is trained."""
-    nasty, tags = "".join(TAGS), [tokenizer.token_to_id(tag) for tag in TAGS]
-    for places in (False, True):
-        question = "<image>" + nasty.replace("<image>", "") if places else nasty
-        ids, trained = encode_dialogue(tokenizer, [(question, nasty)], places_images=places)
-        assert [tokenizer.id_to_token(i) for i in ids if i in tags] == [
-            "<|system|>", "<|user|>", "<image>", "<|assistant|>", "<|endoftext|>"]
-    assert sum(trained) == len(tokenizer.encode_plain(nasty)) + 1
-
-
 def test_rows_are_cut_honestly_and_those_that_teach_nothing_left_out(tokenizer):
     """Whatever max_len: a prefix of the whole; an answer has its end tag or is counted; no row is only masked."""
     questions = [Question(k, 1, "what color is the circle?", ["red"], "red") for k in range(3)]
-    whole, marks = rows_of(questions, tokenizer, 500, turns=3)[0]
+    whole, trained = rows_of(questions, tokenizer, 500, 3, collections.Counter())[0]
     end = tokenizer.token_to_id("<|endoftext|>")
     for max_len in range(1, len(whole) + 2):
         left_out = collections.Counter()
         rows = rows_of(questions, tokenizer, max_len, 3, left_out)
-        assert rows == ([(whole[:max_len], marks[:max_len])] if any(marks[:max_len]) else [])
+        assert rows == ([(whole[:max_len], trained[:max_len])] if any(trained[:max_len]) else [])
         assert left_out.total() == 3 - sum(ids.count(end) for ids, _ in rows)
     left_out = collections.Counter()
     rows = rows_of([*questions, Question(9, 1, "secret?", [])] + questions[:1], tokenizer, 500, 2, left_out)
@@ -253,11 +192,9 @@ def test_show_tokens_shows_what_the_loss_sees(tokenizer):
     idx, targets = to_targets(ids, trained)
     plain = show_tokens(tokenizer, idx + [0] * 4, targets + [IGNORE] * 4, 64, color=False)
     kinds, texts = zip(*(line.split("|", 1) for line in plain.split("\n")))
-    assert " ".join(kinds).split() == ["masked", "image", "masked", "trained"]
-    assert texts[1] == "<image> x 64|" and "\\x1b" in texts[2] and texts[3].endswith("|<|endoftext|>|")
-    assert texts[3].replace("|", "").startswith("the circle is red.")
-    coloured = show_tokens(tokenizer, idx, targets, 64)
-    assert "\x1b[34mimage" in coloured and "\x1b[90mmasked" in coloured and "\x1b[32mtrained" in coloured
+    assert " ".join(kinds).split() == ["masked", "image", "masked", "trained"] and texts[1] == "<image> x 64|"
+    assert "\\x1b" in texts[2] and texts[3].endswith(".|<|endoftext|>|") and texts[3].startswith("the| circle|")
+    assert show_tokens(tokenizer, idx, targets, 64).startswith("\x1b[90mmasked")
     unshifted = [i if on else IGNORE for i, on in zip(idx, trained)]
     assert "|the|\ntrained |the| circle|" in show_tokens(tokenizer, idx, unshifted, 64, color=False)
 
@@ -275,8 +212,6 @@ def test_scores_by_type_and_the_official_form():
     assert scores["question_type"] == pytest.approx({"is": 0.5, "how": 0.9, "what": 1.0})
     assert scores["overall"] == pytest.approx(2.9 / 4) and set(scores) == {"overall", "answer_type", "question_type"}
     assert submission(predictions)[1] == {"question_id": 2, "answer": "two"}
-    with pytest.raises(UserError, match="empty list"):
-        score_vqa([Question(1, 1, "?", [])], {1: "x"})
 
 
 def test_csv_of_dialogues(tmp_path, tokenizer):

@@ -10,7 +10,6 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, permutations
 
 from PIL import Image, ImageDraw
@@ -25,7 +24,6 @@ SIZES = {"small": 14, "large": 25}          # radius, in pixels of a CANVAS x CA
 CANVAS = 128
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-PARTS = ("size", "color", "shape", "place", "relation")
 # the corners of each shape of radius 1 about (0, 0); of a star's ten, every other one is pulled in
 OUTLINES = {"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
             "triangle": [(0, -1), (.95, .8), (-.95, .8)], "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)],
@@ -56,43 +54,33 @@ def relation(a, b):
     return "above" if dy < 0 else "below"
 
 
-def place(thing):
-    """Which ninth of the picture a lone object stands in."""
-    third = CANVAS / 3
-    return PLACES[3 * min(2, int(thing.y // third)) + min(2, int(thing.x // third))]
-
-
 def describe(scene):
     """The one right caption of a scene in its order (make_scene: large things first, then the leftmost).
 
-    one thing:  "a small red circle in the top left"
+    one thing:  "a small red circle in the top left"            (of the picture's ninths)
     two:        "a large blue square right of a small red circle"
     three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)
     """
     first, *others = scene
-    if not others:
-        return f"a {first} in the {place(first)}"
-    return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
+    if others:
+        return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
+    return f"a {first} in the {PLACES[3 * int(3 * first.y / CANVAS) + int(3 * first.x / CANVAS)]}"
 
 
-def _parse(caption):
-    """-> things [(size, color, shape), ..] and how the first stands to the others, or the place of a lone one.
+def parse(caption):
+    """A caption -> its things [(size, color, shape), ..] and claims {(0, "above", 1), (1, "below", 0), ..} about them.
 
-    ([], []) if the caption is no description of a scene.
+    The place of a lone thing is a claim, too: (0, "top left", 0). ([], set()) if it is no description of a scene.
     """
     thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
     other = rf"({'|'.join(OPPOSITE)}) {thing}"
     match = re.fullmatch(rf"{thing}(?: in the ({'|'.join(PLACES)})|((?:(?: and)? {other})+))", caption.strip())
     if not match:
-        return [], []
-    claims = re.findall(other, match[5] or "")
-    return [match.groups()[:3], *(claim[1:] for claim in claims)], [claim[0] for claim in claims] or [match[4]]
-
-
-def _facts(names, relations):
-    """How the first of `names` stands to each other one: (a, relation, b), in one of the two ways to say it."""
-    facts = [(names[0], relation, other) for relation, other in zip(relations, names[1:])]
-    return sorted(min(fact, (fact[2], OPPOSITE[fact[1]], fact[0])) for fact in facts)
+        return [], set()
+    claims = {(0, match[4], 0)} if match[4] else set()
+    for k, (how, *_) in enumerate(re.findall(other, match[5] or ""), 1):
+        claims |= {(0, how, k), (k, OPPOSITE[how], 0)}
+    return re.findall(thing, caption), claims
 
 
 def meaning(caption):
@@ -100,27 +88,26 @@ def meaning(caption):
 
     "a large red star left of a small red star" and "a small red star right of a large red star" mean the same.
     """
-    things, relations = _parse(caption)
-    return (frozenset(things), tuple(_facts(things, relations) if things[1:] else relations)) if things else None
+    things, claims = parse(caption)
+    return (sorted(things), {(things[a], how, things[b]) for a, how, b in claims}) if things else None
 
 
 def score_parts(prediction, truth):
     """Which parts of a caption are right: {"size", "color", "shape", "place", "relation": True, False or None}.
 
-    None stands for what the truth lacks: of a lone thing the relation, of several the place. A part is right if it is
-    for all things, each paired with the true one that it resembles most; so with a wrong number of things nothing is.
+    None is what the truth lacks: a lone thing's relation, the place of several. A part is right if it is for all, each
+    thing paired with the true one that it resembles most; so with a wrong number of things nothing is.
         truth "a small red circle above a large blue star", prediction "a large blue circle below a small red circle"
         -> size, color and relation are right, shape is not
     """
-    (things, relations), (others, claims), scored = _parse(truth), _parse(prediction), []
+    (things, claims), (others, theirs), scored = parse(truth), parse(prediction), []
     for pairing in permutations(range(len(things))) if len(others) == len(things) else ():
         same = [[a == b for a, b in zip(other, things[k])] for other, k in zip(others, pairing)]
-        right = claims == relations if len(things) == 1 else (
-            _facts(pairing, claims) == _facts(range(len(things)), relations))
-        scored.append((sum(map(sum, same)), right, [all(part) for part in zip(*same)]))
-    _, right, attributes = max(scored, default=(0, False, [False] * 3))
-    last = "place" if len(things) == 1 else "relation"
-    return {**dict.fromkeys(PARTS), **dict(zip(PARTS, attributes)), last: right}
+        related = {(pairing[a], how, pairing[b]) for a, how, b in theirs} == claims
+        scored.append((sum(map(sum, same)), related, [all(part) for part in zip(*same)]))
+    _, related, attributes = max(scored, default=(0, False, [False] * 3))
+    parts = dict(zip(("size", "color", "shape"), attributes), place=None, relation=None)
+    return parts | {"place" if len(things) == 1 else "relation": related}
 
 
 def make_scene(rng, n_objects):
@@ -133,17 +120,15 @@ def make_scene(rng, n_objects):
             things.append(Thing(size, rng.choice(list(COLORS)), rng.choice(SHAPES),
                                 rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
         things.sort(key=lambda t: (t.size != "large", t.x))
-        if _is_clear(*things) if len(things) == 1 else all(_are_apart(a, b) for a, b in combinations(things, 2)):
+        if _is_clear(things):
             return things
 
 
-def _are_apart(a, b):
-    dx, dy = abs(a.x - b.x), abs(a.y - b.y)
-    return max(dx, dy) > SIZES[a.size] + SIZES[b.size] + 4 and abs(dx - dy) > 10
-
-
-def _is_clear(thing):           # of the lines between the ninths: where a lone thing stands is no matter of taste
-    return all(abs(v - line * CANVAS / 3) > 6 for v in (thing.x, thing.y) for line in (1, 2))
+def _is_clear(things):
+    if len(things) == 1:                # off the lines between the ninths: where it stands is no matter of taste
+        return all(abs(v - line * CANVAS / 3) > 6 for v in (things[0].x, things[0].y) for line in (1, 2))
+    pairs = [(abs(a.x - b.x), abs(a.y - b.y), SIZES[a.size] + SIZES[b.size]) for a, b in combinations(things, 2)]
+    return all(max(dx, dy) > reach + 4 and abs(dx - dy) > 10 for dx, dy, reach in pairs)
 
 
 def draw_scene(scene, rng):
@@ -169,9 +154,9 @@ def ask(scene, rng, i=0):
     things, found, types = list(scene), [], {"yes/no": "yes/no", "count": "number"}
 
     def name(thing):
-        same = [u for u in things if u.shape == thing.shape]
+        same = [u.color for u in things if u.shape == thing.shape]
         text = f"the {thing.shape}" if len(same) == 1 else f"the {thing.color} {thing.shape}"
-        return text if sum(u.color == thing.color for u in same) == 1 else None
+        return text if same.count(thing.color) == 1 else None
     t = rng.choice(things)
     if sum(u.shape == t.shape for u in things) == 1:
         found.append(("color", f"what color is the {t.shape}?", t.color))
@@ -188,13 +173,13 @@ def ask(scene, rng, i=0):
     yes = rng.random() < 0.5
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in things)])
     found.append(("yes/no", f"is there a{'n' * (color[0] in 'aeiou')} {color} thing?", "yes" if yes else "no"))
-    rng.shuffle(found)                      # in a dialogue any kind may come first, as when a stranger asks
+    rng.shuffle(found)                      # in a dialogue any kind may come first
     return [Question(1000 * i + k, i, question, [answer], answer, kind, types.get(kind, "other"))
             for k, (kind, question, answer) in enumerate(found)]
 
 
 class Shapes(Dataset):
-    """Scenes made from (seed, split, index), drawn anew at each open().
+    """Scenes made from (seed, split, index), drawn anew at each open(); `questions` and `labels` by image number.
 
     A scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
     caption, by construction and whatever the seed.
@@ -213,6 +198,9 @@ class Shapes(Dataset):
                 self.scenes.append(scene)
         names, captions = [f"scene-{i:05d}" for i in range(len(self.scenes))], [[describe(s)] for s in self.scenes]
         super().__init__("shapes", names, captions, splits)
+        self.questions = [ask(scene, random.Random(f"{seed}/ask/{i}"), i) for i, scene in enumerate(self.scenes)]
+        # of the first thing, the large or leftmost one
+        self.labels = {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}
 
     def open(self, i):
         return draw_scene(self.scenes[i], random.Random(f"{self.seed}/paint/{i}"))
@@ -220,13 +208,3 @@ class Shapes(Dataset):
     def may_flip(self, i):
         """Of two things the one further left is often named first, so only lone things can be mirrored."""
         return len(self.scenes[i]) == 1 and super().may_flip(i)
-
-    @cached_property
-    def questions(self):
-        """questions[i]: the list of vqa.Question about image i."""
-        return [ask(scene, random.Random(f"{self.seed}/ask/{i}"), i) for i, scene in enumerate(self.scenes)]
-
-    @property
-    def labels(self):
-        """{i: {category: label}} of image i's first thing (the large or leftmost one), for classification."""
-        return {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}

@@ -6,30 +6,30 @@ From "Making the V in VQA matter" (Goyal et al. 2017, arXiv:1612.00837: the file
     <|system|> Answer .. <|user|> <image> What color is the fridge? <|assistant|> The fridge is white. <|endoftext|>
     masked                        image   masked                                  trained ...................
 
-Left out: multiple choice, test-dev (a part of test), and grammar: answers become sentences by a few safe rules.
+Left out: multiple choice, version 1, test-dev (a part of test), and grammar: a few safe rules make the sentences.
 """
 import re
-from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from .config import UserError
-from .files import ImageFinder, list_files, read_json, write_csv
+from .files import list_files, read_json, write_csv
 from .gpt import IGNORE
-from .layouts import SPLITS, Dataset, check_absent, make_splits
+from .layouts import Dataset, check_absent, make_splits
 from .metrics import vqa_accuracy
 from .tokenizer import SPECIAL_TOKENS
 
 TAGS = END, IMAGE, BEGIN, USER, ASSISTANT = SPECIAL_TOKENS
 SYSTEM = "Answer the question about the image."
+SUBSETS = {"train": "train2014", "val": "val2014", "test": "test2015"}            # of COCO, whose images these are
 
 
 @dataclass
 class Question:
     """One question about one image. answers: of ten people; answer: the commonest of them, "" where they are secret."""
     question_id: int
-    image_id: int | str
+    image_id: int
     question: str
     answers: list[str]
     answer: str = ""
@@ -37,144 +37,87 @@ class Question:
     answer_type: str = "other"  # yes/no | number | other
 
 
-# ---- the official files
+def read_vqa(questions_path, annotations_path=None):
+    """The official json files -> list of Question; those of test come without annotations, so without answers.
 
-def _by_id(path, key):
-    entries = read_json(path)[key]
-    found = {entry["question_id"]: entry for entry in entries}
-    if len(found) < len(entries):
-        raise UserError(f"{path} holds {len(entries) - len(found)} of its question_ids twice; keep one entry of each")
-    return found
-
-
-def read_vqa(questions_path, annotations_path, notes):
-    """The official json files, joined by question id -> list of Question in file order.
-
-    annotations_path None: the answers are secret, as those of test. Raises UserError on files in another form, and on
-    annotations of other questions: two splits may both count from 0, but they are about other images.
+    They are joined by the ids of question and image: two splits may both count from 0, but are about other images.
     """
     try:
-        entries, questions = _by_id(questions_path, "questions"), []
-        people = _by_id(annotations_path, "annotations") if annotations_path else {
-            i: {"image_id": e["image_id"], "answers": [], "multiple_choice_answer": ""} for i, e in entries.items()}
-        for i, e in entries.items():
-            a = people.get(i)
-            if a and a["image_id"] == e["image_id"]:
-                questions.append(Question(i, e["image_id"], e["question"].strip(),
-                                          [answer["answer"].strip() for answer in a["answers"]],
-                                          a["multiple_choice_answer"].strip(), a.get("question_type", ""),
-                                          a.get("answer_type", "other")))
-    except (KeyError, TypeError, AttributeError) as fault:
-        raise UserError(f"{questions_path} and {annotations_path} should be as VQA publishes them ({fault}); fetch "
-                        "both again") from None
-    if 2 * len(questions) < min(len(entries), len(people)) or not questions:
-        raise UserError(f"{annotations_path} does not belong to {questions_path}: {len(questions)} of {len(entries)} "
-                        "questions match; give the annotations of the same split")
-    if len(questions) < len(entries):
-        notes.append(f"{len(entries) - len(questions)} of {len(entries)} questions of {questions_path} have no answer")
-    return questions
-
-
-def _find_json(folder):
-    """{("train", "questions"): "v2_OpenEnded_mscoco_train2014_questions.json", ..}, wherever they lie in the folder."""
-    found = {}
-    for path in list_files(folder):
-        match = re.search(r"(?:^|[/_])(train|val|test)\d*_(questions|annotations)\.json$", path.lower())
-        if match and "multiplechoice" not in path.lower() and found.setdefault(match.groups(), path) != path:
-            raise UserError(f"{folder} holds both {found[match.groups()]} and {path}; keep the one to use")
-    return found
-
-
-def _find_image(finder, image_id, subset):
-    """Image 9 of val2014 is COCO_val2014_000000000009.jpg, or 000000000009.jpg: COCO's folders of 2017 hold the images
-    of 2014, split anew, under the same numbers. A text is a file's name. None where no file is found.
-    """
-    if isinstance(image_id, str):
-        return finder.find(image_id)
-    return finder.find(f"COCO_{subset}_{image_id:012d}.jpg") or finder.find(f"{image_id:012d}.jpg")
+        texts = {(q["question_id"], int(q["image_id"])): q["question"].strip()
+                 for q in read_json(questions_path)["questions"]}
+        if not annotations_path:
+            return [Question(*ids, text, []) for ids, text in texts.items()]
+        people = {(a["question_id"], a["image_id"]): a for a in read_json(annotations_path)["annotations"]}
+        return [Question(*ids, text, [each["answer"].strip() for each in people[ids]["answers"]],
+                         people[ids]["multiple_choice_answer"].strip(), str(people[ids]["question_type"]),
+                         str(people[ids]["answer_type"])) for ids, text in texts.items()]
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise UserError(f"{questions_path} and {annotations_path} should be one split as VQA publishes it ({fault!r}); "
+                        "fetch both again") from None
 
 
 def vqav2(folder, seed=0, allow_broken=False):
-    """A data folder in the layout of VQA v2 -> Dataset with `questions[i]`, the list of Question about image i.
+    """The files of VQA v2 and COCO, at any depth of a folder -> Dataset with `questions[i]`, those about image i.
 
-    The captions are the questions with their answers. Splits are the official ones; see make_splits where one or two
-    lack. A test without answers is kept if its images are there, to be submitted and not scored.
+    The captions are the questions with their answers. Splits are the official ones; see make_splits where val or test
+    lacks. The answers of test are secret: with its images in the folder it is kept, to be submitted and not scored.
     """
     folder, notes, about, lists = Path(folder), [], {}, {}
-    files, finder = _find_json(folder), ImageFinder(folder)
-    present = [split for split in SPLITS if (split, "questions") in files]
-    if not present or len(present) > 1 and "train" not in present:
-        raise UserError(f"{folder} holds no .._train2014_questions.json; put VQA's files there, or name it: --data-dir")
-    for split in present:
-        source, annotations = files[split, "questions"], files.get((split, "annotations"))
-        if not annotations and (split != "test" or len(present) == 1):
-            raise UserError(f"{folder / source} has no .._{split}.._annotations.json beside it; add the answers")
-        subset, by_image = re.findall(rf"{split}\d*", source.lower())[-1], {}
-        for q in read_vqa(folder / source, annotations and folder / annotations, notes):
-            by_image.setdefault(q.image_id, []).append(q)
-        paths = {i: _find_image(finder, i, subset) for i in by_image}
-        absent = [i for i in by_image if not paths[i]]
-        kept = annotations or len(absent) < len(by_image)       # many have the questions of test, but not its images
-        notes.append(f"{split}: {sum(map(len, by_image.values()))} questions in {source}" + (
-            "" if annotations else ", no answers: to be submitted" if kept else ", no images: left out"))
-        if kept:
-            check_absent(notes, absent, len(by_image), source, folder, allow_broken, f"images of {source}")
-            about |= {(split, i): (paths[i], by_image[i]) for i in by_image if paths[i]}
-            lists[split] = {key for key in about if key[0] == split}
-    splits = make_splits(list(about), lists, seed, notes, folder)
-    names, questions = map(list, zip(*about.values()))
-    captions = [[f"{q.question} {q.answer}".strip() for q in some] for some in questions]
-    dataset = Dataset("vqav2", names, captions, splits, folder, notes)
-    dataset.questions = questions
+    files = {Path(path).name: path for path in reversed(list_files(folder))}                # of two, the shallower
+    for split, subset in SUBSETS.items():
+        source, people = f"v2_OpenEnded_mscoco_{subset}_questions.json", f"v2_mscoco_{subset}_annotations.json"
+        if source not in files and split != "train":
+            continue
+        parts, found = [source] if split == "test" else [source, people], {}
+        if lacking := [name for name in parts if name not in files]:
+            raise UserError(f"{folder} holds no {lacking[0]}; put VQA's files there, or name it: --data-dir")
+        for q in read_vqa(*(folder / files[name] for name in parts)):
+            name = f"{q.image_id:012d}.jpg"                     # so in COCO's folders of 2017: the same images
+            found.setdefault(files.get(f"COCO_{subset}_{name}", files.get(name)), []).append(q)
+        absent = {q.image_id for q in found.pop(None, [])}
+        if found or split != "test":                            # many have the questions of test, but not its images
+            check_absent(notes, sorted(absent), len(found) + len(absent), source, folder, allow_broken)
+            about, lists[split] = about | found, {*found}
+    captions = [[f"{q.question} {q.answer}".strip() for q in questions] for questions in about.values()]
+    dataset = Dataset("vqav2", [*about], captions, make_splits([*about], lists, seed, notes, folder), folder, notes)
+    dataset.questions = [*about.values()]
     return dataset
 
 
 # ---- answers as sentences, and back
 
-NUMBER = r"\d+(?:[.,]\d+)*|zero|one|two|three|four|five|six|seven|eight|nine|ten"
-SHAPE = "circle|square|triangle|star|diamond|cross|rectangle|heart"
-PLACE = "in|on|at|under|behind|near|next to|inside|outside|between|by|over|above|below|beside"
-# Statements are made of plain words. These are none: they mean another thing once stated ("a train or a bus", "the cat
-# that is here"), or are half of something ("the man wearing").
-WORD = (r"(?!(?:or|and|is|are|was|were|do|does|did|who|what|which|that|no|not|any\w*|some\w*|ever|yet|either|enough|of|"
-        rf"to|with|from|for|up|down|out|off|taken|made|seen|{PLACE})\b|(?!building)\w{{3,}}(?:ing|ed)\b)[\w'-]+")
-BE, NOUN = "(?P<be>is|are|was|were)", f"{WORD}(?: {WORD})?"
-WHERE = rf"(?: (?:{PLACE}) (?:the|this) {WORD})?"
-THING = rf"(?P<it>(?:the|this|that|these|those|his|her|their|its) {NOUN}|this|that|it|he|she|they)"
-CLAIM = (rf"{BE} (?P<it>there|it|he|she|they|(?:this|that)(?= an? )|the {WORD}(?= (?:an? )?\w+$| \w+ing \w+ \w+$)) "
-         rf"(?P<any>(?:any )?)(?P<rest>(?:\w+ing|(?:\w+ing )?(?:(?:an?|the|his|her) )?{NOUN}){WHERE})")
-COUNT = rf"how many (?P<it>{NOUN}) (?:are|do you see|can you see)(?: there| visible)?(?P<rest>{WHERE})"
-NAMED = r"(?:what|which) (?P<it>(?:(?:kind|type) of )?(?!one|all|else)\w*[^s\W]) is (?:th\w+|it|in|on|being)\b.*"
-
-# (question, answer, statement with {a} for the answer): the first that fits and leads back is taken
-RULES = [(re.compile(asks, re.IGNORECASE), re.compile(says), text) for asks, says, text in (
-    (CLAIM, "yes", "yes, {it} {be} {rest}"),                    # Is it a dog? Are there any? Is the man wearing a hat?
+BE, PLACE = "(?P<be>is|are|was|were)", "in|on|at|under|behind|near|next to|between|by|over|beside"
+# "the cat's bowl", "it"; not "the man wearing", which is half of something, nor "the dog or the cat"
+THING = r"(?P<it>(?:the|this|that|these|those|his|her|its?|he|she|they)(?: (?!(?:or|made|going|\w{3,}ing)\b)[\w'-]+)*)"
+CLAIM = (rf"{BE} (?P<it>there|it|he|she|they|(?:this|that)(?= an? )|the \w+(?= \w+$| \w+ing ))"
+         r" (?P<any>(?:any )?)(?P<rest>(?!any)(?!.*\bor\b).+)")
+COUNT = rf"how many (?P<it>(?!of )[\w' -]+?) (?:are there|(?:can|do) you see|are(?= (?:{PLACE}) ))(?P<rest>.*)"
+WHERE = rf"where {BE} {THING}"
+RULES = (                       # question, answer, statement: the first that fits and leads back is taken
+    (CLAIM, "yes", "yes, {it} {be} {rest}"),                    # is it a dog? are there any? is the man wearing a hat?
     (CLAIM, "no", "no, {it} {be} not {any}{rest}"),
-    (".*", r"(?:yes|no|not|none|nothing|nobody|un\w+|can't|cannot|don't|i|it|maybe)\b.*", "{a}"),
-    (COUNT, "1|one", "there is {a}{rest}"),                     # How many dogs are in the park?
-    (COUNT, NUMBER, "there are {a} {it}{rest}"),
-    (rf"what colou?r {BE} {THING}", ".+", "{it} {be} {a}"),
-    (rf"(?:how (?:big|large|small|tall)|what size) {BE} {THING}", "[a-z]+", "{it} {be} {a}"),
-    (rf"what shape {BE} {THING}", SHAPE, "{it} {be} a {a}"),
-    (rf"where {BE} {THING} relative to (?P<rest>the {NOUN})", "left|right", "{it} {be} {a} of {rest}"),
-    (rf"where {BE} {THING} relative to (?P<rest>the {NOUN})", "above|below", "{it} {be} {a} {rest}"),
-    (rf"where {BE} {THING}", rf"(?:{PLACE}) \w.*|inside|outside", "{it} {be} {a}"),         # the cat is on the table
-    (rf"what {BE} {THING} doing", r"\w+ing\b.*", "{it} {be} {a}"),                          # they are eating pizza
-    (NAMED, ".+", "the {it} is {a}"),                                                       # the kind of dog is poodle
-    (".*", ".+", "the answer is {a}"))]                         # always leads back
+    (".*", "yes|no", "{answer}"),
+    (COUNT, "1", "there is 1{rest}"),
+    (COUNT, r"\d+", "there are {answer} {it}{rest}"),           # there are 2 dogs in the park
+    (rf"(?:what (?:colou?r|size)|how (?:big|large|tall)) {BE} {THING}", ".+", "{it} {be} {answer}"),
+    (rf"what shape {BE} {THING}", "circle|square|triangle|star|diamond|cross|rectangle|heart", "{it} {be} a {answer}"),
+    (rf"{WHERE} relative to (?P<rest>.+)", "left|right", "{it} {be} {answer} of {rest}"),
+    (rf"{WHERE} relative to (?P<rest>.+)", "above|below", "{it} {be} {answer} {rest}"),
+    (WHERE, rf"(?:{PLACE}) \w.*|inside|outside", "{it} {be} {answer}"),                     # the cat is on the table
+    (rf"what {BE} {THING} doing", r"\w+ing\b.*", "{it} {be} {answer}"),                     # they are eating pizza
+    (".*", ".+", "the answer is {answer}"))                     # always leads back
 
 
 def to_sentence(question, answer):
-    """A short answer as a sentence, by the first of RULES that fits. to_short takes it back, letter by letter.
+    """A short answer as a sentence, by the first of RULES that fits; to_short takes it back, letter by letter.
 
-    "Is it a dog?" no -> "No, it is not a dog."   "How many dogs are there?" 2 -> "There are 2 dogs."
-    A lower-case question gets a lower-case sentence, an empty answer an empty one.
+    "Is it a dog?" no -> "No, it is not a dog."   "how many dogs are there?" 2 -> "there are 2 dogs."   "" -> ""
     """
     question, answer = " ".join(question.split()), " ".join(answer.split())
-    for asks, says, text in RULES:
-        if match := says.fullmatch(answer) and asks.fullmatch(question.rstrip(" ?.!")):
-            parts = match.groupdict()
-            text = text.format(a=answer, **{**parts, "be": parts.get("be", "").lower()}) + "."
+    plain = question[:1].lower() + question[1:].rstrip(" ?.!")
+    for pattern, answers, form in RULES:
+        if match := re.fullmatch(answers, answer) and re.fullmatch(pattern, plain):
+            text = form.format(answer=answer, **match.groupdict()) + "."
             text = text if question[:1].islower() else text[:1].upper() + text[1:]
             if to_short(text) == answer:
                 return text
@@ -182,66 +125,46 @@ def to_sentence(question, answer):
 
 
 def to_short(sentence):
-    """The short answer in a sentence: "Yes, it is." -> "yes", "There are 2 dogs." -> "2", "The cat is red." -> "red".
-
-    What has none of these forms is the answer itself, without its period.
-    """
+    """The short answer in a sentence, or all of it: "Yes, it is." -> "yes", "There are 2." -> "2", "Red" -> "red"."""
     text = " ".join(sentence.split()).removesuffix(".")
-    claim = re.fullmatch("(yes|no)(?:,.*)?", text, re.IGNORECASE)
-    if claim:
-        return claim[1].lower()
-    for form in (r"the answer is (.*)", rf"there (?:is|are) ({NUMBER})\b.*",
-                 r".+? is (left|right|above|below)(?: of)? (?:the|an?) .+", r".+? (?:is|are|was|were) (?:an? )?(.+)"):
-        if match := re.fullmatch(form, text, re.IGNORECASE):
+    text = text[:1].lower() + text[1:]
+    for form in ("(yes|no)(?:,.*)?", "the answer is (.*)", r"there (?:is|are) (\S+).*",
+                 ".+? is (left|right|above|below)(?: of)? .+", ".+? (?:is|are|was|were) (?:an? )?(.+)"):
+        if match := re.fullmatch(form, text):
             return match[1]
-    return text[:1].lower() + text[1:]
+    return text
 
 
 # ---- dialogues as tokens
 
-def encode_dialogue(tokenizer, turns, n_images=1, places_images=False):
+def encode_dialogue(tokenizer, turns):
     """turns [(question, answer or None: to be generated), ..] -> (ids, trained): the loss is taken on the trained ids.
 
-    Trained are the assistant's words and the end tag of each answer. The images stand before the first question or,
-    with places_images, where the questions spell "<image>"; no other text becomes a tag. Raises UserError where the
-    questions place another number of images than there are.
+    Trained are the assistant's words and the end tag of each answer. No text from outside ever becomes a tag.
     """
     end, image, begin, user, assistant = map(tokenizer.token_to_id, TAGS)
-    ids, trained = [], []
-
-    def add(tokens, train=False):
-        ids.extend(tokens)
-        trained.extend([train] * len(tokens))
-    add([begin, *tokenizer.encode_plain(SYSTEM), user] + [image] * (0 if places_images else n_images))
+    ids = [begin, *tokenizer.encode_plain(SYSTEM), user, image]
+    trained = [False] * len(ids)
     for k, (question, answer) in enumerate(turns):
-        add([user] * (k > 0))
-        question = " ".join(question.split())
-        for n, part in enumerate(question.split(IMAGE) if places_images else [question]):
-            add([image] * (n > 0) + tokenizer.encode_plain(part))
-        add([assistant])
-        if answer is not None:
-            add([*tokenizer.encode_plain(answer), end], train=True)
-    if ids.count(image) != n_images:
-        raise UserError(f"the prompt places {ids.count(image)} of {n_images} images; put <image> once for each")
+        masked = [user] * (k > 0) + [*tokenizer.encode_plain(" ".join(question.split())), assistant]
+        reply = [] if answer is None else [*tokenizer.encode_plain(answer), end]
+        ids += masked + reply
+        trained += [False] * len(masked) + [True] * len(reply)
     return ids, trained
 
 
-def rows_of(questions, tokenizer, max_len, turns=1, left_out=None):
+def rows_of(questions, tokenizer, max_len, turns, left_out):
     """One image's list of Question -> [(ids, trained), ..]: dialogues of `turns` questions, answered in sentences.
 
     An answer that max_len cuts loses its end tag, too: the model must not learn to stop in mid-sentence. Questions
     without an answer, and rows without room for any, teach nothing and are left out. The Counter left_out counts all.
     """
-    rows, left_out = [], Counter() if left_out is None else left_out
     pairs = [(q.question, to_sentence(q.question, q.answer)) for q in questions if q.answer]
+    rows = [encode_dialogue(tokenizer, pairs[k:k + turns]) for k in range(0, len(pairs), turns)]
     left_out["questions without an answer"] += len(questions) - len(pairs)
-    for k in range(0, len(pairs), turns):
-        ids, trained = encode_dialogue(tokenizer, pairs[k:k + turns])
-        beyond = [i for i, on in zip(ids[max_len:], trained[max_len:]) if on]
-        left_out["answers cut at the end or whole"] += beyond.count(tokenizer.token_to_id(END))
-        if any(trained[:max_len]):
-            rows.append((ids[:max_len], trained[:max_len]))
-    return rows
+    end = tokenizer.token_to_id(END)
+    left_out["answers cut at the end or whole"] += sum(ids[max_len:].count(end) for ids, _ in rows)
+    return [(ids[:max_len], trained[:max_len]) for ids, trained in rows if any(trained[:max_len])]
 
 
 def to_targets(ids, trained):
@@ -255,13 +178,14 @@ def show_tokens(tokenizer, idx, targets, n_image_tokens, color=True):
     Trained tokens are shown as the loss sees them, from the targets: unshifted targets would double each word. What
     follows the last target is padding and not shown.
     """
-    lines, image, colors = [], tokenizer.token_to_id(IMAGE), dict(image=34, masked=90, trained=32)
-    last = max(t for t, target in enumerate(targets) if target != IGNORE)
-    row = zip(idx[:last + 1] + [None], [IGNORE] + targets[:last + 1])             # each token, and what stands for it
-    tokens = [("trained", t) if t != IGNORE else ("image" if i == image else "masked", i) for i, t in row]
+    colors, lines, image = {"image": 34, "masked": 90, "trained": 32}, [], tokenizer.token_to_id(IMAGE)
+    tokens = [("trained", target) if target != IGNORE else ("image" if i == image else "masked", i)
+              for i, target in zip(idx + [None], [IGNORE] + targets)]             # each token, or what stands for it
+    while tokens[-1][0] != "trained":
+        tokens.pop()
     for kind, run in groupby(tokens, key=lambda token: token[0]):
-        texts = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode([i])) for _, i in run]
-        line = f"{kind:8}|{'|'.join(text + f' x {n_image_tokens}' * (kind == 'image') for text in texts)}|"
+        times = f" x {n_image_tokens}" * (kind == "image")
+        line = f"{kind:8}|" + "".join(f"{repr(tokenizer.decode([i]))[1:-1]}{times}|" for _, i in run)
         lines.append(f"\x1b[{colors[kind]}m{line}\x1b[0m" if color else line)
     return "\n".join(lines)
 
@@ -275,17 +199,19 @@ def submission(predictions):
 
 def score_vqa(questions, predictions):
     """{question_id: short answer} -> accuracies, 0..1: {"overall": .., "answer_type": {..}, "question_type": {..}}."""
-    given, answers = [predictions[q.question_id] for q in questions], [q.answers for q in questions]
-    scores = {by: vqa_accuracy(given, answers, [getattr(q, by) for q in questions])
-              for by in ("answer_type", "question_type")}
-    return {"overall": [part.pop("overall") for part in scores.values()][0], **scores}
+    scores = {}
+    for kind in ("answer_type", "question_type"):
+        scores[kind] = vqa_accuracy([predictions[q.question_id] for q in questions], [q.answers for q in questions],
+                                    [getattr(q, kind) for q in questions])
+        scores["overall"] = scores[kind].pop("overall")
+    return scores
 
 
 def export_csv(questions, path):
     """image_id,text: a row per image, its questions as one dialogue with tags. A tag in their own text gets a space."""
     rows = {}
     for q in questions:
-        asks, says = (re.sub(r"<(?=\||image>)", "< ", text) for text in (q.question, to_sentence(q.question, q.answer)))
+        text, reply = (re.sub(r"<(?=\||image>)", "< ", t) for t in (q.question, to_sentence(q.question, q.answer)))
         start = rows[q.image_id] + USER if q.image_id in rows else BEGIN + SYSTEM + USER + IMAGE
-        rows[q.image_id] = start + asks + ASSISTANT + says + END * bool(says)
+        rows[q.image_id] = start + text + ASSISTANT + reply + END * bool(reply)
     write_csv(path, ("image_id", "text"), rows.items())
