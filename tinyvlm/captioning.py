@@ -19,7 +19,7 @@ from .gpt import IGNORE, GPTConfig
 from .image import Recipe
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
-from .shapes import meaning
+from .shapes import meaning, score_parts
 from .task import (Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, mean_losses, tower_sizes, train_mode,
                    write)
 from .tokenizer import END
@@ -288,6 +288,10 @@ def score_captions(dataset, members, predictions):
     """How often the meaning is right (shapes), or the papers' scores."""
     truths = [dataset.captions[i] for i in members]
     if dataset.name == "shapes":
-        right = [meaning(text) == meaning(truth[0]) for text, truth in zip(predictions, truths)]
-        return {"exact": sum(right) / len(right), "distinct in truth": len({t[0] for t in truths}) / len(truths)}
+        scores = {"exact": [meaning(text) == meaning(truth[0]) for text, truth in zip(predictions, truths)]}
+        for text, truth in zip(predictions, truths):
+            for part, right in score_parts(text, truth[0]).items():
+                scores.setdefault(f"right {part}", []).append(right)
+        scores = {name: [right for right in found if right is not None] for name, found in scores.items()}
+        return {name: sum(found) / len(found) for name, found in scores.items() if found}
     return metrics.score_captions(predictions, truths)

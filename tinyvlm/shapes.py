@@ -10,6 +10,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, permutations
 
 from PIL import Image, ImageDraw
@@ -198,9 +199,12 @@ class Shapes(Dataset):
                 self.scenes.append(scene)
         names, captions = [f"scene-{i:05d}" for i in range(len(self.scenes))], [[describe(s)] for s in self.scenes]
         super().__init__("shapes", names, captions, splits)
-        self.questions = [ask(scene, random.Random(f"{seed}/ask/{i}"), i) for i, scene in enumerate(self.scenes)]
-        # of the first thing, the large or leftmost one
+        # labels of the first thing, the large or leftmost one
         self.labels = {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}
+
+    @cached_property
+    def questions(self):
+        return [ask(scene, random.Random(f"{self.seed}/ask/{i}"), i) for i, scene in enumerate(self.scenes)]
 
     def open(self, i):
         return draw_scene(self.scenes[i], random.Random(f"{self.seed}/paint/{i}"))
