@@ -27,16 +27,14 @@ def _gpt2_config(c):
     return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
             "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
             "n_inner": c.n_hidden, "activation_function": THEIRS[c.activation], "layer_norm_epsilon": c.eps,
-            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": 0.0, "tie_word_embeddings": True,
-            "add_cross_attention": True, "is_decoder": True}
+            "tie_word_embeddings": True, "add_cross_attention": True, "is_decoder": True}
 
 
 def _vit_config(c):
     return {"model_type": "vit", "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
             "num_attention_heads": c.n_head, "intermediate_size": c.n_hidden or 4 * c.n_embd,
             "hidden_act": THEIRS[c.activation], "layer_norm_eps": c.eps, "image_size": c.image_size,
-            "patch_size": c.patch_size, "num_channels": 3, "qkv_bias": True, "hidden_dropout_prob": c.dropout,
-            "attention_probs_dropout_prob": 0.0}
+            "patch_size": c.patch_size}
 
 
 def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=None, max_tokens=None):
@@ -56,7 +54,7 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
         "decoder.lm_head.weight": model.text.wte.weight, "encoder.pooler.dense.weight": torch.zeros(C, C),
         "encoder.pooler.dense.bias": torch.zeros(C)}, folder / "model.safetensors", {"format": "pt"})
     ids = {} if end is None else {"decoder_start_token_id": first, "eos_token_id": end, "pad_token_id": end}
-    files["generation_config"] = ids | ({"max_length": max_tokens + 1} if max_tokens else {})   # theirs counts the start
+    files["generation_config"] = ids | ({"max_length": max_tokens + 1} if max_tokens else {})       # with the start token
     files["config"] = {
         "model_type": "vision-encoder-decoder", "architectures": ["VisionEncoderDecoderModel"], **ids,
         "is_encoder_decoder": True, "tie_word_embeddings": True, "torch_dtype": "float32",

@@ -7,11 +7,10 @@ Everywhere `shapes` is {our name: shape}: the size of GPT-2's vocabulary is shap
 import math
 import re
 
-import torch
-
 from .clip import CLIP, CLIPConfig
 from .cnn import VGG16, ResNet50, ResNetConfig, VGGConfig
 from .gpt import GPT, GPTConfig
+from .image import RECIPES
 from .vit import ViT, ViTConfig
 from .vlm import CrossCaptioner, VLMConfig
 
@@ -90,6 +89,8 @@ def _clip(ck, shapes):
         vision, text = ({"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"} | model[side]
                         for side in ("vision_cfg", "text_cfg"))
         agree(vision | text, **dict.fromkeys((vision | text).keys() - WORDS.keys() - {"head_width"}))
+        agree(ck.read("open_clip_config.json").get("preprocess_cfg", {}), mean=[*RECIPES["clip"].mean],
+              std=[*RECIPES["clip"].std], resize_mode="shortest", interpolation="bicubic")
     agree(ck.config, model_type="clip", projection_dim=shapes["text_head.weight"][0])
     config = CLIPConfig(vision=_vit(ck, _part(shapes, "vision."), vision, "clip_vision_model"),
                         text=_gpt(ck, _part(shapes, "text."), text, "clip_text_model"),
@@ -114,11 +115,8 @@ def _resnet50(ck, shapes):
 
 
 def _vgg16(ck, shapes):
-    """The convolutions are numbered 0, 2, 5, 7, 10, ...: a ReLU after each, and a pool where the step is 3."""
-    layers = [int(name.split(".")[1]) for name in shapes if re.fullmatch(r"feature_map\.\d+\.weight", name)]
-    first = [k for k in range(len(layers)) if k == 0 or layers[k] - layers[k - 1] > 2]      # of each stage
-    return VGGConfig(widths=tuple(shapes[f"feature_map.{layers[k]}.weight"][0] for k in first),
-                     convs=tuple(end - k for k, end in zip(first, [*first[1:], len(layers)])),
+    first = (0, 5, 10, 17, 24)                  # the numbers of each stage's first convolution
+    return VGGConfig(widths=tuple(shapes[f"feature_map.{k}.weight"][0] for k in first),
                      n_hidden=shapes["fc1.weight"][0], n_class=shapes.get("head.weight", [0])[0])
 
 
@@ -132,8 +130,7 @@ def tie_lm_head(tensors, rules):
     """GPT-2's output matrix is its embedding again: a file may hold it under either name, or both if they are equal."""
     for wte in [rule.names[0] for ours, rule in rules.items() if ours.endswith("wte.weight")]:
         head = wte.replace("transformer.", "").replace("wte", "lm_head")
-        if head != wte and head in tensors and torch.equal(
-                tensors.setdefault(wte, tensors[head]).float(), tensors[head].float()):
+        if head != wte and head in tensors and tensors.setdefault(wte, tensors[head]).equal(tensors[head]):
             del tensors[head]
 
 

@@ -108,14 +108,6 @@ stages.{s}.0.shortcut.0.weight? layer{t}.0.downsample.0.weight encoder.stages.{s
 stages.{s}.0.shortcut.1.*?      layer{t}.0.downsample.1.*     encoder.stages.{s}.layers.0.shortcut.normalization.*
 """)
 
-# VGG's convolutions are numbered alike everywhere. timm keeps fc1 and fc2 as convolutions, (4096, 512, 7, 7).
-VGG = _columns("""
-ours    timm                torchvision
-fc1.    pre_logits.fc1.^V   classifier.0.^V
-fc2.    pre_logits.fc2.^V   classifier.3.^V
-head.?  head.fc.            classifier.6.
-""")
-
 
 # ---- families: each is a list of namings, {our line: their line}, one for each way its files are found written
 
@@ -133,7 +125,7 @@ def _resnet(dialect, head, lead=""):
     return {a.format(**n): lead + b.format(**n) for n in at for a, b in RESNET[dialect].items()} | {"head.?": head}
 
 
-FEATURES = {f"feature_map.{n}.?": f"features.{n}." for n in range(50)}
+FEATURES = {f"feature_map.{n}.?": f"features.{n}." for n in range(50)}          # VGG's are numbered alike everywhere
 NAMINGS = {     # a model saved from inside its task's class has a name in front; of several namings the best fit counts
     "gpt2": [_tower(TEXT, "gpt2", "", lead) for lead in ("transformer.", "")],
     "vit": [_tower(VISION, "vit", "", lead) | {"head.?": "classifier."} for lead in ("vit.", "")] +
@@ -146,7 +138,8 @@ NAMINGS = {     # a model saved from inside its task's class has a name in front
                  "text_head.weight": "text_projection^T"}],
     "resnet50": [_resnet("transformers", "classifier.1.", lead) for lead in ("resnet.", "")] +
                 [_resnet("torchvision", "fc.")],
-    "vgg16": [FEATURES | VGG["timm"], FEATURES | VGG["torchvision"]],
+    "vgg16": [FEATURES | {"fc1.": "pre_logits.fc1.^V", "fc2.": "pre_logits.fc2.^V", "head.?": "head.fc."},      # timm
+              FEATURES | {"fc1.": "classifier.0.^V", "fc2.": "classifier.3.^V", "head.?": "classifier.6."}],
     "vit_gpt2": [_tower(VISION, "vit", "vision.", "encoder.") | _tower(TEXT, "gpt2", "text.", "decoder.transformer.") |
                  {"connector.proj.?": "enc_to_dec_proj."}]}     # only between towers of different width
 

@@ -2,7 +2,7 @@
 
     find     a Hub id (fetched into the shared cache) or a folder -> config.json and the tensors       open_checkpoint
     name     of all families and namings of names.py, the one that finds most of its names             best_naming
-    measure  sizes are read off the tensors' shapes, the rest off config.json; both must agree         families.py
+    measure  sizes are read off the tensors' shapes, the rest off config.json; the two must agree      families.py
     copy     every weight of ours from a known place, every tensor of theirs used, or nothing at all   copy_weights
     dress    how its images are prepared (recipes.py), its tokenizer, how captions begin and end       load_pretrained
 
@@ -15,7 +15,7 @@ import re
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from types import SimpleNamespace
 
 import torch
 
@@ -23,7 +23,7 @@ from .captions import CLEAN
 from .clip import CLIP, CLIPConfig
 from .cnn import ResNetConfig
 from .config import UserError
-from .download import DownloadError, hf_file
+from .download import hf_file
 from .families import FAMILIES, tie_lm_head
 from .files import read_json
 from .gpt import GPTConfig
@@ -33,7 +33,7 @@ from .recipes import read_recipe
 from .tokenizer import END, load_tokenizer
 from .vit import ViTConfig
 from .vlm import build, from_dict
-from .weights import copy_weights, load_safetensors, misfit, weight_map
+from .weights import copy_weights, load_safetensors, misfit, shards
 
 
 @dataclass
@@ -58,23 +58,9 @@ def blame(where, remedy):
 
 # ---- find: the files, and what is in them
 
-# Main has no safetensors in these: the commits and branches that do, and a copy under another name.
-ELSEWHERE = {
-    "openai/clip-vit-base-patch32": ["@d15b5f29721ca72dac15f8526b284be910de18be", "@refs/pr/32",
-                                     "timm/vit_base_patch32_clip_224.openai@main"],
-    "nlpconnect/vit-gpt2-image-captioning": ["@93857e539f312a97c13f16976c2a43505fd76d87", "@refs/pr/37"]}
-
-
-@dataclass
-class Checkpoint:
-    """A public model's files, opened. find(name) gives the Path of another file of it, or None."""
-    find: Callable
-    config: dict
-    tensors: dict
-    path: Path
-
-    def read(self, name):
-        return _object(self.find(name))
+PINNED = {      # main has no safetensors in these: a commit that does
+    "openai/clip-vit-base-patch32": "d15b5f29721ca72dac15f8526b284be910de18be",
+    "nlpconnect/vit-gpt2-image-captioning": "93857e539f312a97c13f16976c2a43505fd76d87"}
 
 
 def _object(path):
@@ -85,76 +71,62 @@ def _object(path):
     return config
 
 
-def _places(source):
-    """Where to look for a model's files, best first: functions of a file name that return its Path or None."""
-    folder = Path(source).expanduser()
+def _finder(source):
+    """A folder, Hub id or id@revision -> the function of a file's name that gives its Path, or None."""
+    folder, (repo, _, revision) = Path(source).expanduser(), str(source).partition("@")
     if folder.is_dir():
-        return [lambda name: folder / name if (folder / name).is_file() else None]
-    if source.startswith(("/", ".", "~")):
+        return lambda name: folder / name if (folder / name).is_file() else None
+    if repo.startswith(("/", ".", "~")):
         raise UserError(f"there is no folder {source}; name one with config.json and model.safetensors, or a Hub id")
-    repo, _, revision = source.partition("@")
-    places = [partial(hf_file, repo, revision=revision or "main", missing_ok=True)]
-    for other, _, commit in (where.partition("@") for where in ELSEWHERE.get(source, [])):
-        find = partial(hf_file, other or repo, revision=commit, missing_ok=True)
-        # a branch made for its weights may lack the small files beside them; another repository's would not fit
-        places.append(find if other else lambda name, find=find: find(name) or places[0](name))
-    return places
+    return lambda name: hf_file(repo, name, revision or PINNED.get(repo, "main"), missing_ok=True)
 
 
 def open_checkpoint(source):
-    """A Hub id or a local folder -> Checkpoint. Raises UserError when no safetensors file can be had."""
-    places, fault = _places(source), "it has no model.safetensors"
-    for find in places:
-        try:
-            config = _object(find("config.json"))
-            # timm's CLIP folders hold two files, and the one called model.safetensors is the image tower alone
-            names = ["model.safetensors", "model.safetensors.index.json"]
-            names.insert(2 if "model_type" in config else 0, "open_clip_model.safetensors")
-            path = next(filter(None, map(find, names)), None)
-        except DownloadError as error:                          # a pinned commit may be gone, the repository not
-            path, fault = None, f"{error!s:.140}" if find is places[0] else fault
-        if path and path.suffix == ".json":
-            for shard in {file.name for file in weight_map(path).values()}:
-                find(shard)                                     # a hub's shards come one by one, beside the index
-        if path:                                                # DistributedDataParallel and torch.compile add prefixes
-            tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in load_safetensors(path).items()}
-            return Checkpoint(find, config, tensors, path)
-    raise UserError(f"{source:.80}: {fault}; a pytorch_model.bin may run code and is not opened: name a revision that "
-                    "has safetensors, as org/name@refs/pr/1")
+    """A Hub id or a folder -> its config, tensors, their path, and read(name): the content of another JSON file."""
+    find = _finder(source)
+    config = _object(find("config.json"))
+    # timm's CLIP folders hold two files, and the one called model.safetensors is the image tower alone
+    names = ["model.safetensors", "model.safetensors.index.json"]
+    names.insert(2 if "model_type" in config else 0, "open_clip_model.safetensors")
+    path = next(filter(None, map(find, names)), None)
+    if path is None:
+        raise UserError(f"{source!s:.80} has no model.safetensors, and a pytorch_model.bin, which may run code, is not "
+                        "opened; name a revision that has it, as org/name@refs/pr/1")
+    for file in shards(path):
+        find(Path(file).name)                                   # a hub's files come one by one, beside the index
+    # DistributedDataParallel and torch.compile put something in front
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in load_safetensors(path).items()}
+    return SimpleNamespace(config=config, tensors=tensors, path=path, read=lambda name: _object(find(name)))
 
 
 # ---- dress: text, and the loaders
 
 def _find_tokenizer(find):
-    for names in (["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.txt"]):
-        paths = [find(name) for name in names]
-        if all(paths):
-            for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
-                find(name)                                      # load_tokenizer reads them where they lie beside
-            return load_tokenizer(paths[0])
-    return None
+    """The first of three files decides; load_tokenizer reads the others where they lie beside it."""
+    paths = [find(name) for name in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer_config.json",
+                                     "added_tokens.json", "special_tokens_map.json")]
+    path = paths[0] or paths[1] or paths[2]
+    return path and load_tokenizer(path)
 
 
 def pretrained_tokenizer(source):
     """The tokenizer of a Hub id or folder: GPT-2's, CLIP's, BERT's ("google-bert/bert-base-uncased"), or of a run."""
-    tokenizer = next(filter(None, map(_find_tokenizer, _places(source))), None)
+    tokenizer = _find_tokenizer(_finder(source))
     if tokenizer is None:
         raise UserError(f"{source} holds no tokenizer.json, vocab.json + merges.txt or vocab.txt; name one that does")
     return tokenizer
 
 
 def _check(config, model, tokenizer):
-    """What config.json tells beside the sizes, refused here, as where it is used no error could name the file."""
+    """What config.json tells beside the sizes is refused here: where it is used, no error could name the file."""
     text = getattr(model.config, "text", model.config)
     V, room = getattr(text, "vocab_size", 0), range(1, getattr(text, "block_size", 10**6) + 1)
     if tokenizer and V and tokenizer.vocab_size > V:            # fewer are well: padded tables
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {V} rows")
-    allowed = {"clean": CLEAN}
-    if config["task"] in ("caption", "vqa"):
-        allowed |= {"model": [model.config.model], "first": range(V), "end": range(V), "max_tokens": room}
-        allowed |= {"longest": room} if config["task"] == "vqa" else {}
+    allowed = {"clean": CLEAN, "model": [model.config.model], "first": range(V), "end": range(V), "max_tokens": room,
+               "longest": room} if config["task"] in ("caption", "vqa") else {"clean": CLEAN}
     for key, values in allowed.items():
-        if config[key] not in values:
+        if (key != "longest" or config["task"] == "vqa") and config[key] not in values:
             raise ValueError(f"{key} is {config[key]!r:.99}")
     dict(config["options"])                                     # TypeError where it is none
 
@@ -169,12 +141,12 @@ def _frame(ck, vocab_size):
 
 
 def load_pretrained(source, family=None, special_tokens=()):
-    """Any of the FAMILIES, found out by its names (or only `family`) -> Loaded, in eval mode.
+    """A public checkpoint, its family found out by its names -> Loaded, in eval mode; its config is as that of a run.
 
-    source: a Hub id, id@revision or a local folder. special_tokens: new ones for a GPT-2 that comes with its tokenizer.
-    The config is as train.py writes a run's. Raises UserError naming what is missing or does not fit.
+    source: a Hub id, id@revision or a local folder. family: the only one wanted. special_tokens: new ones for a GPT-2
+    that comes with its tokenizer. Raises UserError naming what is missing or does not fit.
     """
-    ck = open_checkpoint(str(source))
+    ck = open_checkpoint(source)
     share, found, rules = best_naming(ck.tensors)
     if share < 0.5:
         raise UserError(f"{source} is none of {', '.join(FAMILIES)} (model_type {ck.config.get('model_type')}, tensors "
@@ -188,7 +160,7 @@ def load_pretrained(source, family=None, special_tokens=()):
         raise misfit(f"{ck.path} is not {kind}", [f"{name} is missing" for name in lost])
     with blame(source, "fetch config.json and the weights again, or name another model"):
         config = measure(ck, {ours: rule.shape(ck.tensors) for ours, rule in rules.items()})
-        tokenizer = None if task == "vision" else _find_tokenizer(ck.find)
+        tokenizer = None if task == "vision" else _find_tokenizer(_finder(source))
         if task == "clip" and tokenizer and tokenizer.token_to_id(END):         # a text is read where that puts its end
             config.end_token = tokenizer.token_to_id(END)
         size = getattr(getattr(config, "vision", config), "image_size", None)
@@ -199,7 +171,7 @@ def load_pretrained(source, family=None, special_tokens=()):
                  "sizes": asdict(config), "recipe": recipe and asdict(recipe), "clean": "none", "features": None,
                  "options": {}, **(_frame(ck, config.text.vocab_size) if task == "caption" else {})}
         _check(about, model, tokenizer)
-    copy_weights(model, ck.tensors, rules, ignore, str(ck.path))
+    copy_weights(model, ck.tensors, rules, ignore, ck.path)
     if special_tokens and tokenizer:
         tokenizer.add_special_tokens(special_tokens)
         model.extend_vocab(max(config.vocab_size, tokenizer.vocab_size))
@@ -246,17 +218,16 @@ def _build_run(config):
 def load_run(folder):
     """A run that train.py left in `folder` -> Loaded, in eval mode. Raises UserError naming the file and the fault."""
     folder = Path(folder)
-    about, weights, words = (folder / name for name in ("config.json", "model.safetensors", "tokenizer.json"))
-    if not about.exists():
+    if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
-    config, tokenizer = _object(about), load_tokenizer(words) if words.exists() else None
-    with blame(f"{about} describes no run of this version", "mend it, or train again"):
+    config, tokenizer = _object(folder / "config.json"), _find_tokenizer(_finder(folder))
+    with blame(f"{folder / 'config.json'} describes no run of this version", "mend it, or train again"):
         with torch.device("meta"):
             model = _build_run(config)
         recipe = Recipe(**config["recipe"])
         _check(config, model, tokenizer)
     if getattr(model.config, "text", None) and tokenizer is None:
         raise UserError(f"{folder} has lost its tokenizer.json; train again")
-    rules = {name: Source((name,)) for name in model.state_dict()}
-    copy_weights(model, load_safetensors(weights), rules, source=str(weights))
+    rules, path = {name: Source((name,)) for name in model.state_dict()}, folder / "model.safetensors"
+    copy_weights(model, load_safetensors(path), rules, source=path)
     return Loaded(model.eval(), tokenizer, recipe, config)

@@ -1,8 +1,8 @@
 """How a published folder tells what an image must become, read as its owner means it (and written back, for export.py).
 
-Hugging Face's preprocessor_config.json, or the `image_processor` in processor_config.json (transformers 5), timm's
-`pretrained_cfg` in config.json and open_clip's `preprocess_cfg` become a Recipe. A setting that a Recipe cannot express
-is refused by its name, in a ValueError that pretrained.py makes a sentence of.
+Hugging Face's preprocessor_config.json, or the `image_processor` in processor_config.json (transformers 5), and timm's
+`pretrained_cfg` in config.json become a Recipe. A setting that a Recipe cannot express is refused by its name, in a
+ValueError that pretrained.py makes a sentence of.
 """
 import math
 import re
@@ -14,13 +14,12 @@ from .image import RECIPES, Recipe
 FILTERS = {2: "bilinear", 3: "bicubic"}                         # Pillow's numbers
 HALF, CLIP, IMAGENET = ({"mean": RECIPES[name].mean, "std": RECIPES[name].std} for name in ("vit", "clip", "deit"))
 FOLLOWED = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_pad": False,
-            "do_flip_channel_order": False, "crop_mode": "center", "resize_mode": "shortest"}   # other values: refused
-CLASSES = {     # what they mean where a file is silent; a size that is one number is a square for ViT, else the short side
+            "do_flip_channel_order": False, "crop_mode": "center"}              # other values are refused
+CLASSES = {                                                     # what each means where a file is silent
     "ViT": {"size": 224, "resample": 2, **HALF},
     "CLIP": {"size": 224, "do_center_crop": True, "crop_size": 224, "resample": 3, **CLIP},
     "ConvNext": {"size": 224, "crop_pct": 224 / 256, "resample": 3, **HALF},
-    "timm": {"crop_pct": 0.875, "interpolation": "bicubic", **IMAGENET},
-    "open_clip": {"crop_pct": 1, "interpolation": "bicubic", **CLIP}}
+    "timm": {"crop_pct": 0.875, "interpolation": "bicubic", **IMAGENET}}
 USUAL = {"clip": ("CLIP", "clip"), "resnet50": ("ConvNext", "resnet50"), "vgg16": ("", "torchvision")}
 
 
@@ -37,7 +36,7 @@ def from_transformers(p, kind):
 
     {"size": {"height": 256, "width": 256}, "do_center_crop": true, "crop_size": 224}   both sides 256, then the centre
     {"size": {"shortest_edge": 256}, "do_center_crop": true, "crop_size": 224}          the short side, then the centre
-    {"size": 224}                                   in old files: the class tells which of the two is meant
+    {"size": 224}                                   in old files: a square for ViT, else the short side
     """
     side, names = _side(p["size"])
     squash = names == ("height", "width") or names == ("",) and kind == "ViT"
@@ -46,14 +45,14 @@ def from_transformers(p, kind):
         crop, side = side, int(side / p["crop_pct"])
     if crop is None or kind == "ConvNext" and squash:
         raise ValueError(f"size = {p['size']!r}, do_center_crop = {p.get('do_center_crop')!r} of class {kind}")
-    return Recipe(crop, "squash" if squash else "crop", side if side != crop else None,
-                  FILTERS.get(p["resample"], p["resample"]), p.get("image_mean", p["mean"]), p.get("image_std", p["std"]))
+    return Recipe(crop, "squash" if squash else "crop", None if side == crop else side,
+                  FILTERS.get(p["resample"]), p.get("image_mean", p["mean"]), p.get("image_std", p["std"]))
 
 
-def from_timm(p, size):
+def from_timm(p):
     """pretrained_cfg -> Recipe. crop_pct 0.9: 224 pixels are cut from an image whose short side is 248."""
-    channels, side, other = p.get("input_size", (3, size or 224, size or 224))
-    if side != other:
+    channels, side, width = p["input_size"]
+    if side != width:
         raise ValueError(f"input_size = {p['input_size']!r}")
     resize = math.floor(side / p["crop_pct"])
     return Recipe(side, "crop", resize if resize != side else None, p["interpolation"], p["mean"], p["std"])
@@ -68,15 +67,13 @@ def read_recipe(ck, family, size=None):
     p = ck.read("processor_config.json").get("image_processor") or ck.read("preprocessor_config.json")
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(
         p.get("image_processor_type") or p.get("feature_extractor_type") or usual))
-    if not p and family == "clip":                              # timm's pretrained_cfg is for the bare vision tower
-        kind, p = "open_clip", ck.read("open_clip_config.json").get("preprocess_cfg")
-    elif not p:
+    if not p and family != "clip":                              # there it is for the bare vision tower
         kind, p = "timm", ck.config.get("pretrained_cfg")
     if p:
         p = CLASSES[kind] | {word: value for word, value in p.items() if value is not None}
         for word in [word for word, value in FOLLOWED.items() if p.get(word, value) != value]:
             raise ValueError(f"{word} = {p[word]!r} where {FOLLOWED[word]!r} is supported")
-        recipe = from_timm(p, size) if "interpolation" in p else from_transformers(p, kind)
+        recipe = from_timm(p) if kind == "timm" else from_transformers(p, kind)
     elif "pos_embed" in ck.tensors:
         raise ValueError("no pretrained_cfg in config.json tells how images are prepared")
     else:

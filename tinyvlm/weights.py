@@ -6,9 +6,8 @@ A safetensors file is three things in a row, all little-endian:
     N bytes   JSON: {"wte.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {...}}
     the rest  the numbers of every tensor, row by row; data_offsets count from here
 
-No code is stored, so opening a stranger's file cannot run any (a pickled .bin can). After the description and tests of
-https://github.com/huggingface/safetensors; left out: slices, elements smaller than a byte (F4, F6). `copy_weights`
-follows gpt-fast's name tables and nanoGPT's checks of every shape.
+No code is stored, so opening a stranger's file cannot run any (a pickled .bin can). The original is at
+https://github.com/huggingface/safetensors; left out here: slices, elements smaller than a byte (F4, F6).
 """
 import json
 import math
@@ -99,24 +98,23 @@ def _read(path):
         raise SafetensorsError(f"{path} is no valid safetensors file: {fault!s:.150}; fetch or save it again") from None
 
 
-def weight_map(path):
-    """The index of a model in several files -> {tensor: path of its file, which is in the same folder}."""
+def shards(path):
+    """The files of a model, all in one folder: those behind a `model.safetensors.index.json`, or the one there is."""
+    if Path(path).suffix != ".json":
+        return [path]
     try:
-        return {name: Path(path).with_name(Path(file).name) for name, file in read_json(path)["weight_map"].items()}
+        return sorted({Path(path).with_name(Path(file).name) for file in read_json(path)["weight_map"].values()})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise SafetensorsError(f"{path} has no weight_map from tensors to names of files; fetch it again") from None
 
 
 def load_safetensors(path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, or of all the files behind a `model.safetensors.index.json`: on the CPU, not copied.
+    """Every tensor of a file, or of all the files behind an index: on the CPU, not copied.
 
     The file is mapped: a page is read when a tensor's numbers are first used. Writing into a tensor changes neither the
     file nor another load of it. Raises SafetensorsError naming the file and the fault.
     """
-    tensors = {}
-    for file in sorted(set(weight_map(path).values())) if Path(path).suffix == ".json" else [path]:
-        tensors |= _read(file)[0]
-    return tensors
+    return {name: tensor for file in shards(path) for name, tensor in _read(file)[0].items()}
 
 
 def read_metadata(path) -> dict[str, str]:
@@ -136,8 +134,8 @@ def save_safetensors(tensors, path, metadata=None):
     names = sorted(tensors, key=lambda name: (-list(kinds).index(tensors[name].dtype), name))
     for name in names:
         end = begin + tensors[name].numel() * tensors[name].itemsize
-        header[name] = {"dtype": kinds[tensors[name].dtype], "shape": [*tensors[name].shape], "data_offsets": [begin, end]}
-        begin = end
+        kind, shape = kinds[tensors[name].dtype], list(tensors[name].shape)
+        header[name], begin = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}, end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)             # the data then starts at a multiple of 8, the widest element
 
@@ -152,32 +150,33 @@ def save_safetensors(tensors, path, metadata=None):
 # ---- one strict copy: every weight from a known place, or no model at all
 
 def misfit(what, faults):
-    """A UserError of at most 300 characters: the first five faults, or fewer where they are long, and how many more."""
+    """A UserError of at most 300 characters: the first five faults, fewer where they are long, and how many they are."""
     for most in (5, 4, 3, 2, 1):
-        more = f" and {len(faults) - most} more" if len(faults) > most else ""
-        text = f"{what}: {', '.join(faults[:most])}{more}; check the file and its config.json"
+        text = f"{what}: {', '.join(faults[:most])} ({len(faults)} in all); check the file and its config.json"
         if len(text) <= 300:
-            break
-    return UserError(text if len(text) <= 300 else text[:297] + "...")
+            return UserError(text)
+    return UserError(text[:297] + "...")
 
 
 def copy_weights(model, tensors, rules, ignore=(), source="the checkpoint"):
     """Fill every parameter and persistent buffer of `model` from the tensors of a file: all of them, or none.
 
     tensors: {their name: tensor} of any dtype; rules: {our name: Source}, see names.py; ignore: patterns such as
-    "*.attn.masked_bias" for what is no weight; source: what the message calls the tensors. Raises UserError (misfit).
-    The model may be made on the "meta" device: it gets its memory here, on the CPU, when all is known to fit.
+    "*.attn.masked_bias" for what is no weight; source: what the message calls the tensors. A model made on the "meta"
+    device gets its memory here, on the CPU, when all is known to fit. Raises UserError (misfit).
     """
     ours = model.state_dict()
     rules = {name: rule for name, rule in rules.items() if name in ours}
     used = {theirs for rule in rules.values() for theirs in rule.names}
-    faults = [f"{name} is missing" for name in (used - tensors.keys()) | (ours.keys() - rules.keys())]
-    faults += [f"{name} has no use" for name in tensors.keys() - used if not any(fnmatchcase(name, g) for g in ignore)]
-    shapes = {} if faults else {name: (rule.shape(tensors), tuple(ours[name].shape)) for name, rule in rules.items()}
-    faults = sorted(faults) + [f"{rules[name].names[0]} is {theirs} for our {wanted}"
-                               for name, (theirs, wanted) in shapes.items() if theirs != wanted]
-    if faults:
-        raise misfit(f"{source} does not fit {type(model).__name__}", faults)
+    faults = sorted([f"{name} is missing" for name in (used - tensors.keys()) | (ours.keys() - rules.keys())] + [
+        f"{name} has no use" for name in tensors.keys() - used if not any(fnmatchcase(name, glob) for glob in ignore)])
+    what, wrong = f"{source} does not fit {type(model).__name__}", []
+    if not faults:
+        wrong = [name for name, rule in rules.items() if rule.shape(tensors) != tuple(ours[name].shape)]
+    if wrong:
+        what += f", the first {rules[wrong[0]].shape(tensors)} where ours is {tuple(ours[wrong[0]].shape)}"
+    if faults or wrong:
+        raise misfit(what, faults or [rules[name].names[0] for name in wrong])
     ours = model.to_empty(device="cpu").state_dict()
     for name, rule in rules.items():
         ours[name].copy_(rule.make([tensors[theirs] for theirs in rule.names]))             # ours keeps its dtype
