@@ -37,13 +37,14 @@ def test_a_folder_of_transformers_is_followed(tmp_path, told, want, version):
 
 @pytest.mark.parametrize("told, fault", [
     ({"size": "big"}, "'big' pixels"), ({"size": {"height": 32, "width": 64}}, "{'height': 32, 'width': 64}"),
-    ({"size": {"longest_edge": 32}}, "longest_edge"), ({"resample": 1}, "interpolation None"), ({"image_mean": 3}, "mean"),
-    ({"do_rescale": False}, "do_rescale = False"), ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
-    ({"do_normalize": False}, "do_normalize = False"), ({"do_pad": True}, "do_pad = True"), ({"size": 224}, "224 pixels"),
+    ({"size": {"longest_edge": 32}}, "longest_edge"), ({"resample": 1}, "interpolation None"),
+    ({"image_mean": 3}, "mean"), ({"do_rescale": False}, "do_rescale"), ({"rescale_factor": 1}, "rescale_factor"),
+    ({"do_normalize": False}, "do_normalize"), ({"do_pad": True}, "do_pad = True"), ({"size": 224}, "224 pixels"),
     ({"size": SHORT, "do_center_crop": False}, "do_center_crop = False"), ({"do_center_crop": True}, "'crop_size'"),
     ({"image_processor_type": "BlipImageProcessor"}, "'Blip' is missing, or unknown")])
 def test_what_a_recipe_cannot_express_is_refused_by_name(tmp_path, told, fault):
-    refused(folder(tmp_path / "x", tensors_of("vit"), config_of("vit"), preprocessor_config={"size": 32, **told}), fault)
+    told = {"size": 32, **told}
+    refused(folder(tmp_path / "x", tensors_of("vit"), config_of("vit"), preprocessor_config=told), fault)
 
 
 @pytest.mark.parametrize("told, want", [

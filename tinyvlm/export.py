@@ -54,7 +54,7 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
         "decoder.lm_head.weight": model.text.wte.weight, "encoder.pooler.dense.weight": torch.zeros(C, C),
         "encoder.pooler.dense.bias": torch.zeros(C)}, folder / "model.safetensors", {"format": "pt"})
     ids = {} if end is None else {"decoder_start_token_id": first, "eos_token_id": end, "pad_token_id": end}
-    files["generation_config"] = ids | ({"max_length": max_tokens + 1} if max_tokens else {})       # with the start token
+    files["generation_config"] = ids | ({"max_length": max_tokens + 1} if max_tokens else {})    # with the start token
     files["config"] = {
         "model_type": "vision-encoder-decoder", "architectures": ["VisionEncoderDecoderModel"], **ids,
         "is_encoder_decoder": True, "tie_word_embeddings": True, "torch_dtype": "float32",

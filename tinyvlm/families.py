@@ -64,14 +64,11 @@ def _gpt(ck, shapes, told, kind="gpt2"):
 
 def _vit(ck, shapes, told, kind="vit"):
     """ViT, a captioner's encoder, CLIP's image tower. timm's may pool otherwise than by the class token."""
-    rows, patch_size = shapes["pos"][1], shapes["patch.weight"][2]
     agree(told or {}, global_pool="token")
-    n = math.isqrt(rows - 1)                    # one row for the class token, and n * n patches
-    if rows != 1 + n * n:
-        raise ValueError(f"a position table of {rows} rows is no class token and a square of patches")
-    return ViTConfig(**_transformer(ck, shapes, told, kind, patch_size=patch_size, image_size=n * patch_size),
-                     n_class=shapes.get("head.weight", [0])[0], pre_norm="ln_pre.weight" in shapes,
-                     patch_bias="patch.bias" in shapes)
+    P, n = shapes["patch.weight"][2], math.isqrt(shapes["pos"][1] - 1)      # one row for the class token, n * n patches
+    sizes = _transformer(ck, shapes, told, kind, patch_size=P, image_size=n * P)
+    return ViTConfig(**sizes, patch_bias="patch.bias" in shapes, n_class=shapes.get("head.weight", [0])[0],
+                     pre_norm="ln_pre.weight" in shapes)
 
 
 def _part(shapes, prefix):
@@ -89,8 +86,8 @@ def _clip(ck, shapes):
         vision, text = ({"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"} | model[side]
                         for side in ("vision_cfg", "text_cfg"))
         agree(vision | text, **dict.fromkeys((vision | text).keys() - WORDS.keys() - {"head_width"}))
-        agree(ck.read("open_clip_config.json").get("preprocess_cfg", {}), mean=[*RECIPES["clip"].mean],
-              std=[*RECIPES["clip"].std], resize_mode="shortest", interpolation="bicubic")
+        images, usual = ck.read("open_clip_config.json").get("preprocess_cfg") or {}, RECIPES["clip"]
+        agree(images, mean=[*usual.mean], std=[*usual.std], resize_mode="shortest", interpolation="bicubic")
     agree(ck.config, model_type="clip", projection_dim=shapes["text_head.weight"][0])
     config = CLIPConfig(vision=_vit(ck, _part(shapes, "vision."), vision, "clip_vision_model"),
                         text=_gpt(ck, _part(shapes, "text."), text, "clip_text_model"),
@@ -121,7 +118,6 @@ def _vgg16(ck, shapes):
 
 
 def _vit_gpt2(ck, shapes):
-    agree(ck.config, model_type="vision-encoder-decoder")
     return VLMConfig(vision=_vit(ck, _part(shapes, "vision."), ck.config.get("encoder")),
                      text=_gpt(ck, _part(shapes, "text."), ck.config.get("decoder")))
 

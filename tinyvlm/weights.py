@@ -150,7 +150,7 @@ def save_safetensors(tensors, path, metadata=None):
 # ---- one strict copy: every weight from a known place, or no model at all
 
 def misfit(what, faults):
-    """A UserError of at most 300 characters: the first five faults, fewer where they are long, and how many they are."""
+    """A UserError of at most 300 characters: the first five faults, fewer where they are long, and their number."""
     for most in (5, 4, 3, 2, 1):
         text = f"{what}: {', '.join(faults[:most])} ({len(faults)} in all); check the file and its config.json"
         if len(text) <= 300:
