@@ -11,7 +11,7 @@ import torch
 
 from tinyvlm.clip import CLIP, CLIPConfig
 from tinyvlm.cnn import VGG16, ResNet50, ResNetConfig, VGGConfig
-from tinyvlm.export import export_gpt2, export_vit_gpt2
+from tinyvlm.export import export_vit_gpt2
 from tinyvlm.gpt import GPT, GPTConfig
 from tinyvlm.image import Recipe
 from tinyvlm.names import NAMINGS, outward
@@ -79,10 +79,10 @@ def bert_tokenizer(folder, words=("a", "the", "dog", "cat", "runs", "red", "blue
 
 
 def tiny_gpt2(folder, block_size=64, n_layer=2):
+    """As distilbert/distilgpt2: a prefix before every name."""
     V = gpt2_tokenizer(folder)
     config = GPTConfig(block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=24)
-    export_gpt2(made(GPT, config), folder, end=V - 1)
-    return folder
+    return publish(folder, made(GPT, config), NAMINGS["gpt2"][0], {"model_type": "gpt2", "n_head": 2, "n_embd": 24})
 
 
 def tiny_vit(folder, layout="hf", n_class=5, **sizes):
@@ -93,7 +93,7 @@ def tiny_vit(folder, layout="hf", n_class=5, **sizes):
         told = {"input_size": [3, c.image_size, c.image_size], "crop_pct": 0.9, "interpolation": "bicubic", **DEIT}
         return publish(folder, model, NAMINGS["vit"][-1], {
             "architecture": f"deit_tiny_patch{c.patch_size}_{c.image_size}", "num_classes": n_class,
-            "model_args": {"num_heads": c.n_head}, "pretrained_cfg": told})
+            "num_attention_heads": c.n_head, "pretrained_cfg": told})
     return publish(folder, model, NAMINGS["vit"][0], {
         "model_type": "vit", "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
         "intermediate_size": 4 * c.n_embd, "image_size": c.image_size, "patch_size": c.patch_size, "hidden_act": "gelu",

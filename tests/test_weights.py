@@ -3,7 +3,6 @@
 The oracle for the format is a file assembled by hand, byte by byte, in `pack` below.
 """
 import json
-import os
 import random
 import struct
 import warnings
@@ -54,29 +53,28 @@ def test_the_bytes_of_a_file_assembled_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("pad", [0, 3])
-def test_every_dtype_comes_back_bit_for_bit(tmp_path, kind, pad):
+def test_every_dtype_comes_back_bit_for_bit(tmp_path, kind):
     """pad=3 shifts the data off every grid but the byte's, as unpadded headers of old writers do."""
     dtype = DTYPES[kind]
     raw = torch.randint(0, 2, (6 * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    tensor = raw.view(dtype).reshape(2, 3)
-    save_safetensors({"x": tensor}, tmp_path / "x.safetensors")
+    save_safetensors({"x": raw.view(dtype).reshape(2, 3)}, tmp_path / "x.safetensors")
     text = (tmp_path / "x.safetensors").read_bytes()
     n = int.from_bytes(text[:8], "little")
     assert json.loads(text[8:8 + n])["x"]["dtype"] == kind and text[8 + n:] == bytes(raw.tolist())
-    path = put(tmp_path, pack(text[8:8 + n] + b" " * pad, text[8 + n:]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")          # torch warns about tensors on read-only memory
-        loaded = load_safetensors(path)["x"]
-    assert loaded.dtype == dtype and loaded.shape == (2, 3) and loaded.data_ptr() % dtype.itemsize == 0
-    assert torch.equal(loaded.reshape(-1).view(torch.uint8), raw)
+    for pad in (0, 3):
+        path = put(tmp_path, pack(text[8:8 + n] + b" " * pad, text[8 + n:]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")          # torch warns about tensors on read-only memory
+            loaded = load_safetensors(path)["x"]
+        assert loaded.dtype == dtype and loaded.shape == (2, 3) and loaded.data_ptr() % dtype.itemsize == 0
+        assert torch.equal(loaded.reshape(-1).view(torch.uint8), raw)
 
 
-def test_views_tied_weights_and_conjugates_are_saved_as_what_they_show(tmp_path):
+def test_views_and_tied_weights_are_saved_as_what_they_show(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     odd = {"t": base.t(), "cut": base[:, 1:3], "wide": base[:1].expand(3, 4), "tie": base, "tied": base,
-           "conj": torch.tensor([1 + 2j]).conj(), "neg": torch.tensor([1 + 2j]).conj().imag,
-           "param": nn.Parameter(base), "last": torch.ones(1, 2, 3, 4).to(memory_format=torch.channels_last)}
+           "one": base[1:2, 1:2].t(), "param": nn.Parameter(base),
+           "last": torch.ones(1, 2, 3, 4).to(memory_format=torch.channels_last)}
     save_safetensors(odd, tmp_path / "x.safetensors")
     loaded = load_safetensors(tmp_path / "x.safetensors")
     assert loaded.keys() == odd.keys() and all(torch.equal(loaded[name], odd[name]) for name in odd)
@@ -91,70 +89,37 @@ def test_writing_into_a_loaded_tensor_is_private(tmp_path):
     assert second.item() == 1.0 and load_safetensors(path)["x"].item() == 6.0
 
 
-@pytest.mark.parametrize("tensors, metadata, fault", [
-    ({"x": torch.zeros(1, dtype=torch.complex128)}, None, "complex128"), ({"x": torch.zeros(2, 2).to_sparse()}, None,
-                                                                          "sparse"),
-    ({"x": torch.zeros(1, device="meta")}, None, "meta"), ({"x": [1.0]}, None, "list"),
-    ({}, {"epoch": 3}, "strings to strings")])
-def test_what_the_format_cannot_hold_is_refused_and_nothing_written(tmp_path, tensors, metadata, fault):
-    with pytest.raises(SafetensorsError, match=fault):
-        save_safetensors(tensors, tmp_path / "x.safetensors", metadata)
-    assert os.listdir(tmp_path) == []
-
-
 # ---- malformed files
 
 D4 = b"\0" * 4
-FAULTS = {
-    "empty file": (b"", "too short"),
-    "seven bytes": (b"\2" + b"\0" * 6, "too short"),
-    "header longer than the file": (struct.pack("<Q", 3) + b"{}", "too large"),
-    "header at 2**64 - 1": (struct.pack("<Q", 2**64 - 1) + b"{}", "too large"),
-    "header of zero bytes": (pack(b""), "does not start with"),
-    "leading blank": (pack(b" {}"), "does not start with"),
-    "a list": (pack(b"[]"), "does not start with"),
+FAULTS = {f"no room {k}": (raw, "bytes cannot hold a header of") for k, raw in enumerate([
+    b"", b"\2" + b"\0" * 6, struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 2**64 - 1) + b"{}"])} | {
+    f"no object {k}": (pack(text), "does not start with") for k, text in enumerate([b"", b" {}", b"[]"])} | {
     "bad UTF-8": (pack(b'{"\xff": 1}'), "utf-8"),
     "bad JSON": (pack(b"{"), "line 1"),
     "NUL after the JSON": (pack(b"{}\0"), "Extra data"),
-    "NaN": (pack('{"x":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', D4), "NaN: no JSON"),
-    "deep nesting": (pack('{"x":' + "[" * 200_000), "JSON nested too deeply"),
-    "half a surrogate pair": (pack('{"\\ud800":' + json.dumps(line()) + "}", D4), "surrogates"),
-    "duplicate tensor": (pack('{"x":%s,"x":%s}' % ((json.dumps(line()),) * 2), D4), "'x' appears twice"),
-    "duplicate field": (pack('{"x":{"shape":[1],"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', D4), "'shape' app"),
-    "entry a number": (pack({"x": 1}), "'x' is not an object"),
-    "entry a list": (pack({"x": ["F32", [1], [0, 4]]}, D4), "'x' is not an object"),
-    "no dtype": (pack({"x": {"shape": [1], "data_offsets": [0, 4]}}, D4), "the dtype None"),
-    "no shape": (pack({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, D4), "the shape None"),
-    "no offsets": (pack({"x": {"dtype": "F32", "shape": [1]}}, D4), "the data_offsets None"),
-    "dtype unknown": (pack({"x": line("f32")}, D4), "the dtype 'f32'"),
-    "dtype a list": (pack({"x": line(["F32"])}, D4), "the dtype ['F32']"),
-    "dtype of four bits": (pack({"x": line("F4", (8,))}, D4), "the dtype 'F4'"),
-    "shape null": (pack({"x": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}}, D4), "the shape None"),
-    "shape with a bool": (pack({"x": line(shape=(True,))}, D4), "the shape"),
-    "shape with a float": (pack({"x": line(shape=(1.0,))}, D4), "the shape"),
-    "shape with a text": (pack({"x": line(shape=("1",))}, D4), "the shape"),
-    "shape negative": (pack({"x": line(shape=(-1, -1))}, D4), "the shape"),
-    "shape beyond 64 bits": (pack({"x": line(shape=(0, 2**64), offsets=(0, 0))}), "the shape"),
-    "shape of 5000 digits": (pack('{"x":{"dtype":"F32","data_offsets":[0,4],"shape":[' + "9" * 5000 + ']}}'), "digits"),
-    "product overflows": (pack({"x": line(shape=(2**62, 4))}, D4), "overflow"),
-    "product wraps round to the right size": (pack({"x": line("U8", (2**32, 2**32), (0, 0))}), "overflow"),
-    "larger than any file": (pack({"x": line(shape=(2**60,))}, D4), "is 4611686018427387904 bytes"),
-    "length beyond torch": (pack({"x": line(shape=(0, 2**63), offsets=(0, 0))}), "the shape"),
-    "offsets minus zero": (pack('{"x":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', D4), "data_offsets"),
-    "offsets of three": (pack({"x": line(offsets=(0, 4, 4))}, D4), "data_offsets"),
-    "offsets an object": (pack({"x": {"dtype": "F32", "shape": [1], "data_offsets": {}}}, D4), "data_offsets"),
-    "begin after end": (pack({"x": line(offsets=(4, 0))}, D4), "is 4 bytes, but data_offsets are [4, 0]"),
-    "size and offsets differ": (pack({"x": line(shape=(2,))}, D4), "8 bytes"),
-    "hole at the start": (pack({"x": line(offsets=(4, 8))}, D4 * 2), "tensor 'x' begins at 4"),
-    "hole": (pack({"x": line(), "y": line(offsets=(8, 12))}, D4 * 3), "tensor 'y' begins at 8, others end at 4"),
-    "overlap": (pack({"x": line(), "y": line()}, D4), "tensor 'y' begins at 0, others end at 4"),
+    "deep nesting": (pack('{"x":' + "[" * 200_000), "recursion"),
+    "duplicate tensor": (pack('{"x":%s,"x":%s}' % ((json.dumps(line()),) * 2), D4), "a name appears twice among ['x'"),
+    "duplicate field": (pack('{"x":{"shape":[1],"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', D4), "twice"),
+    "begin after end": (pack({"x": line(offsets=(4, 0))}, D4), "of 4 bytes has the data_offsets 4, 0"),
+    "size and offsets differ": (pack({"x": line(shape=(2,))}, D4), "of 8 bytes"),
+    "larger than any file": (pack({"x": line(shape=(2**59,))}, D4), "of 2305843009213693952 bytes"),
+    "hole at the start": (pack({"x": line(offsets=(4, 8))}, D4 * 2), "'x' begins at 4"),
+    "hole": (pack({"x": line(), "y": line(offsets=(8, 12))}, D4 * 3), "'y' begins at 8, others end at 4"),
+    "overlap": (pack({"x": line(), "y": line()}, D4), "'y' begins at 0, others end at 4"),
     "trailing bytes": (pack({"x": line()}, D4 + b"!"), "the file holds 5"),
-    "data cut short": (pack({"x": line()}, D4[:3]), "the file holds 3"),
+    "data cut short": (pack({"x": line()}, D4[:3]), "ends at 4 of 3 bytes"),
     "data without tensors": (pack({}, D4), "cover 0 bytes"),
     "metadata with a number": (pack({"__metadata__": {"a": 1}}), "__metadata__"),
-    "metadata a list": (pack({"__metadata__": []}), "__metadata__"),
-    "metadata false": (pack({"__metadata__": False}), "__metadata__"),
-}
+    "metadata a list": (pack({"__metadata__": ["a"]}), "__metadata__")} | {
+    f"entry {k}": (pack({"x": entry}, D4), "tensor 'x' lacks a known dtype, a shape or data_offsets: ")
+    for k, entry in enumerate([
+        1, ["F32", [1], [0, 4]], {"shape": [1], "data_offsets": [0, 4]}, {"dtype": "F32", "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1]}, {"dtype": "F32", "shape": None, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}, {"dtype": "F32", "shape": [1], "data_offsets": {}},
+        line("f32"), line(["F32"]), line("F4", (8,)), line(shape=(True,)), line(shape=(1.0,)), line(shape=("1",)),
+        line(shape=(-1, -1)), line(offsets=(0, 4, 4)), line(offsets=(0, "4")), line(offsets=(-4, 0)),
+        line(shape=(2**62, 4)), line("U8", (2**32, 2**32), (0, 0)), line(shape=(0, 2**64), offsets=(0, 0))])}
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -166,40 +131,30 @@ def test_each_rule_of_the_format_is_enforced_and_named(tmp_path, case):
     assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
 
 
-def test_a_complaint_about_a_huge_shape_stays_short(tmp_path):
+def test_a_complaint_about_a_huge_shape_stays_short_and_a_huge_header_is_not_read(tmp_path):
     """A shape of 75 MB was printed whole."""
     for raw in (pack({"x": line(shape=[1] * 10_000 + [-1])}, D4), pack({"x" * 10_000: line("F4", (8,))}, D4)):
         with pytest.raises(SafetensorsError) as caught:
             load_safetensors(put(tmp_path, raw))
         assert len(str(caught.value)) < 260 + len(str(tmp_path))
-
-
-def test_a_header_over_the_limit_is_refused_without_reading_it(tmp_path):
     with open(tmp_path / "big.safetensors", "wb") as file:      # sparse: takes no room on the disk
         file.write(struct.pack("<Q", 100_000_001) + b"{}")
         file.truncate(100_000_100)
-    with pytest.raises(SafetensorsError, match="limit: 100,000,000"):
+    with pytest.raises(SafetensorsError, match="a header of 100000001"):
         load_safetensors(tmp_path / "big.safetensors")
 
 
 @pytest.mark.parametrize("raw, shapes", [
     (pack(b"{}"), {}),
-    (pack({"__metadata__": None, "x": line()}, D4), {"x": (1,)}),
-    (pack({"x": {**line(), "note": [1, {"z": -1}]}}, D4), {"x": (1,)}),
+    (pack({"__metadata__": None, "x": {**line(), "note": [1, {"z": -1}]}}, D4), {"x": (1,)}),
     (pack({"y": line("U8", (2,), (2, 4)), "x": line("U8", (1, 2), (0, 2))}, D4), {"x": (1, 2), "y": (2,)}),
     (pack({"x": line(), "e": line(shape=(0, 7), offsets=(4, 4)), "f": line(shape=(2, 0), offsets=(0, 0))}, D4),
      {"f": (2, 0), "x": (1,), "e": (0, 7)}),
     (pack('{"\\ud83d\\ude00":{"\\u0064type":"F32","shape":[],"data_offsets":[0,4]}}\n\t ', D4), {"\U0001f600": ()}),
-], ids=["nothing", "null metadata", "unknown field", "any order", "empty tensors", "escapes and blanks"])
+], ids=["nothing", "null metadata, unknown field", "any order", "empty tensors", "escapes and blanks"])
 def test_unusual_but_valid_files_open(tmp_path, raw, shapes):
     loaded = load_safetensors(put(tmp_path, raw))
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == shapes
-
-
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path, "nul\0.safetensors"):
-        with pytest.raises(SafetensorsError, match="cannot read"):
-            load_safetensors(path)
 
 
 def small(folder):
@@ -208,7 +163,10 @@ def small(folder):
     return (folder / "small.safetensors").read_bytes()
 
 
-def test_a_file_cut_at_any_byte_is_refused(tmp_path):
+def test_a_missing_file_a_folder_and_a_file_cut_at_any_byte_are_refused(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(SafetensorsError, match="cannot read"):
+            load_safetensors(path)
     raw = small(tmp_path)
     for length in range(len(raw)):
         with pytest.raises(SafetensorsError):
@@ -236,46 +194,25 @@ def test_random_damage_raises_nothing_but_safetensors_error(tmp_path):
 
 # ---- models in several files
 
-def shards(folder, weight_map, **files):
-    for name, tensors in files.items():
-        save_safetensors(tensors, folder / f"{name}.safetensors", {name: "yes"})
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 8}, "weight_map": weight_map})
-    return folder / "model.safetensors.index.json"
-
-
-def test_an_index_gathers_its_files_and_decides_between_them(tmp_path):
-    index = shards(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"},
-                   one={"a": torch.ones(1), "c": torch.ones(2)}, two={"b": torch.ones(3), "a": torch.zeros(1)})
-    loaded = load_safetensors(index)
-    assert loaded.keys() == {"a", "b", "c"} and loaded["a"].item() == 1.0
-
-
-@pytest.mark.parametrize("weight_map, fault", [
-    ({"a": "one.safetensors", "b": "gone.safetensors"}, "gone.safetensors"),
-    ({"a": "one.safetensors", "lost": "one.safetensors"}, "'lost'"),
-    ({"a": "../one.safetensors"}, "no file of its own folder"), ({"a": "/etc/passwd"}, "no file of its own folder"),
-    ({"a": "..\\one"}, "no file of"), ({"a": "C:one"}, "no file of"), ({"a": ""}, "no file of"),
-    ({"a": 1}, "no file of"),
-    ({"a": "nul\0"}, "cannot read"), ({"a": "model.safetensors.index.json"}, "not a valid safetensors"),
-    ([], "no weight_map"),
-])
-def test_a_broken_index_is_named(tmp_path, weight_map, fault):
-    with pytest.raises(SafetensorsError) as caught:
-        load_safetensors(shards(tmp_path, weight_map, one={"a": torch.ones(1)}))
-    assert fault in str(caught.value)
-
-
-def test_an_index_that_is_no_object(tmp_path):
-    """Files of shards: a list, a torn file and an object without a map end in a sentence that names them."""
-    for raw in (b"[]", b"{", b"{}"):
-        with pytest.raises(SafetensorsError, match="x.index.json"):
-            load_safetensors(put(tmp_path, raw, "x.index.json"))
+def test_an_index_gathers_its_files(tmp_path):
+    """A name that would lead out of the folder stays in it."""
+    save_safetensors({"a": torch.ones(1)}, tmp_path / "one.safetensors")
+    save_safetensors({"b": torch.ones(3)}, tmp_path / "two.safetensors")
+    path = tmp_path / "model.safetensors.index.json"
+    write_json(path, {"weight_map": {"a": "one.safetensors", "b": "../two.safetensors"}})
+    assert {name: len(tensor) for name, tensor in load_safetensors(path).items()} == {"a": 1, "b": 3}
+    for index, fault in ((["a"], "weight_map"), ({}, "weight_map"), ({"weight_map": ["a"]}, "weight_map"),
+                         ({"weight_map": {"a": 1}}, "weight_map"), ({"weight_map": {"a": ""}}, "weight_map"),
+                         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors")):
+        write_json(path, index)
+        with pytest.raises(SafetensorsError, match=fault):
+            load_safetensors(path)
 
 
 # ---- the strict copy
 
 class Tiny(nn.Module):
-    """Two layers of joined q, k, v; one buffer that is saved and one that is not."""
+    """Two layers of joined q, k, v, and a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -285,8 +222,8 @@ class Tiny(nn.Module):
 
 
 TABLE = {"wte.weight": Source(("emb",)), "mean": Source(("mean",)),
-         **{f"h.{i}.weight": Source((f"{i}.w",), "transposed") for i in range(2)},
-         **{f"h.{i}.bias": Source((f"{i}.q", f"{i}.k", f"{i}.v"), "joined") for i in range(2)}}
+         **{f"h.{i}.weight": Source((f"{i}.w",), "T") for i in range(2)},
+         **{f"h.{i}.bias": Source((f"{i}.q", f"{i}.k", f"{i}.v")) for i in range(2)}}
 
 
 def foreign():
@@ -299,29 +236,23 @@ def foreign():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_copy_weights_fills_everything_and_tells_from_where(device):
+def test_copy_weights_fills_everything(device):
     """On "meta" the model has sizes and no memory yet."""
     theirs = foreign()
     with torch.device(device):
         model = Tiny()
-    rows = copy_weights(model, theirs, TABLE, ignore=["*.mask"])
+    copy_weights(model, theirs, TABLE, ignore=["*.mask"])
     assert torch.equal(model.wte.weight, theirs["emb"]) and torch.equal(model.h[1].weight, theirs["1.w"].t())
     assert torch.equal(model.mean, theirs["mean"].double())
     assert torch.equal(model.h[0].bias, torch.cat([theirs[f"0.{part}"].float() for part in "qkv"]))
-    assert rows[0] == ("emb", "wte.weight", (5, 2), "copied") and ("1.w", "h.1.weight", (6, 2), "transposed") in rows
-    assert ("0.q + 0.k + 0.v", "h.0.bias", (6,), "joined") in rows
-    assert rows[-1] == ("0.mask", "", (3,), "ignored") and len(rows) == 7
     assert all(parameter.requires_grad and parameter.grad_fn is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("changes, faults", [
-    ({"1.w": None}, ["missing: 1.w;"]), ({"mean": None, "1.q": None}, ["missing: 1.q, mean;"]),
-    ({"extra": torch.ones(1), "0.masked": torch.ones(1)}, ["unused: 0.masked, extra;"]),
-    ({"0.w": torch.ones(6, 2)}, ["another shape: 0.w (2, 6) for our (6, 2);"]),
-    ({"0.q": torch.ones(2, 2)}, ["another shape: 0.q (2, 2) for our (6,);"]),
-    ({"0.w": torch.ones(1, 2, 6)}, ["another shape: 0.w (1, 2, 6) for our (6, 2);"]),
-    ({"0.w": torch.ones(3, 6), "1.w": None, "z": torch.ones(1)},
-     ["missing: 1.w;", "unused: z;", "another shape: 0.w (6, 3) for our (6, 2);"])])
+    ({"mean": None, "1.q": None, "extra": torch.ones(1)}, [": 1.q is missing, extra has no use, mean is missing (3"]),
+    ({"0.w": torch.ones(6, 2)}, [", the first (2, 6) where ours is (6, 2): 0.w (1 in all)"]),
+    ({"0.q": torch.ones(2, 2)}, [", the first None where ours is (6,): 0.q (1 in all)"]),
+    ({"0.w": torch.ones(1, 2, 6), "emb": torch.ones(4, 2)}, [", the first (4, 2) where ours is (5, 2): emb, 0.w"])])
 def test_copy_weights_names_every_fault_and_writes_nothing(changes, faults):
     model, tensors = Tiny(), foreign() | changes
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -329,27 +260,22 @@ def test_copy_weights_names_every_fault_and_writes_nothing(changes, faults):
     with pytest.raises(UserError) as caught:
         copy_weights(model, tensors, TABLE, ignore=["*.mask"], source="some/file")
     text = str(caught.value)
-    assert text.startswith("some/file does not fit Tiny; ") and all(fault in text for fault in faults), text
-    assert text.count(":") == len(faults), "a fault that is none was reported"
+    assert text.startswith("some/file does not fit Tiny") and all(fault in text for fault in faults), text
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match="h.1.bias is missing"):         # a weight of ours that has no rule
+        copy_weights(model, foreign(), {name: rule for name, rule in TABLE.items() if name != "h.1.bias"}, ["*.mask"])
 
 
-def test_a_weight_of_ours_without_a_rule_is_missing():
-    rules = {name: rule for name, rule in TABLE.items() if name != "h.1.bias"}
-    with pytest.raises(UserError, match="missing: h.1.bias; unused: 1.k, 1.q, 1.v;"):
-        copy_weights(Tiny(), foreign(), rules, ignore=["*.mask"])
-
-
-def test_a_file_of_another_width_is_one_short_sentence_that_names_the_cause():
+def test_a_file_of_another_width_is_one_short_sentence_that_shows_the_cause():
     """60 tensors were once printed in 3,000 characters, and the reader had to find out that all are 48 wide."""
     ours = nn.ModuleDict({f"layer{i}": nn.Linear(32, 64) for i in range(30)})
     theirs = nn.ModuleDict({f"layer{i}": nn.Linear(48, 64) for i in range(30)}).state_dict()
     rules = {name: Source((name,)) for name in theirs}
     with pytest.raises(UserError) as caught:
-        copy_weights(ours, theirs, rules, source="/a/folder/model.safetensors")
+        copy_weights(ours, theirs, rules, source="model.safetensors")
     text = str(caught.value)
-    assert "most are 48 wide where ours are 32; another shape: layer0.weight, layer1.weight" in text
-    assert "layer4.weight" in text and "layer5.weight" not in text and "and 25 more" in text and len(text) <= 300
+    assert "the first (64, 48) where ours is (64, 32): layer0.weight, layer1.weight" in text
+    assert "layer4.weight" in text and "layer5.weight" not in text and "(30 in all)" in text and len(text) <= 300
     with pytest.raises(UserError) as caught:
         copy_weights(ours, {}, rules, source="/long" * 40)
     assert len(str(caught.value)) <= 300 and "layer0.bias" in str(caught.value)

@@ -8,7 +8,7 @@ from right to left: their tensor becomes ours. To export, from left to right.
     ln_f.                   a dot at the end: the pair ln_f.weight and ln_f.bias; bn1.* adds running_mean and _var
     blocks.{i}.             {i} is a layer's number; blocks.{i}. on its own: the six lines of BLOCK, in every layer
     [q+k+v]_proj.           several of their tensors, one below the other, make one of ours
-    c_fc.^T  x^1  x^V  x^0  theirs is transposed, gets an axis in front, is flattened, or is one number
+    c_fc.^T  x^1  x^V       theirs is transposed, gets an axis in front, or is flattened
     head.?                  a file that has none of it is a model without it; - in a column: none of those models has it
 
 Worked example. GPT-2's cross-attention, q from the text and k, v from the image, C = 768 channels, in layer 0:
@@ -23,27 +23,29 @@ from typing import NamedTuple
 
 import torch
 
-# What is done to their tensors so that they become ours.
-OPS = {
-    "copied": lambda x: x,
-    "transposed": lambda x: x.t(),                      # Conv1D and x @ P keep (in, out), nn.Linear (out, in)
-    "joined": lambda *x: torch.cat(x),                  # rows of q, k, v, (C, C) each -> (3C, C)
-    "transposed + joined": lambda *x: torch.cat([matrix.t() for matrix in x]),
-    "unsqueezed": lambda x: x[None, None] if x.dim() == 1 else x[None],         # (C,), (N, C) -> (1, 1, C), (1, N, C)
-    "flattened": lambda x: x.flatten(1),                # linear layers kept as convolutions, (O, C, 7, 7) -> (O, 49 C)
-    "one number": lambda x: x.reshape(()),              # CLIP's temperature, published as () and as (1,)
-}
-MARKS = {"": "copied", "T": "transposed", "1": "unsqueezed", "V": "flattened", "0": "one number"}
+OPS = {     # what is done to each of their tensors; several results are then joined, row under row
+    "": lambda x: x,
+    "T": lambda x: x.t(),                           # Conv1D and x @ P keep (in, out), nn.Linear (out, in)
+    "1": lambda x: x[None, None] if x.dim() == 1 else x[None],          # (C,), (N, C) -> (1, 1, C), (1, N, C)
+    "V": lambda x: x.flatten(1)}                    # linear layers kept as convolutions, (O, C, 7, 7) -> (O, 49 C)
 PARTS = {".": ("weight", "bias"), "*": ("weight", "bias", "running_mean", "running_var")}
 
 
 class Source(NamedTuple):
-    """Where a weight of ours comes from: names in the file, and the word of OPS that makes it of those tensors."""
+    """Where a weight of ours comes from: names in the file, and the key of OPS that makes it of those tensors."""
     names: tuple
-    op: str = "copied"
+    op: str = ""
 
     def make(self, tensors):
-        return OPS[self.op](*tensors)
+        pieces = [OPS[self.op](x) for x in tensors]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)     # q, k, v, (C, C) each -> (3C, C)
+
+    def shape(self, tensors):
+        """The shape that `make` would give, without reading a number; None where the tensors have not even the axes."""
+        try:
+            return tuple(self.make([tensors[name].to("meta") for name in self.names]).shape)
+        except (RuntimeError, IndexError):
+            return None
 
 
 # ---- the tables
@@ -106,14 +108,6 @@ stages.{s}.0.shortcut.0.weight? layer{t}.0.downsample.0.weight encoder.stages.{s
 stages.{s}.0.shortcut.1.*?      layer{t}.0.downsample.1.*     encoder.stages.{s}.layers.0.shortcut.normalization.*
 """)
 
-# VGG's convolutions are numbered alike everywhere. timm keeps fc1 and fc2 as convolutions, (4096, 512, 7, 7).
-VGG = _columns("""
-ours    timm                torchvision
-fc1.    pre_logits.fc1.^V   classifier.0.^V
-fc2.    pre_logits.fc2.^V   classifier.3.^V
-head.?  head.fc.            classifier.6.
-""")
-
 
 # ---- families: each is a list of namings, {our line: their line}, one for each way its files are found written
 
@@ -131,20 +125,21 @@ def _resnet(dialect, head, lead=""):
     return {a.format(**n): lead + b.format(**n) for n in at for a, b in RESNET[dialect].items()} | {"head.?": head}
 
 
-FEATURES = {f"feature_map.{n}.?": f"features.{n}." for n in range(50)}
+FEATURES = {f"feature_map.{n}.?": f"features.{n}." for n in range(50)}          # VGG's are numbered alike everywhere
 NAMINGS = {     # a model saved from inside its task's class has a name in front; of several namings the best fit counts
     "gpt2": [_tower(TEXT, "gpt2", "", lead) for lead in ("transformer.", "")],
     "vit": [_tower(VISION, "vit", "", lead) | {"head.?": "classifier."} for lead in ("vit.", "")] +
            [_tower(VISION, "timm") | {"head.?": "head."}],
-    "clip": [_tower(VISION, "clip", "vision.", "vision_model.") | _tower(TEXT, "clip", "text.", "text_model.") |
-             {"image_head.weight": "visual_projection.weight", "text_head.weight": "text_projection.weight",
-              "logit_scale": "logit_scale^0"},
-             _tower(VISION, "openai", "vision.", "visual.") | _tower(TEXT, "openai", "text.") |
-             {"image_head.weight": "visual.proj^T", "text_head.weight": "text_projection^T",        # used as x @ P
-              "logit_scale": "logit_scale^0"}],
+    "clip": [_tower(VISION, "clip", "vision.", "vision_model.") | _tower(TEXT, "clip", "text.", "text_model.") | {
+                 "logit_scale": "logit_scale", "image_head.weight": "visual_projection.weight",
+                 "text_head.weight": "text_projection.weight"},
+             _tower(VISION, "openai", "vision.", "visual.") | _tower(TEXT, "openai", "text.") | {
+                 "logit_scale": "logit_scale", "image_head.weight": "visual.proj^T",            # used as x @ P
+                 "text_head.weight": "text_projection^T"}],
     "resnet50": [_resnet("transformers", "classifier.1.", lead) for lead in ("resnet.", "")] +
                 [_resnet("torchvision", "fc.")],
-    "vgg16": [FEATURES | VGG["timm"], FEATURES | VGG["torchvision"]],
+    "vgg16": [FEATURES | {"fc1.": "pre_logits.fc1.^V", "fc2.": "pre_logits.fc2.^V", "head.?": "head.fc."},      # timm
+              FEATURES | {"fc1.": "classifier.0.^V", "fc2.": "classifier.3.^V", "head.?": "classifier.6."}],
     "vit_gpt2": [_tower(VISION, "vit", "vision.", "encoder.") | _tower(TEXT, "gpt2", "text.", "decoder.transformer.") |
                  {"connector.proj.?": "enc_to_dec_proj."}]}     # only between towers of different width
 
@@ -159,45 +154,38 @@ def write_out(naming, names, ours=False):
     rules = {}
     for left, right in naming.items():
         left, optional, _ = left.partition("?")
-        right, _, mark = right.partition("^")
+        right, _, op = right.partition("^")
         stem, layered, _ = (left if ours else right).partition("{i}")
-        digits = re.compile(re.escape(stem) + r"(\d+)\.")
-        n_layer = len({m[1] for m in map(digits.match, names) if m}) if layered else 1
+        n_layer = len({m[1] for name in names if (m := re.match(re.escape(stem) + r"(\d+)\.", name))}) if layered else 1
         lines = {}
         for i in range(n_layer):
             for part in PARTS.get(left[-1], ("",)):
                 a, b = (side.replace("{i}", str(i)).rstrip("*") + part for side in (left, right))
-                lines[a] = _source(b, MARKS["" if part == "bias" else mark])    # a bias has nothing to transpose
+                head, _, rest = b.partition("[")        # "layers.0.self_attn.[q+k+v]_proj.bias": three names
+                middle, _, tail = rest.partition("]")
+                lines[a] = Source(tuple(head + word + tail for word in middle.split("+")), "" if part == "bias" else op)
         if not optional or any(name in names for a, rule in lines.items() for name in ([a] if ours else rule.names)):
             rules |= lines
     return rules
 
 
-def _source(theirs, op):
-    """"layers.0.self_attn.[q+k+v]_proj.bias" -> Source of three names, joined."""
-    head, several, rest = theirs.partition("[")
-    middle, _, tail = rest.partition("]")
-    op = {"copied": "joined", "transposed": "transposed + joined"}[op] if several else op
-    return Source(tuple(head + part + tail for part in middle.split("+")), op)
-
-
 def best_naming(names):
     """The naming that finds the largest share of its names among `names`: (that share, its family, it written out)."""
-    def fit(family, naming):
+    found = []
+    for family, naming in ((family, naming) for family in NAMINGS for naming in NAMINGS[family]):
         rules = write_out(naming, names)
         theirs = {name for rule in rules.values() for name in rule.names}
-        return len(theirs & set(names)) / len(theirs), family, rules
-    return max((fit(family, naming) for family in NAMINGS for naming in NAMINGS[family]), key=lambda found: found[0])
+        found.append((len(theirs & set(names)) / len(theirs), family, rules))
+    return max(found, key=lambda fit: fit[0])
 
 
 def outward(naming, state):
     """The way back: {their name: tensor}, made of our `state` dict by undoing what each line does."""
     tensors = {}
     for ours, rule in write_out(naming, state, ours=True).items():
-        pieces, n = [state[ours]], len(rule.names)
-        if n > 1:                                               # ours is q, k and v; theirs those, or q and k with v
+        pieces = [state[ours]]
+        if len(rule.names) > 1:                         # ours is q, k and v; theirs those, or q and k with v
             C = len(state[ours]) // 3
-            pieces = state[ours].split([C, 2 * C] if n == 2 else C)
-        for name, piece in zip(rule.names, pieces):
-            tensors[name] = piece.t() if rule.op.startswith("transposed") else piece
+            pieces = state[ours].split([C, 2 * C] if len(rule.names) == 2 else C)
+        tensors |= {name: piece.t() if rule.op == "T" else piece for name, piece in zip(rule.names, pieces)}
     return tensors

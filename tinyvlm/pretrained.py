@@ -2,41 +2,38 @@
 
     find     a Hub id (fetched into the shared cache) or a folder -> config.json and the tensors       open_checkpoint
     name     of all families and namings of names.py, the one that finds most of its names             best_naming
-    measure  sizes are read off the tensors' shapes; where config.json tells them too, it must agree   families.py
+    measure  sizes are read off the tensors' shapes, the rest off config.json; the two must agree      families.py
     copy     every weight of ours from a known place, every tensor of theirs used, or nothing at all   copy_weights
     dress    how its images are prepared (recipes.py), its tokenizer, how captions begin and end       load_pretrained
 
     model = load_gpt2("openai-community/gpt2")              # a folder, a Hub id, or a Hub id with @revision behind
-    python -m tinyvlm.pretrained openai-community/gpt2      # print what became of each tensor
-    python -m tinyvlm.pretrained export out/ folder/        # the way back: export.py
 
 Left out: pickled files, OpenAI's TorchScript archives, CLIP's ResNets, distilled DeiT, quantised files.
 """
-import math
+import contextlib
 import re
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from types import SimpleNamespace
 
 import torch
 
+from .captions import CLEAN
 from .clip import CLIP, CLIPConfig
 from .cnn import ResNetConfig
-from .config import UserError, run_script
-from .download import DownloadError, hf_file
-from .export import export_run
-from .families import FAMILIES
+from .config import UserError
+from .download import hf_file
+from .families import FAMILIES, tie_lm_head
 from .files import read_json
 from .gpt import GPTConfig
 from .image import Recipe
 from .names import Source, best_naming
 from .recipes import read_recipe
-from .tokenizer import load_tokenizer
+from .tokenizer import END, load_tokenizer
 from .vit import ViTConfig
 from .vlm import build, from_dict
-from .weights import copy_weights, load_safetensors, weight_map
+from .weights import copy_weights, load_safetensors, misfit, shards
 
 
 @dataclass
@@ -48,142 +45,106 @@ class Loaded:
     config: dict
 
 
+@contextlib.contextmanager
+def blame(where, remedy):
+    """Whatever goes wrong while a model is built from a file's settings can only be that file's fault: one sentence."""
+    try:
+        yield
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, IndexError,
+            RuntimeError) as error:
+        fault = f"{error} is missing, or unknown" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise UserError(f"{where}: {fault:.160}; {remedy}") from None
+
+
 # ---- find: the files, and what is in them
 
-# Main has no safetensors in these: the commits and branches that do, and a copy under another name.
-ELSEWHERE = {
-    "openai/clip-vit-base-patch32": ["@d15b5f29721ca72dac15f8526b284be910de18be", "@refs/pr/32",
-                                     "timm/vit_base_patch32_clip_224.openai@main"],
-    "nlpconnect/vit-gpt2-image-captioning": ["@93857e539f312a97c13f16976c2a43505fd76d87", "@refs/pr/37"]}
-
-
-@dataclass
-class Checkpoint:
-    """A public model's files, opened. find(name) gives the Path of another file of it, or None."""
-    source: str
-    find: Callable
-    config: dict
-    tensors: dict
-    path: Path
-
-    def fail(self, fault):
-        raise UserError(f"{self.source}: {fault}; fetch config.json and the weights again, or name another model")
-
-
-def _places(source):
-    """Where to look for a model's files, best first: functions of a file name that return its Path or None."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return [lambda name: folder / name if (folder / name).is_file() else None]
-    if source.startswith(("/", ".", "~")):
-        raise UserError(f"there is no folder {source}; name one with config.json and model.safetensors, or a Hub id")
-    repo, _, revision = source.partition("@")
-    places = [partial(hf_file, repo, revision=revision or "main", missing_ok=True)]
-    for other, _, commit in (where.partition("@") for where in ELSEWHERE.get(source, [])):
-        find = partial(hf_file, other or repo, revision=commit, missing_ok=True)
-        # a branch made for its weights may lack the small files beside them; another repository's would not fit
-        places.append(find if other else lambda name, find=find: find(name) or places[0](name))
-    return places
-
-
-def _read_tensors(path, find):
-    """{name: tensor}, without what DistributedDataParallel and torch.compile put in front: "module._orig_mod.wte"."""
-    if path.name.endswith(".json"):
-        for shard in {file.name for file in weight_map(path).values()}:
-            find(shard)                                         # a hub's shards come one by one, beside the index
-    found, tensors = load_safetensors(path), {}
-    for name, tensor in found.items():
-        bare = re.sub(r"^((module|_orig_mod)\.)+", "", name)
-        tensors[name if bare in found or bare in tensors else bare] = tensor    # none is lost: copy_weights tells
-    return tensors
+PINNED = {      # main has no safetensors in these: a commit that does
+    "openai/clip-vit-base-patch32": "d15b5f29721ca72dac15f8526b284be910de18be",
+    "nlpconnect/vit-gpt2-image-captioning": "93857e539f312a97c13f16976c2a43505fd76d87"}
 
 
 def _object(path):
+    """A JSON file that holds an object; {} where there is no such file."""
     config = read_json(path) if path else {}
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object; fetch it again")
     return config
 
 
+def _finder(source):
+    """A folder, Hub id or id@revision -> the function of a file's name that gives its Path, or None."""
+    folder, (repo, _, revision) = Path(source).expanduser(), str(source).partition("@")
+    if folder.is_dir():
+        return lambda name: folder / name if (folder / name).is_file() else None
+    if repo.startswith(("/", ".", "~")):
+        raise UserError(f"there is no folder {source}; name one with config.json and model.safetensors, or a Hub id")
+    return lambda name: hf_file(repo, name, revision or PINNED.get(repo, "main"), missing_ok=True)
+
+
 def open_checkpoint(source):
-    """A Hub id or a local folder -> Checkpoint. Raises UserError when no safetensors file can be had."""
-    places, fault = _places(str(source)), "it has no model.safetensors"
-    for find in places:
-        try:
-            config = _object(find("config.json"))
-            # timm's CLIP folders hold two files, and the one called model.safetensors is the image tower alone
-            names = ["model.safetensors", "model.safetensors.index.json"]
-            names.insert(2 if "model_type" in config else 0, "open_clip_model.safetensors")
-            path = next(filter(None, map(find, names)), None)
-        except DownloadError as error:                          # a pinned commit may be gone, the repository not
-            path, fault = None, f"{error!s:.140}" if find is places[0] else fault
-        if path:
-            return Checkpoint(str(source), find, config, _read_tensors(path, find), path)
-    raise UserError(f"{source!s:.80}: {fault}; a pytorch_model.bin may run code and is not opened: name a revision "
-                    "that has safetensors, as org/name@refs/pr/1")
+    """A Hub id or a folder -> its config, tensors, their path, and read(name): the content of another JSON file."""
+    find = _finder(source)
+    config = _object(find("config.json"))
+    # timm's CLIP folders hold two files, and the one called model.safetensors is the image tower alone
+    names = ["model.safetensors", "model.safetensors.index.json"]
+    names.insert(2 if "model_type" in config else 0, "open_clip_model.safetensors")
+    path = next(filter(None, map(find, names)), None)
+    if path is None:
+        raise UserError(f"{source!s:.80} has no model.safetensors, and a pytorch_model.bin, which may run code, is not "
+                        "opened; name a revision that has it, as org/name@refs/pr/1")
+    for file in shards(path):
+        find(Path(file).name)                                   # a hub's files come one by one, beside the index
+    # DistributedDataParallel and torch.compile put something in front
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in load_safetensors(path).items()}
+    return SimpleNamespace(config=config, tensors=tensors, path=path, read=lambda name: _object(find(name)))
 
 
 # ---- dress: text, and the loaders
 
 def _find_tokenizer(find):
-    for names in (["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.txt"]):
-        paths = [find(name) for name in names]
-        if all(paths):
-            for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
-                find(name)                                      # load_tokenizer reads them where they lie beside
-            return load_tokenizer(paths[0])
-    return None
+    """The first of three files decides; load_tokenizer reads the others where they lie beside it."""
+    paths = [find(name) for name in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer_config.json",
+                                     "added_tokens.json", "special_tokens_map.json")]
+    path = paths[0] or paths[1] or paths[2]
+    return path and load_tokenizer(path)
 
 
 def pretrained_tokenizer(source):
     """The tokenizer of a Hub id or folder: GPT-2's, CLIP's, BERT's ("google-bert/bert-base-uncased"), or of a run."""
-    tokenizer = next(filter(None, map(_find_tokenizer, _places(str(source)))), None)
+    tokenizer = _find_tokenizer(_finder(source))
     if tokenizer is None:
         raise UserError(f"{source} holds no tokenizer.json, vocab.json + merges.txt or vocab.txt; name one that does")
     return tokenizer
 
 
-def _check_rows(where, tokenizer, text):
-    """A model may have more rows than its tokenizer has tokens (padded tables), but not fewer."""
-    if tokenizer and text and tokenizer.vocab_size > text.vocab_size:
-        raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model {text.vocab_size} rows; "
-                        "they belong to two models, fetch both again")
-
-
-def _end_token(ck, config, tokenizer):
-    """CLIP reads a text at its end token: where the tokenizer puts it, or else where config.json says.
-
-    Old configs say eos_token_id 2, which no text holds, and mean the original rule: the largest id (None).
-    """
-    end = tokenizer and tokenizer.token_to_id("<|endoftext|>")
-    end = config.end_token if end is None else end
-    if type(end) is not int:
-        ck.fail(f"eos_token_id = {end!r} in config.json is no token")
-    if end == 2 and config.text.vocab_size > 49408:             # tokens were added: the largest id is one of those
-        ck.fail(f"eos_token_id = 2 does not tell the end among {config.text.vocab_size} tokens; add a tokenizer.json")
-    return None if end == 2 else end
+def _check(config, model, tokenizer):
+    """What config.json tells beside the sizes is refused here: where it is used, no error could name the file."""
+    text = getattr(model.config, "text", model.config)
+    V, room = getattr(text, "vocab_size", 0), range(1, getattr(text, "block_size", 10**6) + 1)
+    if tokenizer and V and tokenizer.vocab_size > V:            # fewer are well: padded tables
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {V} rows")
+    allowed = {"clean": CLEAN, "model": [model.config.model], "first": range(V), "end": range(V), "max_tokens": room,
+               "longest": room} if config["task"] in ("caption", "vqa") else {"clean": CLEAN}
+    for key, values in allowed.items():
+        if (key != "longest" or config["task"] == "vqa") and config[key] not in values:
+            raise ValueError(f"{key} is {config[key]!r:.99}")
+    dict(config["options"])                                     # TypeError where it is none
 
 
 def _frame(ck, vocab_size):
     """The id a caption starts from, the id that ends it, and how many new ones a caption may have."""
-    places = [_object(ck.find("generation_config.json")), ck.config, ck.config.get("decoder") or {}]
-
-    def read(places, default, below, *words):
-        value = next((place[word] for word in words for place in places if place.get(word) is not None), default)
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value
-        return value if type(value) is int and 0 <= value < below else ck.fail(f"{words[0]} = {value!r} does not fit")
-    usual = min(50256, vocab_size - 1)
-    return {"first": read(places, usual, vocab_size, "decoder_start_token_id", "bos_token_id"),
-            "end": read(places, usual, vocab_size, "eos_token_id"),
-            # theirs counts the start token; a decoder's own max_length is a leftover of the class's defaults
-            "max_tokens": max(1, read(places[:2], 21, math.inf, "max_length") - 1)}
+    places = (ck.config.get("decoder") or {}, ck.config, ck.read("generation_config.json"))        # the last one counts
+    told = {word: value for place in places for word, value in place.items() if value is not None}
+    end = told.get("eos_token_id", min(50256, vocab_size - 1))
+    return {"first": told.get("decoder_start_token_id", told.get("bos_token_id", end)), "end": end,
+            "max_tokens": told.get("max_length", 20) - 1}       # theirs counts the start token
 
 
 def load_pretrained(source, family=None, special_tokens=()):
-    """Any of the FAMILIES, found out by its names (or only `family`) -> Loaded, in eval mode.
+    """A public checkpoint, its family found out by its names -> Loaded, in eval mode; its config is as that of a run.
 
-    source: a Hub id, id@revision or a local folder. special_tokens: new ones for a GPT-2 and its tokenizer.
-    The config is as train.py writes a run's. Raises UserError naming what is missing or does not fit.
+    source: a Hub id, id@revision or a local folder. family: the only one wanted. special_tokens: new ones for a GPT-2
+    that comes with its tokenizer. Raises UserError naming what is missing or does not fit.
     """
     ck = open_checkpoint(source)
     share, found, rules = best_naming(ck.tensors)
@@ -193,25 +154,27 @@ def load_pretrained(source, family=None, special_tokens=()):
     kind, model_class, measure, task, ignore = FAMILIES[found]
     if family not in (None, found):
         raise UserError(f"{source} is {kind} by the names of its tensors, not {FAMILIES[family][0]}; name another")
-    config = measure(ck, rules)
-    text = config if task == "text" else getattr(config, "text", None)
-    tokenizer = None if task == "vision" else _find_tokenizer(ck.find)
-    _check_rows(source, tokenizer, text)
-    if task == "clip":
-        config.end_token = _end_token(ck, config, tokenizer)
-    size = getattr(getattr(config, "vision", config), "image_size", None)
-    recipe = None if task == "text" else read_recipe(ck, found, size)
-    with torch.device("meta"):                  # no memory, no random numbers for weights that are about to be copied
-        model = model_class(config)
-    model.table = copy_weights(model, ck.tensors, rules, ignore, str(ck.path))
-    if special_tokens:
-        if found != "gpt2" or tokenizer is None:
-            raise UserError(f"{source}: special tokens need a GPT-2 and its tokenizer.json; name a folder with both")
+    tie_lm_head(ck.tensors, rules)
+    lost = sorted({name for rule in rules.values() for name in rule.names} - ck.tensors.keys())
+    if lost:
+        raise misfit(f"{ck.path} is not {kind}", [f"{name} is missing" for name in lost])
+    with blame(source, "fetch config.json and the weights again, or name another model"):
+        config = measure(ck, {ours: rule.shape(ck.tensors) for ours, rule in rules.items()})
+        tokenizer = None if task == "vision" else _find_tokenizer(_finder(source))
+        if task == "clip" and tokenizer and tokenizer.token_to_id(END):         # a text is read where that puts its end
+            config.end_token = tokenizer.token_to_id(END)
+        size = getattr(getattr(config, "vision", config), "image_size", None)
+        recipe = None if task == "text" else read_recipe(ck, found, size)
+        with torch.device("meta"):              # no memory, no random numbers for weights that are about to be copied
+            model = model_class(config)
+        about = {"task": task, "model": "cross" if task == "caption" else found, "dataset": str(source),
+                 "sizes": asdict(config), "recipe": recipe and asdict(recipe), "clean": "none", "features": None,
+                 "options": {}, **(_frame(ck, config.text.vocab_size) if task == "caption" else {})}
+        _check(about, model, tokenizer)
+    copy_weights(model, ck.tensors, rules, ignore, ck.path)
+    if special_tokens and tokenizer:
         tokenizer.add_special_tokens(special_tokens)
         model.extend_vocab(max(config.vocab_size, tokenizer.vocab_size))
-    about = {"task": task, "model": "cross" if task == "caption" else found, "dataset": str(source), "clean": "none",
-             "sizes": asdict(config), "recipe": recipe and asdict(recipe), "features": None, "options": {},
-             **(_frame(ck, text.vocab_size) if task == "caption" else {})}
     model.recipe, model.tokenizer = recipe, tokenizer
     return Loaded(model.eval(), tokenizer, recipe, about)
 
@@ -220,7 +183,7 @@ def _load(family, source, special_tokens=()):
     return load_pretrained(source, family, special_tokens).model
 
 
-# Each takes (source, special_tokens=()) and returns the model named last; it carries .recipe, .tokenizer and .table.
+# Each takes (source, special_tokens=()) and returns the model named last; it carries .recipe and .tokenizer.
 load_gpt2 = partial(_load, "gpt2")              # any size: openai-community/gpt2, distilbert/distilgpt2 -> gpt.GPT
 load_vit = partial(_load, "vit")                # ViT or DeiT: google/vit-base-patch16-224, timm/deit_... -> vit.ViT
 load_clip = partial(_load, "clip")              # with a ViT: openai/clip-vit-base-patch32, laion/... -> clip.CLIP
@@ -239,30 +202,17 @@ def is_run(source):
 
 def _build_run(config):
     """config.json of a run -> the freshly made model it describes. `blocks` tells a ResNet's sizes from a ViT's."""
-    sizes, task = config["sizes"], config["task"]
+    sizes, task = dict(config["sizes"]), config["task"]
     if task in ("caption", "vqa"):
         return build(from_dict(sizes))
-    vision = sizes["vision"] and (ResNetConfig if "blocks" in sizes["vision"] else ViTConfig)(**sizes["vision"])
-    if task == "clip":
-        return CLIP(CLIPConfig(**{**sizes, "vision": vision, "text": sizes["text"] and GPTConfig(**sizes["text"])}))
+    kinds = {"vision": ResNetConfig if "blocks" in (sizes["vision"] or {}) else ViTConfig, "text": GPTConfig}
+    sizes |= {part: kind(**sizes[part]) for part, kind in kinds.items() if sizes.get(part)}
     if task == "classify":
         from .classifying import Classifier, ClassifierConfig    # a task's module, which may import this one
-        return Classifier(ClassifierConfig(**{**sizes, "vision": vision}))
-    raise ValueError(f"task is {task!r}")
-
-
-def _check_run(config, model):
-    """Entries that building the model has not used; where they will be used, no error could name them."""
-    fits = {"clean": config["clean"] in ("none", "lower", "words"), "options": isinstance(config["options"], dict),
-            "features": config.get("features") is None or isinstance(config["features"], dict)}
-    if config["task"] in ("caption", "vqa"):
-        text = model.config.text
-        ids, room = range(text.vocab_size), range(1, getattr(text, "block_size", 2**31) + 1)
-        spans = {"first": ids, "end": ids, "max_tokens": room} | ({"longest": room} if config["task"] == "vqa" else {})
-        fits |= {key: type(config[key]) is int and config[key] in span for key, span in spans.items()}
-        fits["model"] = config["model"] == model.config.model
-    for key in [key for key, fit in fits.items() if not fit]:
-        raise ValueError(f"{key} is {config[key]!r:.99}")
+        return Classifier(ClassifierConfig(**sizes))
+    if task != "clip":
+        raise ValueError(f"task is {task!r}")
+    return CLIP(CLIPConfig(**sizes))
 
 
 def load_run(folder):
@@ -270,52 +220,14 @@ def load_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
-    config = _object(folder / "config.json")
-    try:
+    config, tokenizer = _object(folder / "config.json"), _find_tokenizer(_finder(folder))
+    with blame(f"{folder / 'config.json'} describes no run of this version", "mend it, or train again"):
         with torch.device("meta"):
             model = _build_run(config)
         recipe = Recipe(**config["recipe"])
-        _check_run(config, model)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RuntimeError
-            ) as error:             # whatever a wrong size or type leads to, here it can only come from this file
-        fault = f"{error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise UserError(f"{folder / 'config.json'} describes no run of this version: {fault:.140}; mend it, or train "
-                        "again") from None
-    tensors, names = load_safetensors(folder / "model.safetensors"), model.state_dict()
-    copy_weights(model, tensors, {name: Source((name,)) for name in names}, source=str(folder / "model.safetensors"))
-    tokenizer = load_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
-    text = getattr(model.config, "text", None)
-    if text and tokenizer is None:
+        _check(config, model, tokenizer)
+    if getattr(model.config, "text", None) and tokenizer is None:
         raise UserError(f"{folder} has lost its tokenizer.json; train again")
-    _check_rows(folder, tokenizer, text)
+    rules, path = {name: Source((name,)) for name in model.state_dict()}, folder / "model.safetensors"
+    copy_weights(model, load_safetensors(path), rules, source=path)
     return Loaded(model.eval(), tokenizer, recipe, config)
-
-
-# ---- the command line
-
-def show_table(source):
-    """Print how a published file becomes our model: a line per weight, and the parameter total."""
-    model = load_pretrained(source).model
-    width = max(len(ours) for _, ours, _, _ in model.table)
-    print(f"{'how':<22}{'shape':<20}{'our name':<{width}}  their name")
-    for theirs, ours, shape, how in model.table:
-        print(f"{how:<22}{' x '.join(map(str, shape)) or 'one number':<20}{ours or '-':<{width}}  {theirs}")
-    ignored = [math.prod(shape) for _, ours, shape, _ in model.table if not ours]
-    print(f"{source}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters; ignored: "
-          f"{len(ignored)} tensors of together {sum(ignored):,} numbers")
-
-
-def main():
-    """SOURCE, or: export RUN FOLDER."""
-    match sys.argv[1:]:
-        case ["export", run, folder]:
-            export_run(load_run(run), folder)
-            print(f"wrote {folder}; open it with transformers: VisionEncoderDecoderModel.from_pretrained")
-        case [source] if source != "export" and not source.startswith("-"):
-            show_table(source)
-        case _:
-            raise UserError("usage: python -m tinyvlm.pretrained SOURCE (a Hub id or a folder), or: export RUN FOLDER")
-
-
-if __name__ == "__main__":
-    run_script(main)
