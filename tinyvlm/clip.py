@@ -8,11 +8,10 @@ is the task set by a batch: which of B sentences belongs to this image, and whic
     dog.jpg  [  9.1     2.0 ]                    cross-entropy along the rows and along the columns,
     boat.jpg [  1.5     8.7 ]                    the right answers on the diagonal
 
-The more candidates, the better the teacher, but gradients cannot be added up over micro-batches, as the table needs all
-B pairs at once. Two ways around: `gather` brings the embeddings of all processes together, and `contrastive_step`
-computes them twice. Either tower may be left out (None): ready-made features, or text embeddings made once by a frozen
-tower, take its place. Whatever is off the diagonal counts as wrong: whoever makes batches sees to it that no image is
-in one twice. Left out: OpenAI's attention-pooled ResNet.
+Gradients cannot be added up over micro-batches, as the table needs all B pairs at once. Two ways around: `gather`
+brings the embeddings of all processes together, and `contrastive_step` computes them twice. Either tower may be left
+out (None): ready-made features, or text embeddings made once by a frozen tower, take its place. Left out: OpenAI's
+attention-pooled ResNet.
 """
 import math
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .cnn import AllReduce, ResNetConfig
-from .config import UserError
+from .config import UserError, check_sizes
 from .gpt import GPT, GPTConfig
 from .vit import ViTConfig, build_vision
 
@@ -50,23 +49,20 @@ class CLIPConfig:
 def similarities(image_emb, text_emb, logit_scale):
     """(B, D), (M, D) -> logits (B, M): the cosines times exp(logit_scale)."""
     with torch.autocast(image_emb.device.type, enabled=False):      # a logit of 50 in bfloat16 is off by up to 1/8
-        return torch.as_tensor(logit_scale).float().exp() * image_emb.float() @ text_emb.float().t()      # (B, M)
+        return torch.as_tensor(logit_scale).float().exp() * image_emb.float() @ text_emb.float().t()
 
 
 def info_nce(image_emb, text_emb, logit_scale):
     """The symmetric InfoNCE loss of L2-normalised embeddings (B, D), row i of one belonging to row i of the other.
-
     logit_scale: the LOG of the factor on the cosines (the inverse temperature), as CLIP stores it. From "Representation
-    learning with contrastive predictive coding" (van den Oord et al. 2018), symmetric as in CLIP's figure 3.
-    """
+    learning with contrastive predictive coding" (van den Oord et al. 2018), symmetric as in CLIP's figure 3."""
     logits = similarities(image_emb, text_emb, logit_scale)                       # (B, B)
     diagonal = torch.arange(len(logits), device=logits.device)                    # (B,): the right answers
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.t(), diagonal)) / 2
 
 
 def chance(B):
-    """The loss of a model that cannot tell B candidates apart: ln(B), 4.852 for 128."""
-    return math.log(B)
+    return math.log(B)          # the loss of a model that cannot tell B candidates apart: 4.852 for 128
 
 
 def in_batch_accuracy(logits):
@@ -77,12 +73,10 @@ def in_batch_accuracy(logits):
 
 class CLIP(nn.Module):
     """Two towers and two projections into one space of D numbers, with a learned temperature between them."""
-
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.head not in ("linear", "mlp") or c.n_joint < 1 or not (c.vision or c.feat_dim):
-            raise UserError(f"no CLIP has head {c.head!r}, n_joint {c.n_joint}, feat_dim {c.feat_dim}; mend its config")
+        check_sizes(c, head=("linear", "mlp"))
         self.vision = build_vision(c.vision) if c.vision else None
         self.text = GPT(c.text) if c.text else None
         width = self.vision.n_feat if c.vision else c.feat_dim
@@ -119,8 +113,7 @@ class CLIP(nn.Module):
         if idx.is_floating_point():
             return F.normalize(idx.float(), dim=-1)                               # (B, D)
         assert self.text, "this model has no text tower: it was trained on ready-made text embeddings"
-        x = self.text.hidden(self.text.embed(idx))                                # (B, T, C)
-        x = x[torch.arange(len(idx), device=idx.device), self.end_of(idx)]        # (B, C)
+        x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), self.end_of(idx)]         # (B, C)
         return F.normalize(self.text_head(x).float(), dim=-1)                     # (B, D)
 
     def end_of(self, idx):
@@ -143,11 +136,9 @@ class CLIP(nn.Module):
 
 def gather(x):
     """(B, D), B the same everywhere -> the rows of all W processes (W * B, D), with gradients; of one process: itself.
-
     Each process then calls backward on the WHOLE batch's loss as it is. Its own rows receive W times the gradient (W
-    equal losses, summed), DistributedDataParallel's mean over the processes takes the W away: one process's gradient.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    equal losses, summed), DistributedDataParallel's mean over the processes takes the W away: one process's gradient."""
+    if not dist.is_initialized():
         return x
     rows = x.new_zeros(dist.get_world_size(), *x.shape)                           # (W, B, D)
     rows[dist.get_rank()] = x                                                     # the sum fills in the others'
@@ -181,7 +172,7 @@ def contrastive_step(model, chunks, autocast=nullcontext, scale=lambda loss: los
     for k in range(len(chunks)):
         last = k == len(chunks) - 1                             # DDP adds up over processes once
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
-            pairs = zip(embed(k), (leaf.grad for leaf in leaves[k]))
-            pairs = [(x, grad) for x, grad in pairs if x.requires_grad and grad is not None]    # a side may be frozen
+            pairs = [(x, leaf.grad) for x, leaf in zip(embed(k), leaves[k])       # without what is frozen
+                     if x.requires_grad and leaf.grad is not None]
             torch.autograd.backward(*zip(*pairs))
     return loss.detach()
