@@ -50,7 +50,7 @@ class Captioner(nn.Module):
     hidden state at every token of idx."""
     def __init__(self, config):
         super().__init__()
-        check_sizes(config, model=MODELS, wiring=("final", "lockstep"))
+        check_sizes(config, wiring=("final", "lockstep"))
         self.config = config
         self.vision = ViT(config.vision) if config.vision else None
         self.width = config.vision.n_embd if config.vision else config.feat_dim   # channels of the image features
