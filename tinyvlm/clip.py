@@ -103,7 +103,6 @@ class CLIP(nn.Module):
 
     def encode_image(self, img):
         """img (B, 3, H, W), or features (B, C) as the tower pools them -> (B, D), of length 1."""
-        assert img.dim() == 2 or self.vision, "this model has no vision tower: it was trained on ready-made features"
         feats = img if img.dim() == 2 else self.vision.features(img)              # (B, C)
         return F.normalize(self.image_head(self.drop(feats)).float(), dim=-1)     # (B, D)
 
@@ -112,7 +111,6 @@ class CLIP(nn.Module):
         after it changes nothing, as blocks are causal.) Floats (B, D) are embeddings already, perhaps in float16."""
         if idx.is_floating_point():
             return F.normalize(idx.float(), dim=-1)                               # (B, D)
-        assert self.text, "this model has no text tower: it was trained on ready-made text embeddings"
         x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), self.end_of(idx)]         # (B, C)
         return F.normalize(self.text_head(x).float(), dim=-1)                     # (B, D)
 
@@ -137,7 +135,7 @@ class CLIP(nn.Module):
 def gather(x):
     """(B, D), B the same everywhere -> the rows of all W processes (W * B, D), with gradients; of one process: itself.
     Each process then calls backward on the WHOLE batch's loss as it is. Its own rows receive W times the gradient (W
-    equal losses, summed), DistributedDataParallel's mean over the processes takes the W away: one process's gradient."""
+    equal losses, summed); DistributedDataParallel's mean over the processes takes the W away."""
     if not dist.is_initialized():
         return x
     rows = x.new_zeros(dist.get_world_size(), *x.shape)                           # (W, B, D)
@@ -149,18 +147,14 @@ def contrastive_step(model, chunks, autocast=nullcontext, scale=lambda loss: los
     """The gradient of a batch of B pairs in the memory of one chunk, as GradCache makes it (arXiv:2101.06983): embed
     all chunks without a graph, keeping 2 B D numbers; take the loss of the whole (B, B) table and its gradient by these
     numbers; embed each chunk again, now with a graph, and push its rows of that gradient through it.
-
     chunks: pairs (img, idx), of equal number and size in all processes. autocast, scale: the device's context and the
-    GradScaler's method. Adds to .grad; returns the loss, detached. BatchNorm takes its means over a chunk, and its
-    running averages see each once.
-    """
+    GradScaler's method. Adds to .grad; returns the loss, detached. BatchNorm takes its means over a chunk."""
     seeds = torch.randint(2 ** 62, (len(chunks),)).tolist()     # dropout must fall alike both times
 
     def embed(k):
         torch.manual_seed(seeds[k])
         with autocast():
             return model(*chunks[k])                                              # (b, D), (b, D), ()
-
     buffers = [buffer.clone() for buffer in model.buffers()]
     with torch.no_grad():
         leaves = [[t.detach().requires_grad_() for t in embed(k)] for k in range(len(chunks))]

@@ -82,13 +82,12 @@ class VisionTower(nn.Module):
         return self.feature_map(img).flatten(2).transpose(1, 2)     # (B, N, C), row by row: N = 7 * 7 at 224 x 224
 
     def classify(self, img):
-        assert self.head is not None, f"this {type(self).__name__} was built without a head (n_class=0): no logits"
         return self.head(self.features(img))                # (B, n_class)
 
 
 class Bottleneck(nn.Module):
     """ResNet's block: 1x1 down to n_mid channels, 3x3 there, where it is cheap, 1x1 up to n_out; plus the input.
-    (B, n_in, H, W) -> (B, n_out, H / stride, W / stride); where that differs, a 1x1 convolution fits the input to it."""
+    (B, n_in, H, W) -> (B, n_out, H / stride, W / stride); where that differs, a 1x1 convolution makes the input fit."""
     def __init__(self, n_in, n_mid, n_out, stride=1):
         super().__init__()
         self.conv1, self.bn1 = conv(n_in, n_mid, 1), BatchNorm2d(n_mid)

@@ -18,38 +18,36 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
              length_penalty=1.0, seed=None, forbidden=()):
     """Continue each prompt; all images of the batch decode together. Returns B lists of new ids, without eos_id.
 
-    img: (B, 3, H, W) or features, or None for a model without images. idx: B prompts of ids, of any lengths. temperature
-    0 takes the likeliest token every time (greedy); above 0 draws from softmax(logits / temperature), kept to the top_k
-    likeliest and to the smallest set with probability top_p. num_beams > 1 searches for the best sum of
+    img: (B, 3, H, W) or features, or None for a model without images. idx: B prompts of ids, of any lengths.
+    temperature 0 takes the likeliest token every time (greedy); above 0 draws from softmax(logits / temperature), kept
+    to the top_k likeliest and to the smallest set with probability top_p. num_beams > 1 searches for the best sum of
     log-probabilities / length ** length_penalty. forbidden: ids that are never produced.
     """
-    assert num_beams > 0 and max_new_tokens > 0, f"num_beams {num_beams}, max_new_tokens {max_new_tokens}: both above 0"
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device, end = next(model.parameters()).device, -1 if eos_id is None else eos_id        # no token is -1
     lengths = [len(row) for row in idx]
     assert min(lengths) > 0, "a prompt needs at least one token, to predict the next from"
-    idx = [list(row) + [0] * (max(lengths) - len(row)) for row in idx]            # padded on the right
-    idx, lengths = torch.tensor(idx, device=device), torch.tensor(lengths, device=device)    # (B, T), (B,)
+    idx = torch.tensor([list(row) + [0] * (max(lengths) - len(row)) for row in idx], device=device)        # (B, T)
+    lengths = torch.tensor(lengths, device=device)
     logits, state = model.prefill(img, idx, lengths, max_new_tokens)              # (B, V)
     never = torch.tensor([i for i in forbidden if i < logits.size(1)], dtype=torch.long, device=device)
-    allowed = lambda logits: logits.index_fill(1, never, float("-inf"))           # (R, V)
+    allowed = lambda logits: logits.index_fill(1, never, float("-inf"))
     step = lambda token: allowed(model.step(token, state))                        # (R,) -> (R, V)
     if num_beams > 1:
         tokens = beam_search(allowed(logits), step, state.reorder, max_new_tokens, num_beams, end, length_penalty)
     else:
         tokens = sample(allowed(logits), step, max_new_tokens, temperature, top_k, top_p, end, seed)
-    rows = tokens.tolist()                                                        # the one copy to the host
-    return [row[:row.index(end)] if end in row else row for row in rows]
+    return [row[:row.index(end)] if end in row else row for row in tokens.tolist()]
 
 
 def filter_logits(logits, top_k=None, top_p=None):
-    """Set all but the likeliest tokens to -inf: logits (B, V) -> (B, V). top_k keeps the k likeliest, top_p the shortest
-    list, from the top, whose probability reaches p: of .5 .3 .15 .05, top_p 0.7 keeps the first two."""
+    """Set all but the likeliest tokens to -inf: logits (B, V) -> (B, V). top_k keeps the k likeliest, top_p as many,
+    from the top, as reach probability p together: of .5 .3 .15 .05, top_p 0.7 keeps the first two."""
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]             # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None:
-        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)       # (B, V)
+        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = probs.cumsum(dim=-1) - probs                 # probability of everything likelier than this token
         drop = (before >= top_p) & (before > 0)               # the likeliest always stays
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))  # back to vocabulary order
@@ -66,12 +64,12 @@ def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=No
         if temperature > 0:
             probs = filter_logits(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
             logits = probs / torch.empty_like(probs).exponential_(generator=rng)
-        token = torch.where(done, end, logits.argmax(dim=-1))                     # (B,)
+        token = torch.where(done, end, logits.argmax(dim=-1))
         done |= token == end
         tokens.append(token)
         if n == max_new_tokens or time_to_read(n, done) and done.all():
             break
-        logits = step(token)                                                      # (B, V)
+        logits = step(token)
     return torch.stack(tokens, dim=1)                                             # (B, T_new)
 
 
@@ -87,13 +85,12 @@ def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
     end token counts). An image stops when it has K finished sentences and its best open beam, at the length so far, is
     below the worst of them. Beams cut off by max_new_tokens count as finished.
     K=2 after "a", with log p: "dog" -.2, "cat" -1.9; then "dog" -> "." -.1, "runs" -2.4; "cat" -> "." -.3: the sums are
-    "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open).
-    """
+    "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open)."""
     (B, V), device = logits.shape, logits.device
     total = torch.full((B, K), NEVER, device=device)          # sums of open beams
     total[:, 0] = 0.0                                         # all beams start equal: extend only one of them
-    tokens = torch.full((B, K, max_new_tokens), end, device=device)               # (B, K, T_new) open beams
-    best, best_tokens = torch.full_like(total, NEVER), tokens                     # (B, K), (B, K, T_new) finished ones
+    tokens = torch.full((B, K, max_new_tokens), end, device=device)
+    best, best_tokens = torch.full_like(total, NEVER), tokens                     # finished sentences
     active = torch.ones(B, 1, dtype=torch.bool, device=device)                    # images still searching
     first_row = torch.arange(B, device=device)[:, None] * K
     reorder(torch.arange(B, device=device).repeat_interleave(K))
@@ -101,7 +98,7 @@ def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
     take = lambda rows, order: rows.gather(1, order[:, :, None].expand(-1, -1, max_new_tokens))     # of each image
     for n in range(1, max_new_tokens + 1):
         sums = total[:, :, None] + F.log_softmax(logits.float(), dim=-1).view(B, K, V)
-        sums, flat = sums.flatten(1).topk(2 * K)                                  # (B, 2K), as are the next three
+        sums, flat = sums.flatten(1).topk(2 * K)                                  # (B, 2K), and the next three
         parent, token = flat // V, flat % V
         ended = (token == end) | (n == max_new_tokens)
         extended = take(tokens, parent)                                           # (B, 2K, T_new)

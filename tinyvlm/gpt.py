@@ -63,8 +63,9 @@ class GPT(nn.Module):
     def hidden(self, x, feats=None, cache=None):
         """Ids (B, T), or vectors (B, T, C) in their place -> the last block's normalised output (B, T, C)."""
         x = self.wte(x) if x.dim() == 2 else x                                    # (B, T, C)
-        T, longest = x.size(1), cache.max_len if cache else x.size(1)
-        assert longest <= self.config.block_size, f"{longest} tokens, but the model's context holds {len(self.wpe.weight)}"
+        T, most = x.size(1), self.config.block_size
+        longest = cache.max_len if cache else T
+        assert longest <= most, f"{longest} tokens, but the model's context holds {most}"
         pos = torch.arange(T, device=x.device) if cache is None else cache.begin(T)         # (T,) or (B, T)
         x = self.drop(x + self.wpe(pos))                                          # (B, T, C)
         for i, block in enumerate(self.blocks):

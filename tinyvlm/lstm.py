@@ -20,7 +20,7 @@ def plain_loop(x, w_x, w_h, b, h, c):
     The rows of the weights hold the gates in torch's order: input, forget, cell, output. With all weights and biases
     zero each gate is sigmoid(0) = 0.5 and g is 0: the memory halves at every step."""
     hs = []
-    for x_t in x:                                                               # (B, I)
+    for x_t in x:
         i, f, g, o = (F.linear(x_t, w_x, b) + F.linear(h, w_h)).chunk(4, dim=-1)            # each (B, H)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
@@ -41,7 +41,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_x, w_h, b, h, c):
         gates, hs, cs = F.linear(x, w_x, b), [h], [c]                           # (T, B, 4H): the input's share of a
-        for a in gates:                                                         # (B, 4H)
+        for a in gates:
             a += F.linear(h, w_h)
             i, f, g, o = a.chunk(4, dim=1)                                      # each (B, H): views into `gates`
             i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
@@ -49,7 +49,7 @@ class Recurrence(torch.autograd.Function):
             h = o * torch.tanh(c)
             hs.append(h)
             cs.append(c)
-        hs, cs = torch.stack(hs), torch.stack(cs)                               # (T + 1, B, H): 0 is before any step
+        hs, cs = torch.stack(hs), torch.stack(cs)                               # (T + 1, B, H)
         ctx.save_for_backward(x, w_x, w_h, gates, hs, cs)
         return hs[1:], c
 

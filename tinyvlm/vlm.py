@@ -54,8 +54,6 @@ class Captioner(nn.Module):
         self.config = config
         self.vision = ViT(config.vision) if config.vision else None
         self.width = config.vision.n_embd if config.vision else config.feat_dim   # channels of the image features
-        if not self.width:
-            raise UserError("a captioner needs a vision tower, or feat_dim: the width of ready-made features")
         self.text = None if config.model == "lstm" else GPT(config.text)
 
     def forward(self, img, idx, targets=None):
@@ -88,16 +86,14 @@ class Captioner(nn.Module):
 class CrossCaptioner(Captioner):
     """ViT + GPT, joined by cross-attention in every decoder block.
     wiring "final": all blocks read the ViT's last, normalised output. "lockstep": block i reads the output of ViT block
-    i through a norm of its own (the last through the ViT's), so shallow blocks see edges and deep ones objects. Where
-    the two widths differ, one linear map brings the features to the decoder's."""
+    i, of as many, through a norm of its own (the last through the ViT's), so shallow blocks see edges and deep ones
+    objects. Where the two widths differ, one linear map brings the features to the decoder's."""
     def __init__(self, config):
         config.text.cross = True
         super().__init__(config)
-        self.connector, n_layer = nn.ModuleDict(), config.text.n_layer
+        self.connector = nn.ModuleDict()
         if config.wiring == "lockstep":
-            if not config.vision or config.vision.n_layer != n_layer:
-                raise UserError("lockstep wiring pairs the layers of a vision tower and a decoder of equal depth")
-            self.connector["norms"] = nn.ModuleList(nn.LayerNorm(self.width) for _ in range(n_layer - 1))
+            self.connector["norms"] = nn.ModuleList(nn.LayerNorm(self.width) for _ in range(config.text.n_layer - 1))
         if self.width != config.text.n_embd:
             self.connector["proj"] = nn.Linear(self.width, config.text.n_embd)
 
@@ -107,7 +103,7 @@ class CrossCaptioner(Captioner):
         if "norms" not in self.connector:
             return proj(self.features(img))                                       # (B, N, C)
         norms = [*self.connector["norms"], self.vision.ln_f]
-        return [proj(norm(x)) for norm, x in zip(norms, self.vision.layers(img))]             # n_layer x (B, N, C)
+        return [proj(norm(x)) for norm, x in zip(norms, self.vision.layers(img), strict=True)]    # n_layer x (B, N, C)
 
     def read(self, img, idx):
         return self.text.hidden(idx, self.encode(img))                            # (B * K, T, C)
@@ -160,7 +156,7 @@ class PrefixVLM(Captioner):
         before = (idx == self.config.image_token).cumsum(dim=1) == 0              # (R, T) words before <image>
         at = before.sum(dim=1, keepdim=True)                                      # (R, 1) its place; T if it is missing
         slot = torch.arange(T + N - 1, device=idx.device)                         # (L,)
-        place = torch.where(slot < at + N, T + slot - at, slot - N + 1)           # (R, L) image tokens, words after them
+        place = torch.where(slot < at + N, T + slot - at, slot - N + 1)           # (R, L) image tokens, words after
         last = torch.arange(T, device=idx.device) + (N - 1) * ~before
         return pick(table, torch.where(slot < at, slot, place)), last             # (R, L, C), (R, T)
 
@@ -232,8 +228,8 @@ class LSTMCaptioner(Captioner):
 
     def read(self, img, idx):
         state = self.encode(img)
-        B = state.h.size(1)
-        state.reorder(torch.arange(B, device=idx.device).repeat_interleave(len(idx) // B))  # K captions of each image
+        images = torch.arange(state.h.size(1), device=idx.device)                 # (B,)
+        state.reorder(images.repeat_interleave(len(idx) // len(images)))          # K captions of each
         return self.advance(self.drop(self.wte(idx)), state)                      # (B * K, T, H)
 
     def prefill(self, img, idx, lengths, max_new_tokens):
