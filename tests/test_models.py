@@ -1,5 +1,4 @@
 """GPT, ViT and the captioners: published sizes, contracts, and the identities that catch the usual mistakes."""
-import math
 from dataclasses import asdict
 
 import pytest
@@ -14,7 +13,10 @@ from tinyvlm.vit import ViT, ViTConfig, build_vision
 from tinyvlm.vlm import LSTMConfig, VLMConfig, build, from_dict, pixel_shuffle
 
 V, IMAGE = 23, 22
-with_a_gpt = pytest.mark.parametrize("model, more", [("cross", {}), ("cross", {"wiring": "lockstep"}), ("prefix", {})])
+KINDS = {"cross": {}, "lockstep": {"model": "cross", "wiring": "lockstep"}, "prefix": {}, "shuffle": {
+    "model": "prefix", "shuffle": 2}, "lstm": {"text": LSTMConfig(V, 2, 16, 24, n_head=2)},
+    "plain lstm": {"model": "lstm", "text": LSTMConfig(V, 1, 16, 16)}}
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def tiny_gpt(**more):
@@ -25,10 +27,11 @@ def tiny_vit(**more):
     return ViTConfig(**{**dict(image_size=16, patch_size=4, n_layer=2, n_head=2, n_embd=12), **more})
 
 
-def tiny(model="cross", **more):
+def tiny(kind="cross"):
     """A captioner whose every weight matters: also those that start at zero are set."""
     torch.manual_seed(0)
-    net = build(VLMConfig(model=model, vision=tiny_vit(), text=tiny_gpt(), image_token=IMAGE, **more)).eval()
+    sizes = {"model": kind, "vision": tiny_vit(), "text": tiny_gpt(), "image_token": IMAGE, **KINDS[kind]}
+    net = build(VLMConfig(**sizes)).eval()
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return net
@@ -47,12 +50,6 @@ def test_published_parameter_counts():
             assert n_params(ViT(ViTConfig(n_embd=n_embd, n_head=n_head, n_class=1000))) == total
         # ViT-GPT2: 239,195,904 counts the ViT's pooler too, which nothing reads and we do not build
         assert n_params(build(VLMConfig())) + 768 * 768 + 768 == 239_195_904
-
-
-def test_untrained_loss_is_the_logarithm_of_the_vocabulary():
-    torch.manual_seed(0)
-    model, idx = GPT(tiny_gpt()), torch.randint(0, V, (8, 20))
-    assert abs(model(idx, idx.roll(-1, 1))[1].item() - math.log(V)) < 0.1
 
 
 def test_loss_is_the_mean_over_the_targets_that_count():
@@ -134,32 +131,30 @@ def test_sizes_that_do_not_fit_are_one_sentence(config, words):
         build(VLMConfig(**{**dict(vision=tiny_vit(), text=tiny_gpt()), **config}))
 
 
-@with_a_gpt
-def test_one_contract(model, more):
-    """Every captioner: (img, idx, targets) -> (logits, loss), sees its image, and is rebuilt from config.json."""
-    net, img = tiny(model, **more), torch.randn(2, 3, 16, 16)
-    first = IMAGE if model == "prefix" else 0
-    idx = torch.tensor([[first, 1, 2, 3], [first, 4, 5, 0]])
-    targets = torch.tensor([[1, 2, 3, 0], [4, 5, 0, IGNORE]])
+@every_kind
+def test_one_contract(kind):
+    """Every captioner: (img, idx, targets) -> (logits, loss); it sees its image, K captions of an image equal the image
+    given K times, every weight learns, and belongs to one part; and config.json is enough to rebuild it."""
+    net, img, idx = tiny(kind), torch.randn(2, 3, 16, 16), torch.randint(1, 20, (6, 4))
+    idx[:, 0] = IMAGE
+    targets = idx.roll(-1, 1).masked_fill(idx > 15, IGNORE)
     logits, loss = net(img, idx, targets)
-    assert logits.shape == (2, 4, V) and loss.shape == () and net(img, idx, None)[1] is None
+    assert logits.shape == (6, 4, V) and net(img, idx)[1] is None
     torch.testing.assert_close(loss, next_token_loss(logits, targets))
-    assert not torch.allclose(net(img.flip(0), idx, targets)[0], logits), "the image makes no difference"
+    torch.testing.assert_close(net(img.repeat_interleave(3, 0), idx)[0], logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(net(img.flip(0), idx)[0], logits), "the image makes no difference"
+    loss.backward()
+    unused = {"vision.cls"} if kind == "prefix" else set()
+    assert {name for name, p in net.named_parameters() if p.grad is None} <= unused
+    ids = [id(p) for part in net.parts().values() for p in part]
+    assert sorted(ids) == sorted(id(p) for p in net.parameters()) and all(net.parts().values())
     again = from_dict(asdict(net.config))
-    build(again).load_state_dict(net.state_dict())                                # config.json is enough to rebuild it
-
-
-@with_a_gpt
-def test_several_captions_of_one_image(model, more):
-    """(img, 3 captions each) equals the image given three times."""
-    net, img = tiny(model, **more), torch.randn(2, 3, 16, 16)
-    idx = torch.randint(1, 20, (6, 5))
-    idx[:, 0] = IMAGE if model == "prefix" else 0
-    torch.testing.assert_close(net(img, idx)[0], net(img.repeat_interleave(3, 0), idx)[0], atol=1e-5, rtol=1e-4)
+    assert again == net.config
+    build(again).load_state_dict(net.state_dict())
 
 
 def test_lockstep_block_i_reads_vision_layer_i():
-    net, img = tiny(wiring="lockstep"), torch.randn(1, 3, 16, 16)
+    net, img = tiny("lockstep"), torch.randn(1, 3, 16, 16)
     seen = []
     for block in net.text.blocks:
         block.cross.register_forward_hook(lambda module, args, out: seen.append(args[1]))
@@ -186,6 +181,8 @@ def test_image_tokens_stand_where_image_stood(K):
         expected, ends = splice_by_hand(net, net.encode(img)[b // K], row)
         torch.testing.assert_close(x[b, :len(expected)], expected, atol=1e-6, rtol=1e-5)
         assert torch.equal(last[b], ends)
+        logits = net(img, torch.tensor(rows))[0][b]                               # made at text positions only
+        torch.testing.assert_close(logits, net.text.head(net.text.hidden(expected[None]))[0, ends], atol=1e-5, rtol=1e-4)
 
 
 def test_pixel_shuffle_lays_neighbours_side_by_side():
@@ -193,15 +190,8 @@ def test_pixel_shuffle_lays_neighbours_side_by_side():
     out = pixel_shuffle(torch.arange(32).view(1, 16, 2), 2)
     assert out.shape == (1, 4, 8) and out[0, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     assert out[0, 1, 0] == 4 and out[0, 2, 0] == 16
-    net, img = tiny("prefix", shuffle=2), torch.randn(1, 3, 16, 16)
+    net, img = tiny("shuffle"), torch.randn(1, 3, 16, 16)
     assert net.encode(img).shape == (1, 4, 16) and net(img, torch.tensor([[IMAGE, 1]]))[0].shape == (1, 2, V)
-
-
-def test_logits_are_made_at_text_positions_only():
-    """That must not change a logit: compare with the whole sequence's."""
-    net, img, idx = tiny("prefix"), torch.randn(1, 3, 16, 16), torch.tensor([[IMAGE, 5, 6, 7]])
-    whole = net.text.head(net.text.hidden(splice_by_hand(net, net.encode(img)[0], idx[0].tolist())[0][None]))
-    torch.testing.assert_close(net(img, idx)[0], whole[:, -4:], atol=1e-5, rtol=1e-4)
 
 
 def test_one_graph_for_the_compiler():
@@ -212,12 +202,11 @@ def test_one_graph_for_the_compiler():
     torch.testing.assert_close(fast(img, idx, idx.roll(-1, 1))[1], net(img, idx, idx.roll(-1, 1))[1])
 
 
-@with_a_gpt
-def test_cached_logits_equal_uncached(model, more):
+@every_kind
+def test_cached_logits_equal_uncached(kind):
     """Token by token through the cache, prompts of different length together, against one full forward each."""
-    net, img = tiny(model, **more), torch.randn(2, 3, 16, 16)
-    first = IMAGE if model == "prefix" else 0
-    rows, new = [[first, 3, 4, 5], [first, 6]], torch.tensor([[7, 8, 9], [10, 11, 12]])
+    net, img = tiny(kind), torch.randn(2, 3, 16, 16)
+    rows, new = [[IMAGE, 3, 4, 5], [IMAGE, 6]], torch.tensor([[7, 8, 9], [10, 11, 12]])
     padded = torch.tensor([rows[0], rows[1] + [0, 0]])
     logits, state = net.prefill(img, padded, torch.tensor([4, 2]), max_new_tokens=4)
     steps = [logits] + [net.step(new[:, t], state) for t in range(3)]             # 4 x (2, V)
@@ -226,47 +215,13 @@ def test_cached_logits_equal_uncached(model, more):
         torch.testing.assert_close(torch.stack([s[b] for s in steps]), full[len(row) - 1:], atol=1e-5, rtol=1e-4)
 
 
-def test_parts_cover_every_parameter_once():
-    for model in ("cross", "prefix"):
-        net = tiny(model)
-        ids = [id(p) for part in net.parts().values() for p in part]
-        assert sorted(ids) == sorted(id(p) for p in net.parameters())
-        assert all(net.parts().values()), "a part is empty"
-
-
-# ----- the LSTM captioner
-
-@pytest.fixture(params=[(0, 1, 32), (4, 2, 32), (4, 1, 48)], ids=["plain", "attention", "narrow"])
-def captioner(request):
-    n_head, n_layer, n_hidden = request.param
-    torch.manual_seed(0)
-    text = LSTMConfig(50, n_layer, 32, n_hidden, 0.1, n_head)
-    return build(VLMConfig("lstm", None, text, feat_dim=20)).eval()
-
-
-def test_the_lstm_writes_word_by_word_as_in_one_pass(captioner):
-    """prefill and step give the logits of the one pass over the whole caption: at words, and between K captions."""
-    img, idx = torch.randn(3, 20), torch.randint(0, 50, (6, 7))
-    whole, _ = captioner(img, idx)                                                # K = 2 captions an image
-    assert torch.allclose(whole, captioner(img.repeat_interleave(2, 0), idx)[0], atol=1e-5)
-    logits, state = captioner.prefill(img.repeat_interleave(2, 0), idx[:, :3], torch.full((6,), 3), 4)
-    for t in range(3, 7):
-        assert torch.allclose(logits, whole[:, t - 1], atol=1e-5)
-        logits = captioner.step(idx[:, t], state)
-    assert from_dict(asdict(captioner.config)) == captioner.config
-
-
-def test_lstm_prompts_of_different_length_decode_as_if_alone(captioner):
-    img, prompts = torch.randn(3, 4, 20), [[1], [1, 2], [3, 4, 5]]                # a grid of 4 places
-    together = generate(captioner, img, prompts, 5, num_beams=3, eos_id=0)
-    alone = [generate(captioner, img[k:k + 1], [p], 5, num_beams=3, eos_id=0)[0] for k, p in enumerate(prompts)]
-    assert together == alone
-
-
-def test_the_image_is_in_the_first_state_and_every_weight_learns(captioner):
-    captioner.train()
-    idx = torch.randint(0, 50, (3, 7))
-    img = torch.randn(3, 20, requires_grad=True)
-    captioner(img, idx, idx)[1].backward()
-    assert img.grad.abs().sum() > 0 and all(p.grad is not None for p in captioner.parameters())
-    assert sum(map(len, captioner.parts().values())) == len(list(captioner.parameters()))
+@pytest.mark.parametrize("kind", ["cross", "prefix", "lstm"])
+@pytest.mark.parametrize("shape", [(2, 20), (2, 9, 20)])
+def test_ready_made_features_stand_in_for_a_vision_tower(kind, shape):
+    """One vector an image, or a grid of them; the vision tower's own features give what its pixels give."""
+    sizes = {"model": kind, "text": tiny_gpt(), "image_token": IMAGE, **KINDS[kind], "vision": None, "feat_dim": 20}
+    net, idx = build(VLMConfig(**sizes)), torch.tensor([[IMAGE, 1, 2]]).repeat(4, 1)
+    assert net(torch.randn(shape), idx)[0].shape == (4, 3, V) and not net.parts()["vision"]
+    net, img = tiny(kind), torch.randn(4, 3, 16, 16)
+    feats = net.vision.grid(img) if kind == "prefix" else net.vision(img)
+    torch.testing.assert_close(net(feats, idx)[0], net(img, idx)[0])

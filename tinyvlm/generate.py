@@ -80,8 +80,8 @@ def time_to_read(n, answer):
 
 def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
     """Keep the K best unfinished sentences of each image; remember the K best finished ones. Returns ids (B, T_new).
-    Of the K * V ways to extend the beams by a token the 2K best are looked at, so that K unfinished ones remain even if
-    the other K just ended. One that ends among the first K is finished, with score sum / length ** length_penalty (its
+    Of the K * V ways to extend the beams by a token the 2K best are taken, so that K unfinished ones remain even if the
+    other K just ended. One that ends among the first K is finished, with score sum / length ** length_penalty (its
     end token counts). An image stops when it has K finished sentences and its best open beam, at the length so far, is
     below the worst of them. Beams cut off by max_new_tokens count as finished.
     K=2 after "a", with log p: "dog" -.2, "cat" -1.9; then "dog" -> "." -.1, "runs" -2.4; "cat" -> "." -.3: the sums are

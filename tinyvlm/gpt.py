@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .config import check_sizes
 from .transformer import ACTIVATIONS, Block, KVCache, init_weights
 
-IGNORE = -100    # a target that is not trained on: padding, or what only the user says
+IGNORE = -100    # a target that is not trained on: padding, or the user's part of a dialogue
 
 
 @dataclass

@@ -215,8 +215,8 @@ class LSTMCaptioner(Captioner):
         vector = self.vision.pool(feats) if self.vision else feats.mean(dim=1)    # (B, C_img)
         state = torch.tanh(self.connector["state"](vector))                       # (B, 2 L H)
         h, c = state.view(len(feats), 2, self.config.text.n_layer, -1).permute(1, 2, 0, 3).contiguous()     # (L, B, H)
-        attn = self.config.text.n_head > 0
-        return LSTMState(h, c, self.connector["attn"].keys_values(self.connector["feats"](feats)) if attn else None)
+        attn = self.connector["attn"] if "attn" in self.connector else None
+        return LSTMState(h, c, attn and attn.keys_values(self.connector["feats"](feats)))
 
     def advance(self, x, state):
         """Read words x (R, T, C), moving the state on -> hidden states (R, T, H), plus what each finds in the image."""
@@ -228,8 +228,8 @@ class LSTMCaptioner(Captioner):
 
     def read(self, img, idx):
         state = self.encode(img)
-        images = torch.arange(state.h.size(1), device=idx.device)                 # (B,)
-        state.reorder(images.repeat_interleave(len(idx) // len(images)))          # K captions of each
+        K = len(idx) // state.h.size(1)
+        state.h, state.c = (t.repeat_interleave(K, dim=1) for t in (state.h, state.c))      # (L, B * K, H)
         return self.advance(self.drop(self.wte(idx)), state)                      # (B * K, T, H)
 
     def prefill(self, img, idx, lengths, max_new_tokens):
