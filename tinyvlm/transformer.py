@@ -1,7 +1,7 @@
 """The transformer's parts: attention, MLP, block, and the key/value cache. The only attention in the project.
 
 From "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762), in the pre-norm form of GPT-2: normalise,
-transform, add. The ViT, the GPT and CLIP's text tower are all stacks of `Block`. Left out: rotary positions.
+transform, add; rotary positions are left out. The ViT, the GPT and CLIP's text tower are all stacks of `Block`:
 
     self-attention    q, k, v all come from x                      ViT: every patch attends to every patch
     causal            token t attends to tokens 0..t only          GPT: what follows is to be predicted
