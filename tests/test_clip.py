@@ -1,5 +1,4 @@
-"""tinyvlm.clip: the published size, the loss by arithmetic, where a text is read; and that a batch in chunks, or over
-two processes, is the same batch."""
+"""tinyvlm.clip: size, loss by arithmetic, where a text is read; a batch in chunks, or over processes, is the same."""
 import math
 from datetime import timedelta
 
@@ -56,25 +55,21 @@ def test_loss_by_arithmetic():
     assert info_nce(same, same, 1.0).item() == pytest.approx(chance(128)) == pytest.approx(4.852, abs=1e-3)
 
 
-def test_training_clamps_the_scale_and_can_leave_the_cap_again():
-    """Clamping inside the graph would zero the gradient above the cap: the temperature would be stuck for good."""
-    model = tiny().train()
+def test_logits_are_exact_under_autocast_and_the_scale_can_leave_its_cap():
+    """With bfloat16 products a logit near 100 would be off by up to 1/4. The parameter itself is clamped: clamping
+    inside the graph would zero the gradient above the cap, and the temperature would be stuck for good."""
+    model, (img, idx) = tiny().train(), pairs(16)
     model.logit_scale.data.fill_(6.0)
-    info_nce(*model(*pairs(3))).backward()
-    assert model.logit_scale.item() == pytest.approx(MAX_LOG_SCALE) and model.logit_scale.grad.abs() > 0
-
-
-def test_logits_are_exact_under_autocast_and_embeddings_have_length_one():
-    """With bfloat16 products a logit near 100 would be off by up to 1/4: the loss must not depend on it."""
-    model, (img, idx) = tiny().eval(), pairs(16)
-    model.logit_scale.data.fill_(MAX_LOG_SCALE)
     with torch.autocast("cpu", torch.bfloat16):
         image_emb, text_emb, scale = model(img, idx)
-        logits = similarities(image_emb, text_emb, scale)
-    torch.testing.assert_close(logits, scale.exp() * image_emb @ text_emb.t())
+        logits, loss = similarities(image_emb, text_emb, scale), info_nce(image_emb, text_emb, scale)
+    assert scale.item() == pytest.approx(MAX_LOG_SCALE)
+    torch.testing.assert_close(logits, 100 * image_emb @ text_emb.t())
     for emb in (image_emb, text_emb):
         assert emb.dtype == torch.float32
         torch.testing.assert_close(emb.norm(dim=-1), torch.ones(16))
+    loss.backward()
+    assert model.logit_scale.grad.abs() > 0
 
 
 @pytest.mark.parametrize("end_token", [None, END])
@@ -86,16 +81,13 @@ def test_text_is_read_at_its_end_and_padding_changes_nothing(end_token):
     assert (model.encode_text(torch.tensor([[2, 5, 7, END]])) - want).abs().max() > 1e-3      # the first token counts
 
 
-def test_a_grown_vocabulary_is_still_read_at_the_tokenizers_end():
+def test_an_extended_vocabulary_is_still_read_at_the_tokenizers_end():
     """The story: CLIP files whose config says eos_token_id 2 mean "the largest id". Somebody added tokens, which got
-    larger ids than the end, and texts with one of them were read in their middle (cosine 0.94, and no error). With the
-    end token known the added one is a token like any other; a text that lacks the end is refused, not read anywhere."""
+    larger ids than the end, and texts with one of them were read in their middle (cosine 0.94, and no error)."""
     end, added = 30, END
-    by_end, by_argmax = tiny(end_token=end), tiny(end_token=None)
-    plain, special = torch.tensor([[1, 5, 4, end]]), torch.tensor([[1, added, 4, end]])
-    torch.testing.assert_close(by_argmax.encode_text(plain), by_end.encode_text(plain))
-    assert (by_argmax.encode_text(special) - by_end.encode_text(special)).abs().max() > 1e-3
-    x = by_end.text.hidden(by_end.text.embed(special))[:, 3]                      # (1, C): the state at the end
+    by_end, special = tiny(end_token=end), torch.tensor([[1, added, 4, end]])
+    assert (tiny(end_token=None).encode_text(special) - by_end.encode_text(special)).abs().max() > 1e-3
+    x = by_end.text.hidden(special)[:, 3]                                         # (1, C): the state at the end
     torch.testing.assert_close(by_end.encode_text(special), normalize(by_end.text_head(x), dim=-1))
     with pytest.raises(UserError, match=r"lacks the end token \(id 30\)"):
         by_end.encode_text(torch.tensor([[1, 5, 4, end], [1, 5, 4, 4]]))
@@ -109,9 +101,7 @@ FEATURES_ONLY = {"vision": None, "text": None, "feat_dim": 6}   # of 6 numbers, 
 def test_ready_made_features_and_text_embeddings():
     """Only the head (width, width / 2, D) and the temperature learn; float16 embeddings are normalised in float32."""
     model, feats, text_emb = tiny(head="mlp", **FEATURES_ONLY), torch.randn(4, 6), torch.randn(4, 8).half()
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
-        "logit_scale": (), "image_head.0.weight": (3, 6), "image_head.0.bias": (3,), "image_head.2.weight": (8, 3),
-        "image_head.2.bias": (8,)}
+    assert [tuple(p.shape) for p in model.parameters()] == [(), (3, 6), (3,), (8, 3), (8,)]
     loss = info_nce(*model(feats, text_emb))
     torch.testing.assert_close(loss, info_nce(model.encode_image(feats), normalize(text_emb.float(), dim=-1),
                                               model.logit_scale))
@@ -120,24 +110,13 @@ def test_ready_made_features_and_text_embeddings():
 
 
 @pytest.mark.parametrize("more", [{}, {"vision": RESNET}, {"vision": ViTConfig(16, 8, 1, 2, 8, class_token=False)}])
-def test_a_frozen_towers_features_give_the_same_embeddings(more):
-    """Features cached from any tower by the one pooling rule, and the head alone, are the whole model's embeddings."""
+def test_any_towers_features_give_the_same_embeddings_and_parts_hold_every_weight(more):
+    """Features cached from a tower by the one pooling rule, and the head alone, are the whole model's embeddings."""
     model, (img, _) = tiny(**more).eval(), pairs(2)
     torch.testing.assert_close(model.encode_image(model.vision.features(img)), model.encode_image(img))
-
-
-@pytest.mark.parametrize("more", [{"vision": RESNET}, FEATURES_ONLY])
-def test_parts_hold_every_weight_once(more):
-    model = tiny(**more)
     parts = model.parts()
-    ids = [id(p) for params in parts.values() for p in params]
-    assert sorted(ids) == sorted(map(id, model.parameters())) and len(parts["connector"]) == 2 + bool(model.text)
-
-
-@pytest.mark.parametrize("more, match", [({"vision": None}, "feat_dim None"), ({"head": "deep"}, "head 'deep'")])
-def test_impossible_configs_are_refused(more, match):
-    with pytest.raises(UserError, match=match):
-        tiny(**more)
+    assert sorted(id(p) for part in parts.values() for p in part) == sorted(map(id, model.parameters()))
+    assert len(parts["connector"]) == 3
 
 
 def test_a_new_class_token_does_not_drown_the_gradient():

@@ -30,7 +30,7 @@ from tinyvlm.pretrained import (load_clip, load_gpt2, load_pretrained, load_resn
                                 load_vit_gpt2)
 from tinyvlm.tokenizer import BPETokenizer
 from tinyvlm.vit import ViTConfig
-from tinyvlm.vlm import VLMConfig, build, to_dict
+from tinyvlm.vlm import VLMConfig, build
 from tinyvlm.weights import load_safetensors, save_safetensors
 
 
@@ -317,7 +317,7 @@ def test_vit_gpt2_logits_and_captions(tmp_path, naming):
     close(loaded.model(want["img"], want["idx"])[0], want["logits"])
     config = loaded.config
     assert (config["task"], config["model"], config["first"], config["end"], config["max_tokens"]) == (
-        "caption", "cross", 39, 39, 11) and config["sizes"] == to_dict(loaded.model.config)
+        "caption", "cross", 39, 39, 11) and config["sizes"] == asdict(loaded.model.config)
     assert loaded.recipe == Recipe(32, "squash", None, "bilinear")
     for beams in (1, 4):
         rows = generate(loaded.model, want["img"], [[39]] * 2, 11, num_beams=beams, eos_id=39)

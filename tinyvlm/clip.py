@@ -8,11 +8,10 @@ is the task set by a batch: which of B sentences belongs to this image, and whic
     dog.jpg  [  9.1     2.0 ]                    cross-entropy along the rows and along the columns,
     boat.jpg [  1.5     8.7 ]                    the right answers on the diagonal
 
-The more candidates, the better the teacher, but gradients cannot be added up over micro-batches, as the table needs all
-B pairs at once. Two ways around: `gather` brings the embeddings of all processes together, and `contrastive_step`
-computes them twice. Either tower may be left out (None): ready-made features, or text embeddings made once by a frozen
-tower, take its place. Whatever is off the diagonal counts as wrong: whoever makes batches sees to it that no image is
-in one twice. Left out: OpenAI's attention-pooled ResNet.
+Gradients cannot be added up over micro-batches, as the table needs all B pairs at once. Two ways around: `gather`
+brings the embeddings of all processes together, and `contrastive_step` computes them twice. Either tower may be left
+out (None): ready-made features, or text embeddings made once by a frozen tower, take its place. Left out: OpenAI's
+attention-pooled ResNet.
 """
 import math
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .cnn import AllReduce, ResNetConfig
-from .config import UserError
+from .config import UserError, check_sizes
 from .gpt import GPT, GPTConfig
 from .vit import ViTConfig, build_vision
 
@@ -50,23 +49,20 @@ class CLIPConfig:
 def similarities(image_emb, text_emb, logit_scale):
     """(B, D), (M, D) -> logits (B, M): the cosines times exp(logit_scale)."""
     with torch.autocast(image_emb.device.type, enabled=False):      # a logit of 50 in bfloat16 is off by up to 1/8
-        return torch.as_tensor(logit_scale).float().exp() * image_emb.float() @ text_emb.float().t()      # (B, M)
+        return torch.as_tensor(logit_scale).float().exp() * image_emb.float() @ text_emb.float().t()
 
 
 def info_nce(image_emb, text_emb, logit_scale):
     """The symmetric InfoNCE loss of L2-normalised embeddings (B, D), row i of one belonging to row i of the other.
-
     logit_scale: the LOG of the factor on the cosines (the inverse temperature), as CLIP stores it. From "Representation
-    learning with contrastive predictive coding" (van den Oord et al. 2018), symmetric as in CLIP's figure 3.
-    """
+    learning with contrastive predictive coding" (van den Oord et al. 2018), symmetric as in CLIP's figure 3."""
     logits = similarities(image_emb, text_emb, logit_scale)                       # (B, B)
     diagonal = torch.arange(len(logits), device=logits.device)                    # (B,): the right answers
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.t(), diagonal)) / 2
 
 
 def chance(B):
-    """The loss of a model that cannot tell B candidates apart: ln(B), 4.852 for 128."""
-    return math.log(B)
+    return math.log(B)          # the loss of a model that cannot tell B candidates apart: 4.852 for 128
 
 
 def in_batch_accuracy(logits):
@@ -77,12 +73,10 @@ def in_batch_accuracy(logits):
 
 class CLIP(nn.Module):
     """Two towers and two projections into one space of D numbers, with a learned temperature between them."""
-
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.head not in ("linear", "mlp") or c.n_joint < 1 or not (c.vision or c.feat_dim):
-            raise UserError(f"no CLIP has head {c.head!r}, n_joint {c.n_joint}, feat_dim {c.feat_dim}; mend its config")
+        check_sizes(c, head=("linear", "mlp"))
         self.vision = build_vision(c.vision) if c.vision else None
         self.text = GPT(c.text) if c.text else None
         width = self.vision.n_feat if c.vision else c.feat_dim
@@ -109,7 +103,6 @@ class CLIP(nn.Module):
 
     def encode_image(self, img):
         """img (B, 3, H, W), or features (B, C) as the tower pools them -> (B, D), of length 1."""
-        assert img.dim() == 2 or self.vision, "this model has no vision tower: it was trained on ready-made features"
         feats = img if img.dim() == 2 else self.vision.features(img)              # (B, C)
         return F.normalize(self.image_head(self.drop(feats)).float(), dim=-1)     # (B, D)
 
@@ -118,9 +111,7 @@ class CLIP(nn.Module):
         after it changes nothing, as blocks are causal.) Floats (B, D) are embeddings already, perhaps in float16."""
         if idx.is_floating_point():
             return F.normalize(idx.float(), dim=-1)                               # (B, D)
-        assert self.text, "this model has no text tower: it was trained on ready-made text embeddings"
-        x = self.text.hidden(self.text.embed(idx))                                # (B, T, C)
-        x = x[torch.arange(len(idx), device=idx.device), self.end_of(idx)]        # (B, C)
+        x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), self.end_of(idx)]         # (B, C)
         return F.normalize(self.text_head(x).float(), dim=-1)                     # (B, D)
 
     def end_of(self, idx):
@@ -143,11 +134,9 @@ class CLIP(nn.Module):
 
 def gather(x):
     """(B, D), B the same everywhere -> the rows of all W processes (W * B, D), with gradients; of one process: itself.
-
     Each process then calls backward on the WHOLE batch's loss as it is. Its own rows receive W times the gradient (W
-    equal losses, summed), DistributedDataParallel's mean over the processes takes the W away: one process's gradient.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    equal losses, summed); DistributedDataParallel's mean over the processes takes the W away."""
+    if not dist.is_initialized():
         return x
     rows = x.new_zeros(dist.get_world_size(), *x.shape)                           # (W, B, D)
     rows[dist.get_rank()] = x                                                     # the sum fills in the others'
@@ -158,18 +147,14 @@ def contrastive_step(model, chunks, autocast=nullcontext, scale=lambda loss: los
     """The gradient of a batch of B pairs in the memory of one chunk, as GradCache makes it (arXiv:2101.06983): embed
     all chunks without a graph, keeping 2 B D numbers; take the loss of the whole (B, B) table and its gradient by these
     numbers; embed each chunk again, now with a graph, and push its rows of that gradient through it.
-
     chunks: pairs (img, idx), of equal number and size in all processes. autocast, scale: the device's context and the
-    GradScaler's method. Adds to .grad; returns the loss, detached. BatchNorm takes its means over a chunk, and its
-    running averages see each once.
-    """
+    GradScaler's method. Adds to .grad; returns the loss, detached. BatchNorm takes its means over a chunk."""
     seeds = torch.randint(2 ** 62, (len(chunks),)).tolist()     # dropout must fall alike both times
 
     def embed(k):
         torch.manual_seed(seeds[k])
         with autocast():
             return model(*chunks[k])                                              # (b, D), (b, D), ()
-
     buffers = [buffer.clone() for buffer in model.buffers()]
     with torch.no_grad():
         leaves = [[t.detach().requires_grad_() for t in embed(k)] for k in range(len(chunks))]
@@ -181,7 +166,7 @@ def contrastive_step(model, chunks, autocast=nullcontext, scale=lambda loss: los
     for k in range(len(chunks)):
         last = k == len(chunks) - 1                             # DDP adds up over processes once
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
-            pairs = zip(embed(k), (leaf.grad for leaf in leaves[k]))
-            pairs = [(x, grad) for x, grad in pairs if x.requires_grad and grad is not None]    # a side may be frozen
+            pairs = [(x, leaf.grad) for x, leaf in zip(embed(k), leaves[k])       # without what is frozen
+                     if x.requires_grad and leaf.grad is not None]
             torch.autograd.backward(*zip(*pairs))
     return loss.detach()

@@ -2,8 +2,8 @@
 
 VGG is a straight pile of 3x3 convolutions. In ResNet every block adds to its input instead of replacing it, so that
 the gradient finds a short way down, and 50 layers train. This is "v1.5", as torchvision's: the halving sits on a
-block's 3x3 convolution (the paper's 1x1 before it drops 3 of 4 places unseen). Left out: other depths of VGG, its
-dropout and BatchNorm, as it only serves frozen; the two-convolution block of ResNet-18.
+block's 3x3 convolution (the paper's 1x1 before it drops 3 of 4 places unseen). Left out: VGG's dropout and BatchNorm,
+as it only serves frozen; the two-convolution block of ResNet-18.
 """
 from dataclasses import dataclass
 
@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
-from .config import UserError
 
 
 class AllReduce(torch.autograd.Function):
@@ -30,7 +28,6 @@ class AllReduce(torch.autograd.Function):
 
 class BatchNorm2d(nn.Module):
     """Ioffe & Szegedy 2015: give every channel mean 0 and variance 1, then a learned scale and shift.
-
     (B, C, H, W) -> same. In training the statistics are the batch's own, and a running average of them is kept; eval
     uses that average: an image's features then do not depend on its neighbours. Numbers as torch.nn.BatchNorm2d."""
     eps, momentum = 1e-5, 0.1                               # momentum: the newest batch's weight in the average
@@ -43,8 +40,6 @@ class BatchNorm2d(nn.Module):
 
     def forward(self, x):
         world = dist.get_world_size() if self.training and dist.is_initialized() else 1
-        if self.training and x.numel() * world == x.shape[1]:
-            raise UserError("one image of one place has no variance for batch norm; raise --batch-size, lower --accum")
         if world == 1:                                      # in one fused call, what follows for several processes
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
                                 self.training, self.momentum, self.eps)
@@ -74,11 +69,11 @@ def init_like_kaiming(model):
             nn.init.zeros_(p)                               # shortcut alone (Goyal et al. 2017)
 
 
-class ImageEncoder(nn.Module):
-    """What both share, the answers that a ViT gives too: img (B, 3, H, W) -> one vector, a grid of vectors, logits."""
-    def forward(self, img):
+class VisionTower(nn.Module):
+    """What every tower offers, a ViT too: img (B, 3, H, W) -> one vector, a grid of vectors, logits."""
+    def features(self, img):
         return self.pool(self.feature_map(img))             # (B, n_feat)
-    features = forward
+    forward = features
 
     def pool(self, x):
         return x.mean(dim=(2, 3))                           # (B, C, h, w) -> (B, C): any image size will do
@@ -87,15 +82,12 @@ class ImageEncoder(nn.Module):
         return self.feature_map(img).flatten(2).transpose(1, 2)     # (B, N, C), row by row: N = 7 * 7 at 224 x 224
 
     def classify(self, img):
-        assert self.head is not None, f"this {type(self).__name__} was built without a head (n_class=0): no logits"
-        return self.head(self(img))                         # (B, n_class)
+        return self.head(self.features(img))                # (B, n_class)
 
 
 class Bottleneck(nn.Module):
     """ResNet's block: 1x1 down to n_mid channels, 3x3 there, where it is cheap, 1x1 up to n_out; plus the input.
-
-    (B, n_in, H, W) -> (B, n_out, H / stride, W / stride); where that differs, a 1x1 convolution fits the input to it.
-    """
+    (B, n_in, H, W) -> (B, n_out, H / stride, W / stride); where that differs, a 1x1 convolution makes the input fit."""
     def __init__(self, n_in, n_mid, n_out, stride=1):
         super().__init__()
         self.conv1, self.bn1 = conv(n_in, n_mid, 1), BatchNorm2d(n_mid)
@@ -114,17 +106,15 @@ class Bottleneck(nn.Module):
 class ResNetConfig:
     """Sizes of a ResNet; the defaults are ResNet-50."""
     width: int = 64                             # channels after the stem; doubles from stage to stage
-    blocks: tuple = (3, 4, 6, 3)                # bottlenecks per stage; (3, 4, 23, 3) would be ResNet-101
+    blocks: tuple = (3, 4, 6, 3)                # bottlenecks per stage
     n_class: int = 1000                         # 0: no head
 
 
-class ResNet50(ImageEncoder):
+class ResNet50(VisionTower):
     """Stem, four stages of bottlenecks, average over all places: 224 -> 56 -> 56, 28, 14, 7 -> a vector (B, 2048)."""
     def __init__(self, config=None):
         super().__init__()
         c = self.config = config or ResNetConfig()
-        if min(c.width, *c.blocks) < 1:
-            raise UserError(f"no ResNet has the sizes {c}; fetch its config.json again")
         self.conv1, self.bn1 = conv(3, c.width, 7, stride=2), BatchNorm2d(c.width)
         self.stages, n_in = nn.Sequential(), c.width
         for s, n_block in enumerate(c.blocks):
@@ -132,7 +122,7 @@ class ResNet50(ImageEncoder):
             blocks = [Bottleneck(n_in, n_mid, n_out, stride=2 if s else 1)]         # halves H and W but at first
             self.stages.append(nn.Sequential(*blocks, *(Bottleneck(n_out, n_mid, n_out) for _ in range(1, n_block))))
             n_in = n_out
-        self.n_feat, self.head = n_in, (nn.Linear(n_in, c.n_class) if c.n_class else None)
+        self.n_feat, self.head = n_in, nn.Linear(n_in, c.n_class) if c.n_class else None
         init_like_kaiming(self)
 
     def feature_map(self, img):
@@ -150,19 +140,19 @@ class VGGConfig:
     n_class: int = 1000                         # 0: no head
 
 
-class VGG16(ImageEncoder):
+class VGG16(VisionTower):
     """13 convolutions, then an MLP over the 7 x 7 places. The features are fc2 after its ReLU, never negative."""
     def __init__(self, config=None):
         super().__init__()
         c = self.config = config or VGGConfig()
         self.feature_map, n_in = nn.Sequential(), 3         # (B, 3, H, W) -> (B, 512, H / 32, W / 32)
-        for n_out, n_conv in zip(c.widths, c.convs, strict=True):
+        for n_out, n_conv in zip(c.widths, c.convs):
             for _ in range(n_conv):                         # numbered as the public files number them: 0, 2, 5, 7, ..
                 self.feature_map.extend([nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(inplace=True)])
                 n_in = n_out
             self.feature_map.append(nn.MaxPool2d(2))
         self.fc1, self.fc2 = nn.Linear(n_in * 7 * 7, c.n_hidden), nn.Linear(c.n_hidden, c.n_hidden)
-        self.n_feat, self.head = c.n_hidden, (nn.Linear(c.n_hidden, c.n_class) if c.n_class else None)
+        self.n_feat, self.head = c.n_hidden, nn.Linear(c.n_hidden, c.n_class) if c.n_class else None
         init_like_kaiming(self)
 
     def pool(self, x):

@@ -134,6 +134,23 @@ def check_ranges(config):
                 raise UserError(f"{flag} must be {phrase} {limits[name]}, not {value}")
 
 
+def check_sizes(sizes, **choices):
+    """Refuse by name the sizes that no model has, as of a damaged config.json, before anything is built of them.
+
+    Whole numbers are at least 1, or 0 where the default is 0 or None; fractions within 0..1; names among `choices`.
+    """
+    for field in dataclasses.fields(sizes):
+        value, default, good = getattr(sizes, field.name), field.default, True
+        if field.name in choices:
+            good = value in list(choices[field.name])
+        elif isinstance(default, (bool, float)):
+            good = type(value) in (type(default), int) and 0 <= value <= 1
+        elif default is None or isinstance(default, int):
+            good = value is default or type(value) is int and value >= (1 if default else 0)
+        if not good:
+            raise UserError(f"no model can be built with {field.name} {value!r:.40} (in {type(sizes).__name__})")
+
+
 def out_of_memory(error):
     """Whether memory ran out: torch has several ways to say so, on each device."""
     words = "out of memory|allocate memory|not enough memory|ALLOC_FAILED|tried to allocate"

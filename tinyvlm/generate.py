@@ -4,8 +4,8 @@ A model takes part by offering three things (see vlm.py):
     prefill(img, idx, lengths, max_new_tokens) -> logits (B, V), state      encode the image, read the prompt, once
     step(idx (R,), state) -> logits (R, V)                                  read one more token in each of R rows
     state.reorder(rows (R',))                                               row i continues what was row rows[i]
-Everything else, greedy, temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and beam search, sees only
-numbers over the vocabulary. Beams are scored as transformers scores them. Left out: repetition penalties, constraints.
+Greedy, temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and beam search see only numbers over the
+vocabulary. Beams are scored as transformers scores them.
 """
 import torch
 import torch.nn.functional as F
@@ -16,52 +16,38 @@ NEVER = -1e9    # a score no real sentence has; finite, because -inf - -inf is n
 @torch.inference_mode()
 def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, num_beams=1, eos_id=None,
              length_penalty=1.0, seed=None, forbidden=()):
-    """Continue each prompt; all images of the batch decode together.
+    """Continue each prompt; all images of the batch decode together. Returns B lists of new ids, without eos_id.
 
-    img: (B, 3, H, W) or features, or None for a model without images. idx: prompts, a (B, T) tensor or a list of B
-    lists of ids, which may differ in length. temperature 0 takes the likeliest token every time (greedy); above 0 draws
-    from softmax(logits / temperature), kept to the top_k likeliest and to the smallest set with probability top_p.
-    num_beams > 1 searches for the sentence with the best sum of log-probabilities / length ** length_penalty instead.
-    forbidden: ids that are never produced, as if the vocabulary did not have them. Returns B lists of new ids, without
-    the prompt and without eos_id.
+    img: (B, 3, H, W) or features, or None for a model without images. idx: B prompts of ids, of any lengths.
+    temperature 0 takes the likeliest token every time (greedy); above 0 draws from softmax(logits / temperature), kept
+    to the top_k likeliest and to the smallest set with probability top_p. num_beams > 1 searches for the best sum of
+    log-probabilities / length ** length_penalty. forbidden: ids that are never produced.
     """
-    assert num_beams > 0 and max_new_tokens > 0, f"num_beams {num_beams}, max_new_tokens {max_new_tokens}: both above 0"
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device, end = next(model.parameters()).device, -1 if eos_id is None else eos_id        # no token is -1
-    idx, lengths = pad_prompts(idx, device)
+    lengths = [len(row) for row in idx]
+    assert min(lengths) > 0, "a prompt needs at least one token, to predict the next from"
+    idx = torch.tensor([list(row) + [0] * (max(lengths) - len(row)) for row in idx], device=device)        # (B, T)
+    lengths = torch.tensor(lengths, device=device)
     logits, state = model.prefill(img, idx, lengths, max_new_tokens)              # (B, V)
     never = torch.tensor([i for i in forbidden if i < logits.size(1)], dtype=torch.long, device=device)
-    allowed = lambda logits: logits.index_fill(1, never, float("-inf"))           # (R, V)
+    allowed = lambda logits: logits.index_fill(1, never, float("-inf"))
     step = lambda token: allowed(model.step(token, state))                        # (R,) -> (R, V)
     if num_beams > 1:
         tokens = beam_search(allowed(logits), step, state.reorder, max_new_tokens, num_beams, end, length_penalty)
     else:
         tokens = sample(allowed(logits), step, max_new_tokens, temperature, top_k, top_p, end, seed)
-    rows = tokens.tolist()                                                        # the one copy to the host
-    return [row[:row.index(end)] if end in row else row for row in rows]
-
-
-def pad_prompts(idx, device):
-    """Prompts -> idx (B, T) padded on the right, and their lengths (B,), None for a tensor: all are equally long."""
-    if torch.is_tensor(idx):
-        return idx.to(device), None
-    lengths = [len(row) for row in idx]
-    assert lengths and min(lengths) > 0, "a prompt needs at least one token, to predict the next from"
-    idx = [row + [0] * (max(lengths) - len(row)) for row in idx]
-    return torch.tensor(idx, device=device), torch.tensor(lengths, device=device)
+    return [row[:row.index(end)] if end in row else row for row in tokens.tolist()]
 
 
 def filter_logits(logits, top_k=None, top_p=None):
-    """Set all but the likeliest tokens to -inf. logits (B, V) -> (B, V).
-
-    top_k keeps the k likeliest. top_p keeps the shortest list, from the top, whose probability reaches p:
-    probabilities .5 .3 .15 .05 with top_p 0.7 keep the first two (.5 is not enough, .5 + .3 is).
-    """
+    """Set all but the likeliest tokens to -inf: logits (B, V) -> (B, V). top_k keeps the k likeliest, top_p as many,
+    from the top, as reach probability p together: of .5 .3 .15 .05, top_p 0.7 keeps the first two."""
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]             # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None and top_p < 1:
-        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)       # (B, V)
+    if top_p is not None:
+        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = probs.cumsum(dim=-1) - probs                 # probability of everything likelier than this token
         drop = (before >= top_p) & (before > 0)               # the likeliest always stays
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))  # back to vocabulary order
@@ -70,78 +56,67 @@ def filter_logits(logits, top_k=None, top_p=None):
 
 def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=None):
     """One token at a time, the likeliest or drawn. Returns ids (B, T_new); rows are filled with `end` once done.
-
     A draw from probabilities p is the argmax of p / e, each e from the exponential distribution: token i wins with
-    chance p[i]. torch.multinomial does the same, but makes the host wait for a GPU to check p.
-    """
+    chance p[i]. torch.multinomial does the same, but makes the host wait for a GPU to check p."""
     rng = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
-    done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)       # (B,)
-    tokens = []
+    done, tokens = torch.zeros(len(logits), dtype=torch.bool, device=logits.device), []
     for n in range(1, max_new_tokens + 1):
         if temperature > 0:
-            probs = filter_logits(logits.float() / temperature, top_k, top_p).softmax(dim=-1)     # (B, V)
+            probs = filter_logits(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
             logits = probs / torch.empty_like(probs).exponential_(generator=rng)
-        token = torch.where(done, end, logits.argmax(dim=-1))                     # (B,)
+        token = torch.where(done, end, logits.argmax(dim=-1))
         done |= token == end
         tokens.append(token)
-        if n == max_new_tokens or time_to_ask(n, done) and done.all():
+        if n == max_new_tokens or time_to_read(n, done) and done.all():
             break
-        logits = step(token)                                                      # (B, V)
+        logits = step(token)
     return torch.stack(tokens, dim=1)                                             # (B, T_new)
 
 
-def time_to_ask(n, answer):
+def time_to_read(n, answer):
     """Whether to read `answer` after step n: on a CPU always, else every 8th time, as the host has to wait for it."""
     return n % 8 == 0 or answer.device.type == "cpu"
 
 
-def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty=1.0):
+def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
     """Keep the K best unfinished sentences of each image; remember the K best finished ones. Returns ids (B, T_new).
-
-    Each step extends all K beams by all V tokens and takes the 2K best of the K * V sums of log-probabilities, so that
-    K unfinished ones remain even if the other K just ended. One that ends among the first K is finished, with score
-    sum / length ** length_penalty (its end token counts). An image stops when it has K finished sentences and its best
-    open beam, divided by the length so far, is below the worst of them. Beams cut off by max_new_tokens are scored as
-    they stand, so a search in which nothing ended returns the best open beam.
-
+    Of the K * V ways to extend the beams by a token the 2K best are taken, so that K unfinished ones remain even if the
+    other K just ended. One that ends among the first K is finished, with score sum / length ** length_penalty (its
+    end token counts). An image stops when it has K finished sentences and its best open beam, at the length so far, is
+    below the worst of them. Beams cut off by max_new_tokens count as finished.
     K=2 after "a", with log p: "dog" -.2, "cat" -1.9; then "dog" -> "." -.1, "runs" -2.4; "cat" -> "." -.3: the sums are
-    "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open).
-    """
+    "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open)."""
     (B, V), device = logits.shape, logits.device
-    total = torch.full((B, K), NEVER, device=device)                              # (B, K) sums of open beams
+    total = torch.full((B, K), NEVER, device=device)          # sums of open beams
     total[:, 0] = 0.0                                         # all beams start equal: extend only one of them
-    tokens = torch.full((B, K, max_new_tokens), end, device=device)               # (B, K, T_new) open beams
-    best, best_tokens = torch.full_like(total, NEVER), tokens                     # (B, K), (B, K, T_new) finished ones
-    active = torch.ones(B, 1, dtype=torch.bool, device=device)                    # (B, 1) images still searching
-    first_row = torch.arange(B, device=device)[:, None] * K                       # (B, 1)
+    tokens = torch.full((B, K, max_new_tokens), end, device=device)
+    best, best_tokens = torch.full_like(total, NEVER), tokens                     # finished sentences
+    active = torch.ones(B, 1, dtype=torch.bool, device=device)                    # images still searching
+    first_row = torch.arange(B, device=device)[:, None] * K
     reorder(torch.arange(B, device=device).repeat_interleave(K))
-    logits = logits.repeat_interleave(K, dim=0)                                   # (B * K, V)
+    logits = logits.repeat_interleave(K, dim=0)
+    take = lambda rows, order: rows.gather(1, order[:, :, None].expand(-1, -1, max_new_tokens))     # of each image
     for n in range(1, max_new_tokens + 1):
-        sums = total[:, :, None] + F.log_softmax(logits.float(), dim=-1).view(B, K, V)   # (B, K, V)
-        sums, flat = sums.flatten(1).topk(2 * K)                                  # (B, 2K)
-        parent, token = flat // V, flat % V                                       # (B, 2K)
-        extended = _take(tokens, parent)                                          # (B, 2K, T_new)
+        sums = total[:, :, None] + F.log_softmax(logits.float(), dim=-1).view(B, K, V)
+        sums, flat = sums.flatten(1).topk(2 * K)                                  # (B, 2K), and the next three
+        parent, token = flat // V, flat % V
+        ended = (token == end) | (n == max_new_tokens)
+        extended = take(tokens, parent)                                           # (B, 2K, T_new)
         extended[:, :, n - 1] = token
-        ended = (token == end) | (n == max_new_tokens)                            # (B, 2K)
 
         # the finished: old and new compete for K places
         score = (sums / n ** length_penalty).masked_fill(~(ended & active), NEVER)
         score[:, K:] = NEVER                                  # candidates beyond the first K are only a reserve
-        best, order = torch.cat([best, score], dim=1).topk(K)                     # (B, K)
-        best_tokens = _take(torch.cat([best_tokens, extended], dim=1), order)     # (B, K, T_new)
+        best, order = torch.cat([best, score], dim=1).topk(K)
+        best_tokens = take(torch.cat([best_tokens, extended], dim=1), order)
 
         # the open: the K best that did not end
-        total, order = sums.masked_fill(ended, NEVER).topk(K)                     # (B, K)
-        tokens, parent = _take(extended, order), parent.gather(1, order)          # (B, K, T_new), (B, K)
-        full = best[:, -1:] > NEVER / 2                                           # (B, 1) K finished sentences
+        total, order = sums.masked_fill(ended, NEVER).topk(K)
+        tokens, parent = take(extended, order), parent.gather(1, order)
+        full = best[:, -1:] > NEVER / 2                       # K sentences are finished
         active = active & ~(full & (total[:, :1] / n ** length_penalty <= best[:, -1:]))
-        if n == max_new_tokens or time_to_ask(n, active) and not active.any():
+        if n == max_new_tokens or time_to_read(n, active) and not active.any():
             break
         reorder((first_row + parent).flatten())
         logits = step(tokens[:, :, n - 1].flatten())                              # (B * K, V)
     return best_tokens[:, 0]                                                      # (B, T_new)
-
-
-def _take(rows, order):
-    """rows (B, K, T), order (B, M) -> (B, M, T): the chosen rows of each image."""
-    return rows.gather(1, order[:, :, None].expand(-1, -1, rows.size(2)))

@@ -1,20 +1,19 @@
 """GPT-2: a stack of causal blocks that predicts the next token.
 
 From "Language models are unsupervised multitask learners" (Radford et al. 2019) and, as code, nanoGPT's model.py.
-Two additions serve images: `feats` gives every block image features to cross-attend to, and `embed` / `hidden` are open
-to callers that put something other than words into the sequence (the prefix model's image tokens). Weight decay groups
-and generation are in train.py and generate.py, for all models alike.
+Two additions serve images: `feats` gives every block image features to cross-attend to, and `hidden` also takes vectors
+that are no words (the prefix model's image tokens). Generation is in generate.py, for all models alike.
 """
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .transformer import ACTIVATIONS, Block, KVCache, check_sizes, init_weights
+from .config import check_sizes
+from .transformer import ACTIVATIONS, Block, KVCache, init_weights
 
-IGNORE = -100    # a target that is not trained on: padding, or what only the user says
+IGNORE = -100    # a target that is not trained on: padding, or the user's part of a dialogue
 
 
 @dataclass
@@ -28,9 +27,8 @@ class GPTConfig:
     n_hidden: int | None = None # width inside the MLP; None: 4 C
     dropout: float = 0.0
     cross: bool = False         # give every block cross-attention over image features
-    activation: Literal[tuple(ACTIVATIONS)] = "gelu_tanh"
+    activation: str = "gelu_tanh"   # a key of transformer.ACTIVATIONS
     eps: float = 1e-5
-    DIVIDES = (("n_embd", "n_head"),)
 
 
 def next_token_loss(logits, targets):
@@ -40,17 +38,11 @@ def next_token_loss(logits, targets):
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-def last_of(x, lengths=None):
-    """The hidden state at the end of each row: x (B, T, C), lengths (B,) or None for T everywhere -> (B, C)."""
-    return x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
-
-
 class GPT(nn.Module):
     """Token and position embeddings, n_layer causal blocks, a norm, and the embedding again as the output matrix."""
-
     def __init__(self, config):
         super().__init__()
-        check_sizes(config)
+        check_sizes(config, activation=ACTIVATIONS)
         c = self.config = config
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C), also the output matrix
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
@@ -64,58 +56,48 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, feats=None, cache=None):
         """idx (B, T) -> logits (B, T, V) and, given targets (B, T), the loss; otherwise None.
         targets[b, t] is the token that should FOLLOW idx[b, :t+1] (already shifted), or IGNORE.
-        feats: image features (B or B/K, N, C) for all blocks, or a list with one such tensor per block.
-        """
-        logits = self.head(self.hidden(self.embed(idx), feats, cache))            # (B, T, V)
+        feats: image features (B or B/K, N, C) for all blocks, or a list with one such tensor per block."""
+        logits = self.head(self.hidden(idx, feats, cache))                        # (B, T, V)
         return logits, None if targets is None else next_token_loss(logits, targets)
 
-    def embed(self, idx):
-        return self.wte(idx)                                                      # (B, T) -> (B, T, C), no positions
-
     def hidden(self, x, feats=None, cache=None):
-        """Embedded tokens x (B, T, C) -> the last block's normalised output (B, T, C). Adds the positions."""
-        B, T, _ = x.shape
-        longest, most = T if cache is None else cache.max_len - 1, self.config.block_size    # the last is never read
-        assert max(T, longest) <= most, f"{max(T, longest)} tokens, but the model's context holds {most}"
-        pos = torch.arange(T, device=x.device) if cache is None else cache.begin(B, T, x.device)    # (T,) or (B, T)
+        """Ids (B, T), or vectors (B, T, C) in their place -> the last block's normalised output (B, T, C)."""
+        x = self.wte(x) if x.dim() == 2 else x                                    # (B, T, C)
+        T, most = x.size(1), self.config.block_size
+        longest = cache.max_len if cache else T
+        assert longest <= most, f"{longest} tokens, but the model's context holds {most}"
+        pos = torch.arange(T, device=x.device) if cache is None else cache.begin(T)         # (T,) or (B, T)
         x = self.drop(x + self.wpe(pos))                                          # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, feats[i] if isinstance(feats, (list, tuple)) else feats, cache, layer=i)
+            x = block(x, feats[i] if isinstance(feats, list) else feats, cache, layer=i)
         return self.ln_f(x)                                                       # (B, T, C)
 
     def head(self, x):
-        """(B, T, C) -> logits (B, T, V). The matrix is the embedding itself: input and output share a vocabulary."""
-        return F.linear(x, self.wte.weight)                                       # (B, T, V)
+        return F.linear(x, self.wte.weight)                                       # (B, T, C) -> logits (B, T, V)
 
-    def prefill(self, feats, idx, lengths=None, max_new_tokens=0):
-        """Read the prompts idx (B, T), row b ending at lengths[b] (None: all at T). feats as in forward, or None.
+    def prefill(self, feats, x, lengths, max_new_tokens):
+        """Read the prompts x, as in `hidden`, row b ending at lengths[b] (B,). feats as in `forward`, or None.
         Returns the logits of the next token (B, V) and the cache that `step` continues from: generate.py's contract."""
-        return self.read(self.embed(idx), feats, lengths, max_new_tokens)
-
-    def read(self, x, feats=None, lengths=None, max_new_tokens=0):
-        """The same for prompts that are embedded already, x (B, T, C)."""
-        cache = KVCache(self.config.n_layer, x.size(1) + max_new_tokens)
+        max_len = x.size(1) + max_new_tokens - 1                                  # the last new token is never read
+        cache = KVCache(self.config.n_layer, len(x), max_len, x.device)
         x = self.hidden(x, feats, cache)                                          # (B, T, C)
-        if lengths is not None:
-            cache.lengths.copy_(lengths)
-        return self.head(last_of(x, lengths)), cache
+        cache.lengths = lengths
+        return self.head(x[torch.arange(len(x), device=x.device), lengths - 1]), cache
 
     def step(self, idx, cache):
-        """One more token in each row: idx (R,) -> logits (R, V). Shapes and addresses are the same at every step."""
-        return self.head(self.hidden(self.embed(idx[:, None]), cache=cache))[:, -1]         # (R, V)
+        """One more token in each row: idx (R,) -> logits (R, V)."""
+        return self.head(self.hidden(idx[:, None], cache=cache))[:, -1]           # (R, V)
 
     def extend_vocab(self, vocab_size):
         """Append rows for new special tokens; each starts as the mean of the old rows: no meaning yet."""
-        old = self.wte.weight.data
-        assert vocab_size >= len(old), f"the model knows {len(old)} tokens and cannot shrink to {vocab_size}"
+        old = self.wte.weight.data                                                # (V, C)
         new = old.mean(0, keepdim=True).expand(vocab_size - len(old), -1)
         self.wte = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)             # (vocab_size, C)
         self.config.vocab_size = vocab_size
 
     def extend_context(self, block_size):
         """Append positions for longer texts; they start small and random, as all did."""
-        old = self.wpe.weight.data
-        assert block_size >= len(old), f"the model reads {len(old)} tokens and cannot shrink to {block_size}"
+        old = self.wpe.weight.data                                                # (block_size before, C)
         new = torch.randn(block_size - len(old), old.size(1), device=old.device) * 0.02
         self.wpe = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)             # (block_size, C)
         self.config.block_size = block_size

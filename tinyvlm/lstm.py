@@ -5,12 +5,9 @@
     c' = f * c + i * g       the memory: one product and one sum a step, so a gradient can survive many steps
     h' = o * tanh(c')        what the outside, and the next step, gets to see
 
-`lstm_cell` is one step as the books print it; `plain_loop` goes through time with it and lets autograd find the
-gradients: the lesson, and the oracle of the tests. `Recurrence` gives the same numbers faster: its way back is by hand.
-
-On a CPU torch.nn.LSTM stays a little ahead: it calls oneDNN's, which squashes and adds while a product's result is in
-the cache, and so spends on the whole step little more than our products alone take. We need some twenty operations
-there, with a pass over memory each. Left out: bidirectional, projected and packed sequences, peepholes.
+`plain_loop` is the lesson, and the oracle of the tests. `Recurrence` gives the same numbers faster: its way back is by
+hand. On a CPU torch.nn.LSTM stays a little ahead, as oneDNN squashes and adds while a product is still in the cache.
+Left out: bidirectional, projected and packed sequences, peepholes.
 """
 import torch
 import torch.nn as nn
@@ -18,21 +15,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def lstm_cell(x, h, c, w_x, w_h, b):
-    """One step. x (B, I), h and c (B, H), w_x (4H, I), w_h (4H, H), b (4H) -> the next h and c, both (B, H).
-    The rows of the weights hold the gates in torch's order: input, forget, cell, output.
-    With all weights and biases zero each gate is sigmoid(0) = 0.5 and g is 0: the memory halves at every step.
-    """
-    i, f, g, o = (F.linear(x, w_x, b) + F.linear(h, w_h)).chunk(4, dim=-1)      # each (B, H)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
 def plain_loop(x, w_x, w_h, b, h, c):
-    """One layer through time, the plain way: x (T, B, I), h and c (B, H) -> hs (T, B, H) and the last c (B, H)."""
+    """One layer through time: x (T, B, I), h and c (B, H), w_x (4H, I), w_h (4H, H), b (4H) -> hs (T, B, H), last c.
+    The rows of the weights hold the gates in torch's order: input, forget, cell, output. With all weights and biases
+    zero each gate is sigmoid(0) = 0.5 and g is 0: the memory halves at every step."""
     hs = []
-    for x_t in x:                                                               # (B, I)
-        h, c = lstm_cell(x_t, h, c, w_x, w_h, b)
+    for x_t in x:
+        i, f, g, o = (F.linear(x_t, w_x, b) + F.linear(h, w_h)).chunk(4, dim=-1)            # each (B, H)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
         hs.append(h)
     return torch.stack(hs), c
 
@@ -46,22 +37,19 @@ class Recurrence(torch.autograd.Function):
         (3) gates of a           d_a = [d_i, d_f, d_g, d_o] * slope,  slope = [i (1 - i), f (1 - f), 1 - g^2, o (1 - o)]
         (4) a = x w_x.T + h w_h.T + b       d_h = d_a w_h    d_x = d_a w_x    d_w_x = d_a.T x    d_w_h = d_a.T h
 
-    Autograd does the same, and adds up the weights' gradients T times. Here, what does not depend on the step before is
-    one product for all T steps: the input's share of `a`, and the last three of (4).
-    """
-
+    What does not depend on the step before is one product for all T steps: x's share of `a`, the last three of (4)."""
     @staticmethod
     def forward(ctx, x, w_x, w_h, b, h, c):
         gates, hs, cs = F.linear(x, w_x, b), [h], [c]                           # (T, B, 4H): the input's share of a
-        for a in gates:                                                         # (B, 4H)
+        for a in gates:
             a += F.linear(h, w_h)
             i, f, g, o = a.chunk(4, dim=1)                                      # each (B, H): views into `gates`
             i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
-            c = f * c + i * g                                                   # (B, H)
-            h = o * torch.tanh(c)                                               # (B, H)
+            c = f * c + i * g
+            h = o * torch.tanh(c)
             hs.append(h)
             cs.append(c)
-        hs, cs = torch.stack(hs), torch.stack(cs)                               # (T + 1, B, H): 0 is before any step
+        hs, cs = torch.stack(hs), torch.stack(cs)                               # (T + 1, B, H)
         ctx.save_for_backward(x, w_x, w_h, gates, hs, cs)
         return hs[1:], c
 
@@ -71,9 +59,9 @@ class Recurrence(torch.autograd.Function):
         x, w_x, w_h, gates, hs, cs = ctx.saved_tensors
         i, f, g, o = gates.chunk(4, dim=2)                                      # each (T, B, H)
         slope = torch.cat([i * (1 - i), f * (1 - f), 1 - g ** 2, o * (1 - o)], dim=2)       # (T, B, 4H), for (3)
-        tanh_c = torch.tanh(cs[1:])                                             # (T, B, H)
+        tanh_c = torch.tanh(cs[1:])
         through = o * (1 - tanh_c ** 2)                                         # (T, B, H), for (1)
-        d_gates, d_h = torch.empty_like(gates), torch.zeros_like(d_c)           # (T, B, 4H), (B, H)
+        d_gates, d_h = torch.empty_like(gates), torch.zeros_like(d_c)
         for t in reversed(range(len(x))):
             d_h = d_h + d_hs[t]                                                 # from the next step, and from outside
             d_o = d_h * tanh_c[t]                                               # (1)
@@ -88,11 +76,9 @@ class Recurrence(torch.autograd.Function):
 
 class LSTM(nn.Module):
     """Same numbers as torch.nn.LSTM(..., batch_first=True) given the same weights, gradients included.
-    input_size I, hidden_size H; dropout acts on the output of every layer but the last, while training. The parameters
-    have torch's names, so that load_state_dict copies one: weight_ih_l{k} (4H, I, or 4H, H above the first layer),
-    weight_hh_l{k} (4H, H), bias_ih_l{k}, bias_hh_l{k} (4H). Two biases, where one would do, are a heritage of cuDNN.
-    """
-
+    input_size I, hidden_size H; dropout acts on the output of every layer but the last, while training. Parameters by
+    torch's names: weight_ih_l{k} (4H, I, or 4H, H above the first layer), weight_hh_l{k} (4H, H), bias_ih_l{k},
+    bias_hh_l{k} (4H). Two biases, where one would do, are a heritage of cuDNN."""
     def __init__(self, input_size, hidden_size, num_layers=1, dropout=0.0):
         super().__init__()
         self.hidden_size, self.num_layers, self.dropout = hidden_size, num_layers, dropout
@@ -107,16 +93,15 @@ class LSTM(nn.Module):
         """x (B, T, I), state None (zeros) or (h, c), each (L, B, H) -> the top layer's h of every step (B, T, H), and
         the (h, c) after the last one, each (L, B, H): feed them back to go on reading where this call stopped.
         In the weights' precision, also under autocast: c is a long sum, and half precision would round it off."""
-        shape, dtype = (self.num_layers, len(x), self.hidden_size), self.weight_ih_l0.dtype
-        state = state or (x.new_zeros(shape),) * 2                              # (L, B, H) both
-        assert state[0].shape == state[1].shape == shape, f"an LSTM's state is a pair (h, c), both of shape {shape}"
-        last = []
+        shape, dtype, last = (self.num_layers, len(x), self.hidden_size), self.weight_ih_l0.dtype, []
+        h_0, c_0 = state or (x.new_zeros(shape),) * 2
+        assert h_0.shape == c_0.shape == shape, f"an LSTM's state is a pair (h, c), both of shape {shape}"
         with torch.autocast(x.device.type, enabled=False):
             x = x.transpose(0, 1).to(dtype)                                     # (B, T, I) -> (T, B, I)
-            for k, (h, c) in enumerate(zip(*state)):
+            for k in range(self.num_layers):
                 x = F.dropout(x, self.dropout, self.training and k > 0)
                 w_x, w_h, b_x, b_h = list(self.parameters())[4 * k:4 * k + 4]
-                x, c = through_time(x, w_x, w_h, b_x + b_h, h.to(dtype), c.to(dtype))       # (T, B, H), (B, H)
+                x, c = through_time(x, w_x, w_h, b_x + b_h, h_0[k].to(dtype), c_0[k].to(dtype))     # (T, B, H), (B, H)
                 last.append((x[-1], c))
         return x.transpose(0, 1), tuple(map(torch.stack, zip(*last)))           # (B, T, H), two of (L, B, H)
 

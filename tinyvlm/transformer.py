@@ -1,17 +1,13 @@
 """The transformer's parts: attention, MLP, block, and the key/value cache. The only attention in the project.
 
 From "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762), in the pre-norm form of GPT-2: normalise,
-transform, add. The ViT, the GPT and CLIP's text tower are all stacks of `Block`:
+transform, add; rotary positions are left out. The ViT, the GPT and CLIP's text tower are all stacks of `Block`:
 
     self-attention    q, k, v all come from x                      ViT: every patch attends to every patch
     causal            token t attends to tokens 0..t only          GPT: what follows is to be predicted
     cross-attention   q from x, but k and v from image features    captioner: every word attends to all patches
-
-Left out: rotary positions, grouped heads, sliding windows. The published models rebuilt here use none of them.
 """
 import math
-from dataclasses import fields, is_dataclass
-from typing import get_args
 
 import torch
 import torch.nn as nn
@@ -29,76 +25,63 @@ ACTIVATIONS = {
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention, written out: the lesson, the oracle of the fused call, and the source of drawings.
     q (B, n_head, T, head_dim); k, v (B, n_head, S, head_dim); mask (.., T, S), True where attention is allowed.
-    Returns the mixed values (B, n_head, T, head_dim) and the weights (B, n_head, T, S), whose rows sum to 1.
-    """
+    Returns the mixed values (B, n_head, T, head_dim) and the weights (B, n_head, T, S), whose rows sum to 1."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))    # (B, n_head, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(dim=-1)                            # (B, n_head, T, S)
+    weights = scores.softmax(dim=-1)
     return weights @ v, weights
 
 
-def causal_mask(T, S, device=None):
-    """Where the last T of S tokens may attend, to themselves and all before: causal_mask(2, 3) = [[1 1 0], [1 1 1]]."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)    # (T, S)
+def causal_mask(T, device=None):
+    """Each token may attend to itself and all before: causal_mask(3) = [[1 0 0], [1 1 0], [1 1 1]]."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril()               # (T, T)
 
 
 class KVCache:
     """Keys and values of the tokens a decoder has already read, so that each new token costs one step, not a re-read.
 
     Fixed size: per layer, buffers (B, n_head, max_len, head_dim), of which row b has filled the first lengths[b] slots.
-    A new token goes to its row's next slot and attends to all slots, masked to the filled ones. No shape and no Python
-    number says how far decoding is, and a step only writes into tensors that stay where they are: it can be recorded
-    once as a CUDA graph and replayed for every token. In rows that hold 2 and 1 tokens, of max_len 4, the next ones go
-    to slots [2, 1], with mask [[1 1 1 0], [1 1 0 0]].
-    Prompts of different length are padded on the right; once they are read, `lengths` is set back to the true ones, and
-    a row's next token overwrites its first padding slot. cross_kv: the image's keys and values, made once.
-    """
-
-    def __init__(self, n_layer, max_len):
-        self.max_len, self.lengths = max_len, None
+    In rows that hold 2 and 1 tokens, of max_len 4, the next ones go to slots [2, 1], with mask [[1 1 1 0], [1 1 0 0]].
+    So no shape says how far decoding is, and no step waits for the device. Prompts of different length are padded on
+    the right; once they are read, `lengths` is set back to the true ones, and the padding is overwritten.
+    cross_kv: the image's keys and values, made once."""
+    def __init__(self, n_layer, B, max_len, device):
+        self.max_len, self.lengths = max_len, torch.zeros(B, dtype=torch.long, device=device)
         self.self_kv, self.cross_kv = [None] * n_layer, [None] * n_layer
 
-    def begin(self, B, T, device):
-        """T more tokens in each of B rows, before the layers append them: returns their positions (B, T)."""
-        if self.lengths is None:
-            self.lengths = torch.zeros(B, dtype=torch.long, device=device)
+    def begin(self, T):
+        """T more tokens in each row, before the layers append them: returns their positions (B, T)."""
+        device = self.lengths.device
         self.slots = self.lengths[:, None] + torch.arange(T, device=device)       # (B, T)
         self.mask = torch.arange(self.max_len, device=device) <= self.slots[:, None, :, None]    # (B, 1, T, max_len)
-        self.lengths += T
+        self.lengths = self.lengths + T
         return self.slots
 
     def append(self, layer, k, v):
         """Store k, v (B, n_head, T, head_dim); return all keys, all values (B, n_head, max_len, head_dim), the mask."""
-        B, n_head, _, head_dim = k.shape
         if self.self_kv[layer] is None:         # zeros, not empty: a masked slot counts 0 times, but 0 * NaN is NaN
-            self.self_kv[layer] = [t.new_zeros(B, n_head, self.max_len, head_dim) for t in (k, v)]
-        rows = torch.arange(B, device=k.device)[:, None]                          # (B, 1)
+            self.self_kv[layer] = [t.new_zeros(*t.shape[:2], self.max_len, t.size(-1)) for t in (k, v)]
+        rows = torch.arange(len(k), device=k.device)[:, None]                     # (B, 1)
         for buffer, new in zip(self.self_kv[layer], (k, v)):
             buffer[rows, :, self.slots] = new.transpose(1, 2)                     # (B, T, n_head, head_dim)
         return *self.self_kv[layer], self.mask
 
     def reorder(self, rows):
         """Row i continues what was row rows[i]. cross_kv stays: an image's beams share its keys (see Attention)."""
-        self.lengths = reorder_rows(self.lengths, rows)
-        self.self_kv = [[reorder_rows(t, rows) for t in kv] for kv in self.self_kv]
-
-
-def reorder_rows(tensor, rows, dim=0):
-    """The chosen rows; written back into `tensor` where their number stays, so that it keeps its place in memory."""
-    chosen = tensor.index_select(dim, rows)
-    return tensor.copy_(chosen) if chosen.shape == tensor.shape else chosen
+        self.lengths = self.lengths[rows]
+        self.self_kv = [[t.index_select(0, rows) for t in kv] for kv in self.self_kv]
 
 
 class Attention(nn.Module):
     """Multi-head attention: n_head small attentions side by side, each on head_dim = n_embd / n_head channels.
 
     One matrix (3C, C) makes q, k and v, for self-attention in one product; cross-attention takes its first C rows for x
-    and the other 2C for the image features. No dropout on the weights: it makes the fused call slow on a CPU.
-    """
-
+    and the other 2C for the image features. No dropout on the weights: it makes the fused call slow on a CPU."""
     def __init__(self, n_embd, n_head, causal=False):
         super().__init__()
+        if n_embd % n_head:
+            raise UserError(f"attention cannot divide {n_embd} channels among n_head {n_head}")
         self.n_head, self.causal = n_head, causal
         self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
@@ -113,13 +96,12 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v, mask = cache.append(layer, k, v)                            # (B, n_head, max_len, head_dim)
         else:
-            # Nothing is causal between words and patches, so the K captions (or beams) of an image may stand in one
-            # long row and share its keys:  (B, T, C) -> (B/K, K*T, C)
+            # an image's K captions (or beams) share its keys, as one long row:  (B, T, C) -> (B/K, K*T, C)
             k, v = image_kv                                                       # (B/K, n_head, N, head_dim)
             q = F.linear(x, self.qkv.weight[:C], self.qkv.bias[:C])               # (B, T, C)
             q = self._heads(q.reshape(k.size(0), -1, C))                          # (B/K, n_head, K*T, head_dim)
         if self.keep_weights:
-            y, self.weights = attend(q, k, v, causal_mask(T, T, x.device) if causal else mask)
+            y, self.weights = attend(q, k, v, causal_mask(T, x.device) if causal else mask)
         else:               # the same in one fused call, which never writes the (T, S) scores to memory
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))                      # (B, T, C)
@@ -136,8 +118,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Two linear maps with a nonlinearity between: the part of a block that works on each position by itself."""
-
-    def __init__(self, n_embd, n_hidden, activation="gelu_tanh"):
+    def __init__(self, n_embd, n_hidden, activation):
         super().__init__()
         self.fc, self.proj = nn.Linear(n_embd, n_hidden), nn.Linear(n_hidden, n_embd)
         self.act = ACTIVATIONS[activation]
@@ -150,9 +131,7 @@ class Block(nn.Module):
     """x + self-attention, then (with cross) + cross-attention, then + MLP, each on a normalised x.
 
     The output projection of the cross-attention starts at zero: a pretrained decoder that is given images predicts on
-    the first step as it did before, and learns from there what to attend to.
-    """
-
+    the first step as it did before, and learns from there what to attend to. n_hidden None: 4 C."""
     def __init__(self, n_embd, n_head, causal=False, cross=False, activation="gelu_tanh", eps=1e-5, dropout=0.0,
                  n_hidden=None):
         super().__init__()
@@ -183,23 +162,3 @@ def init_weights(model, n_layer):
             nn.init.zeros_(module.weight) if name.endswith("cross.proj") else nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-
-
-def check_sizes(config):
-    """Refuse sizes that no model has, such as those of a damaged config.json, before anything divides by them.
-    A value must be of its declared type; whole numbers at least 1, fractions within 0..1, and 0 only where the default
-    is 0 or None (no dropout, no label head). config.DIVIDES: pairs of which the second must divide the first."""
-    for field in fields(config):
-        value, kind = getattr(config, field.name), field.type
-        options = get_args(kind) or (kind,)             # int | None: (int, NoneType); Literal["a", "b"]: ("a", "b")
-        good = value in options or type(value) in options or kind is float and type(value) is int
-        if type(value) in (int, float):
-            good = good and 0 <= value <= (1 if kind is float else 10 ** 7) and bool(value or not field.default)
-        if is_dataclass(value):
-            check_sizes(value)
-        if not good:
-            raise UserError(f"no model can be built with {field.name} {value!r:.40} (in {type(config).__name__})")
-    for whole, part in getattr(config, "DIVIDES", ()):
-        a, b = getattr(config, whole), getattr(config, part)
-        if b and a % b:
-            raise UserError(f"no model can be built with {whole} {a} and {part} {b}: the second must divide the first")

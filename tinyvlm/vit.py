@@ -9,14 +9,13 @@ cutting the image into P x P squares, each a row of 3 P^2 numbers, and applying 
 """
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn as nn
 
-from .cnn import BatchNorm2d, ResNet50, ResNetConfig, conv
-from .config import UserError
-from .transformer import ACTIVATIONS, Block, check_sizes, init_weights
+from .cnn import BatchNorm2d, ResNet50, ResNetConfig, VisionTower, conv
+from .config import UserError, check_sizes
+from .transformer import ACTIVATIONS, Block, init_weights
 
 
 @dataclass
@@ -30,30 +29,23 @@ class ViTConfig:
     n_hidden: int | None = None # width inside the MLP; None: 4 C
     n_class: int = 0            # rows of the label head; 0: no head
     dropout: float = 0.0
-    activation: Literal[tuple(ACTIVATIONS)] = "gelu"
+    activation: str = "gelu"    # a key of transformer.ACTIVATIONS
     eps: float = 1e-6
     class_token: bool = True    # one extra token, in front, that stands for the whole image
     pre_norm: bool = False      # CLIP: a norm before the first block
     patch_bias: bool = True     # CLIP: False
-    stem: Literal["patch", "conv"] = "patch"    # one P x P projection, or log2(P) small strided convolutions
-    DIVIDES = (("n_embd", "n_head"), ("image_size", "patch_size"))
+    stem: str = "patch"         # "patch": one P x P projection; "conv": log2(P) small strided convolutions
 
     @property
     def n_patches(self):
-        """Image tokens without the class token: 196 for 16-pixel patches of 224 pixels."""
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_size // self.patch_size) ** 2        # 196 for 16-pixel patches of 224 pixels
 
 
 def conv_stem(patch_size, n_embd):
     """Halve the image log2(P) times with 3x3 convolutions; channels, from the end: C, C/2, C/4, .. but 32 at least.
-
-    P=16, C=256:  (B, 3, 128, 128) -> (B, 32, 64, 64) -> (B, 64, 32, 32) -> (B, 128, 16, 16) -> (B, 256, 8, 8)
-    """
-    steps = patch_size.bit_length() - 1
-    if 2 ** steps != patch_size:
-        raise UserError(f"a conv stem halves the image again and again, but patch_size {patch_size} is no power of 2")
+    P=16, C=256:  (B, 3, 128, 128) -> (B, 32, 64, 64) -> (B, 64, 32, 32) -> (B, 128, 16, 16) -> (B, 256, 8, 8)"""
     layers, c_in = [], 3
-    for i in reversed(range(steps)):
+    for i in reversed(range(patch_size.bit_length() - 1)):
         c_out = min(n_embd, max(32, n_embd >> i))
         layers += [conv(c_in, c_out, 3, stride=2), BatchNorm2d(c_out), nn.ReLU()]
         c_in = c_out
@@ -61,11 +53,9 @@ def conv_stem(patch_size, n_embd):
 
 
 def wave_positions(n_side, n_embd, class_token=False):
-    """First values of the position table (1, [1 +] n_side^2, C): waves along x and y of ever longer period.
-
-    Little data does not teach a table of random numbers what is left of what; waves know it from the start ("Better
-    plain ViT baselines", Beyer et al. 2022, keeps them fixed; here they are trained on).
-    """
+    """First values of the position table (1, [1 +] n_side^2, C): waves along x and y of ever longer period. From little
+    data a table of random numbers does not learn what is left of what; waves know it ("Better plain ViT baselines",
+    Beyer et al. 2022, keeps them fixed; here they are trained on)."""
     quarter = math.ceil(n_embd / 4)                                               # sin and cos, of x and of y
     rates = 1e4 ** -(torch.arange(quarter) / quarter)                             # (C/4,) from 1 towards 1/10000
     angle = torch.arange(n_side)[:, None] * rates                                 # (n_side, C/4)
@@ -75,13 +65,15 @@ def wave_positions(n_side, n_embd, class_token=False):
     return torch.cat([torch.zeros(int(class_token), n_embd), grid])[None]
 
 
-class ViT(nn.Module):
+class ViT(VisionTower):
     """Patches (and a class token), position table, n_layer blocks, a norm; a label head if n_class."""
-
     def __init__(self, config):
         super().__init__()
-        check_sizes(config)
         c = self.config = config
+        check_sizes(c, activation=ACTIVATIONS, stem=("patch", "conv"))
+        if c.image_size % c.patch_size or c.stem == "conv" and c.patch_size.bit_count() > 1:
+            raise UserError(f"patch_size {c.patch_size} must divide image_size {c.image_size}, and be a power of 2 for "
+                            "a conv stem, which halves the image again and again")
         self.n_feat = c.n_embd
         self.patch = (conv_stem(c.patch_size, c.n_embd) if c.stem == "conv" else
                       nn.Conv2d(3, c.n_embd, c.patch_size, stride=c.patch_size, bias=c.patch_bias))
@@ -101,6 +93,7 @@ class ViT(nn.Module):
     def forward(self, img):
         """img (B, 3, H, W) -> feats (B, N, C), final norm applied. N = patches (+ 1, the class token, in front)."""
         return self.ln_f(self.layers(img)[-1])                                    # (B, N, C)
+    feature_map = forward
 
     def layers(self, img):
         """The output of every block, a list of n_layer tensors (B, N, C), none of them through the final norm."""
@@ -121,15 +114,6 @@ class ViT(nn.Module):
     def pool(self, feats):
         """feats (B, N, C) -> one vector per image (B, C): the class token if there is one, else the patches' mean."""
         return feats[:, 0] if self.config.class_token else feats.mean(dim=1)
-
-    def features(self, img):
-        """img (B, 3, H, W) -> one vector per image (B, C)."""
-        return self.pool(self(img))
-
-    def classify(self, img):
-        """img (B, 3, H, W) -> logits (B, n_class)."""
-        assert self.head is not None, "this ViT has no label head (n_class = 0)"
-        return self.head(self.features(img))
 
 
 def build_vision(config):
