@@ -137,8 +137,8 @@ def read_options(argv):
 
 def config_class(task):
     """The options of a task: everybody's, then its own."""
-    own = TASKS[task].Options if task in TASKS else object
-    return dataclass(type("Options", (own, TrainConfig), {"__doc__": TrainConfig.__doc__}))
+    own = (TASKS[task].Options,) if task in TASKS else ()
+    return dataclass(type("Options", (*own, TrainConfig), {"__doc__": TrainConfig.__doc__}))
 
 
 PRESETS_OF = {task: {name: values for name, values in PRESETS.items() if values.get("task", "caption") == task}

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"            # tiny public checkpoints: make_reference_checkpoints.py
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"                  # many tiny models: threads would only wait for one another
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))     # for the processes of helpers.Training
 
 
 @pytest.fixture(autouse=True)

@@ -184,14 +184,16 @@ def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1)
         yield Batch(img, *rows.take(numbers), int(rows.n_targets[numbers].sum()), members=part)
 
 
+def ignore_signals(_):
+    """Ctrl-C and SIGTERM go to the whole group of processes: the loader's workers leave them to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def load_steps(batches, start, total, device, workers):
     """The steps from `start` on: made here where images are in memory, else ahead of time by worker processes."""
     if batches.store.to(device.torch):
         return (batches[step] for step in range(start, total))
-
-    def ignore_signals(_):              # Ctrl-C and SIGTERM go to the whole group: the workers leave them to us
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
     return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, total), num_workers=workers,
                                             pin_memory=device.cuda, generator=torch.Generator(),

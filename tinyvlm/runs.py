@@ -116,6 +116,7 @@ def report_test(model, setup, features, evaluate):
     """The result by the best weights on the test split, as the task's `evaluate` has it: scores, samples.png,
     example.png, and what to run next."""
     config, dataset, out = setup.config, setup.dataset, Path(setup.config.out_dir)
+    setup.device.total(0)                                       # the others wait here until the first has saved
     model.load_state_dict(load_safetensors(out / "model.safetensors"))
     scores, examples = evaluate(model, setup, "test", config.test_images)
     if not setup.device.main:
