@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import operator
 import os
 import re
 import sys
@@ -30,15 +31,18 @@ class UserError(Exception):
     """A mistake the user can mend. Its text is one sentence that names the file or flag and the remedy."""
 
 
-def option(default, help, choices=None, group=None, above=None, least=None, below=None):
+# how a field may limit a number: option(.., above=0) excludes 0, least=0 includes it
+LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"), "below": (operator.lt, "below")}
+
+
+def option(default, help, choices=None, group=None, **limits):
     """A dataclass field with a help sentence (and, where the answer is one of a few words, those words).
 
-    group: the heading under which -h lists this field and those that follow it. above, least, below: the range of a
-    number, 0 excluded for above=0, 0 included for least=0.
+    group: the heading under which -h lists this field and those that follow it. limits: see LIMITS.
     """
-    metadata = {"help": help, "choices": choices, "group": group, "above": above, "least": least, "below": below}
+    metadata = {"help": help, "choices": choices, "group": group, "limits": limits}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -46,12 +50,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a sentence for the caller instead of a usage dump."""
 
     def error(self, message):
+        flags = [flag for action in self._actions for flag in action.option_strings]
         for word in message.partition("unrecognized arguments: ")[2].split():
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            if near:
-                message += f"; did you mean {near[0]}?"
-                break
+            for near in difflib.get_close_matches(word.split("=")[0], flags, n=1):
+                raise UserError(f"{message[:200]}; did you mean {near}?")
         raise UserError(f"{message[:200]} (python {self.prog} -h lists every flag)")
 
 
@@ -64,12 +66,13 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
     """Fill the dataclass `cls` from the command line. Order of authority: flags, then the preset, then the defaults.
 
     presets: {"name": {field: value}}; adds a --preset flag when given, whose default is `default_preset`. The result
-    carries `given`, the fields that flags have set, and `preset`, the name.
+    carries `given`, the names of the fields that flags have set.
     Raises UserError on an unknown flag, preset, choice, a value of the wrong type, out of its range, or empty.
     """
-    presets, names = presets or {}, {f.name for f in dataclasses.fields(cls)}
+    presets, fields = presets or {}, dataclasses.fields(cls)
     for name, values in presets.items():
-        assert values.keys() <= names, f"preset {name} sets fields that do not exist: {sorted(values.keys() - names)}"
+        unknown = sorted(values.keys() - {field.name for field in fields})
+        assert not unknown, f"preset {name} sets fields that do not exist: {unknown}"
     parser = _Parser(usage="%(prog)s [options]", description=description, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
@@ -77,15 +80,15 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
         parser.add_argument("--preset", choices=list(presets), help="a named set of options; other flags win over it" +
                             (f" [{default_preset}]" if default_preset else ""))
     hints, group = typing.get_type_hints(cls), parser
-    for field in dataclasses.fields(cls):
+    for field in fields:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         _add_flag(group, field, hints[field.name])
     flags = vars(parser.parse_args(argv))
     preset = flags.pop("preset", default_preset)
     config = cls(**{**presets.get(preset, {}), **flags})
-    config.given, config.preset = frozenset(flags), preset
-    check_ranges(config)
+    config.given = frozenset(flags)
+    _check_ranges(config)
     return config
 
 
@@ -102,36 +105,33 @@ def peek(argv, name, default=None):
 
 def _add_flag(parser, field, hint):
     """One field, one flag: int, float, str, bool, `T | None`, or list[T] (one or more values)."""
-    kind = hint
-    if isinstance(kind, types.UnionType):                       # `int | None`: parsed as int, None means "not given"
-        kind = next(t for t in typing.get_args(kind) if t is not type(None))
-    extra = {"nargs": "+"} if typing.get_origin(kind) is list else {}
-    kind = typing.get_args(kind)[0] if extra else kind
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    shown = "" if default is None or default == [] else f" [{default}]"
+    if isinstance(hint, types.UnionType):                       # `int | None`: parsed as int, None means "not given"
+        hint = typing.get_args(hint)[0]
+    many = typing.get_origin(hint) is list
+    kind, choices = typing.get_args(hint)[0] if many else hint, field.metadata["choices"]
+    shown = "" if many or field.default is None else f" [{field.default}]"
     text, flag = (field.metadata["help"] + shown).replace("%", "%%"), flag_name(field.name)
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-        choices = field.metadata["choices"]
-        shown = None if choices else field.name.upper()
-        parser.add_argument(flag, type=kind, choices=choices, metavar=shown, help=text, **extra)
+        parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else field.name.upper(), help=text,
+                            nargs="+" if many else None)
 
 
-def check_ranges(config):
+def _check_ranges(config):
     """Raise UserError for a number outside the range its field names, or an empty text (an unset shell variable)."""
     for field in dataclasses.fields(config):
-        value, limits, flag = getattr(config, field.name), field.metadata, flag_name(field.name)
+        value, flag = getattr(config, field.name), flag_name(field.name)
         if value == "" or isinstance(value, list) and "" in value:
             raise UserError(f"{flag} was given an empty value; leave the flag out, or name something")
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)):
             continue
         if not abs(value) < 1e15:                               # inf and nan, too
             raise UserError(f"{flag} must be an ordinary number, not {value}")
-        for name, holds, phrase in (("above", lambda a, b: a > b, "above"), ("least", lambda a, b: a >= b, "at least"),
-                                    ("below", lambda a, b: a < b, "below")):
-            if limits[name] is not None and not holds(value, limits[name]):
-                raise UserError(f"{flag} must be {phrase} {limits[name]}, not {value}")
+        for name, limit in field.metadata["limits"].items():
+            holds, phrase = LIMITS[name]
+            if not holds(value, limit):
+                raise UserError(f"{flag} must be {phrase} {limit}, not {value}")
 
 
 def check_sizes(sizes, **choices):
@@ -164,25 +164,26 @@ def run_script(main):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="as_bytes")
     try:
-        main()
-    except UserError as error:
-        sys.exit(_complain(error))
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:                                     # `sample.py .. | head -1`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (UserError, MemoryError, RuntimeError, OSError) as error:
+        message = str(error)
         if out_of_memory(error):
-            sys.exit(_complain("memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller "
-                               "model"))
-        if re.search("Connection (closed|reset)|peer|NCCL", str(error)) and "RANK" in os.environ:
-            sys.exit(_complain("another process of this run has ended; its own message says why"))
-        if not isinstance(error, OSError) or error.errno is None:
+            message = "memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"
+        elif re.search("Connection (closed|reset)|peer|NCCL", message) and "RANK" in os.environ:
+            message = "another process of this run has ended; its own message says why"
+        elif isinstance(error, OSError) and error.errno is not None:
+            remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
+            message = (f"cannot use {error.filename or 'the output folder'}: {error.strerror}; {remedy}, or choose "
+                       "another")
+        elif not isinstance(error, UserError):
             raise
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
-        where = error.filename or "the output folder"
-        sys.exit(_complain(f"cannot use {where}: {error.strerror}; {remedy}, or choose another"))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _as_bytes(error):
@@ -192,8 +193,3 @@ def _as_bytes(error):
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:
         return codecs.backslashreplace_errors(error)
-
-
-def _complain(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
