@@ -171,7 +171,7 @@ def test_folder_report_and_captions(host, tmp_path):
     host.pages.update({"/square": send(picture((50, 50))), "/bad": raw(b"rubbish\r\n\r\n")})
     rows = [row(f"{host.url}/square", 'a "red", square\nthing\x00'), row(f"{host.url}/none", "é \ud83d broken"),
             row(f"{host.url}/square", "a second time"), row(f"{host.url}/bad", "b" * 200_000),
-            row("data:image/png;base64," + "A" * 200_000, "a")]
+            row("", "no link"), row(f"{host.url}/x", None), row("data:image/png;base64," + "A" * 200_000, "a")]
     rows += [row(f"{host.url}/square?{k}", f"square {k}") for k in range(6)]
     for _ in range(2):                                          # the second finds all done
         counts = download_images(iter(rows), tmp_path / "d", allow_private=True)

@@ -91,7 +91,8 @@ def body(url, answer, max_bytes):
     would wait on a trickle, and would trust a chunk that says its size is -1.
     """
     length, done, piece = answer.raw.length_remaining, 0, b"more"
-    if length is None and not answer.raw.chunked or "Content-Encoding" in answer.headers:
+    packed = answer.headers.get("Content-Encoding", "identity") != "identity"     # though we ask for no such thing
+    if length is None and not answer.raw.chunked or packed:
         raise DownloadError(url, "no length, or packed", transient=True)          # cut within its head, for one
     try:
         while max(done, length or 0) <= max_bytes and (piece := answer.raw.read1(1 << 20, decode_content=False)):

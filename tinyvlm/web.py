@@ -56,7 +56,10 @@ class _Timed(socket.socket):
     """Guard: every read ends by the deadline. A timeout alone starts anew with each byte of a server that drips."""
 
     def recv_into(self, *args):
-        self.settimeout(max(0.001, min(TIMEOUT, _here.deadline - monotonic())))
+        left = _here.deadline - monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.settimeout(min(left, TIMEOUT))
         return super().recv_into(*args)
 
 
@@ -121,13 +124,13 @@ def _name(url):
 def _pairs(rows, known):
     """{"url": "http://a/1", "text": "a  dog", "id": 7} -> "http://a/1", "a dog", fit for any csv; each address once."""
     for row in rows:
-        pair = [next((row[name] for name in names if isinstance(row, dict) and row.get(name)), None)
+        pair = [next((str(row[name] or "") for name in names if isinstance(row, dict) and name in row), None)
                 for names in (("image_url", "url"), ("capsfusion", "caption", "text"))]
         if None in pair or None in row:                         # None: what csv found beyond the header's columns
             raise UserError(f"a row holds {str(row)[:80]}; it needs image_url (or url) and capsfusion (or caption, or "
                             "text), and no cell beyond the header")
-        url, caption = (" ".join(ODD.sub(" ", str(cell)).split())[:10_000] for cell in pair)
-        if url not in known:
+        url, caption = (" ".join(ODD.sub(" ", cell).split())[:10_000] for cell in pair)
+        if url and caption and url not in known:
             known.add(url)
             yield url, caption
 
@@ -136,7 +139,7 @@ def _read_report(folder):
     """{url: row} of report.csv."""
     path = folder / "report.csv"
     rows = list(csv.reader(path.read_text("utf-8", "replace").splitlines())) if path.exists() else [REPORT]
-    if rows[:1] != [REPORT] or (folder / "captions.csv").exists() > path.exists():
+    if rows[:1] != [REPORT] or not path.exists() and (folder / "captions.csv").exists():
         raise UserError(f"{folder} has a csv that this program did not make; choose another folder")
     return {row[0]: row for row in rows[1:] if len(row) == len(REPORT)}
 
@@ -157,9 +160,9 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
     folder, pool, jobs = Path(folder), ThreadPoolExecutor(THREADS), [None]
     gates = defaultdict(lambda: threading.Semaphore(PER_HOST))  # by host
 
-    def work(url, caption):             # -> the address's row in the report
+    def work(gate, url, caption):       # -> the address's row in the report
         try:
-            with gates[str(url.split("/")[2:3])]:
+            with gate:
                 image = fetch(url, allow_private)[1]
         except DownloadError as error:
             return [url, "", error.reason, caption]
@@ -174,7 +177,8 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
         try:
             while jobs:
                 wanted = limit - sum(row[2] == "ok" for row in report.values())
-                jobs = [pool.submit(work, *pair) for pair in itertools.islice(pairs, max(0, min(wanted, 1000)))]
+                jobs = [pool.submit(work, gates[str(url.split("/")[2:3])], url, caption)
+                        for url, caption in itertools.islice(pairs, max(0, min(wanted, 1000)))]
                 for done, job in enumerate(as_completed(jobs), 1):
                     report[job.result()[0]] = job.result()
                     progress(done, len(jobs), "addresses")
@@ -220,25 +224,21 @@ class ImageFolderCache:
     """Images by address: from a folder, else fetched, and kept there as long as it has less than max_bytes.
 
     What came first stays: in epochs over more than fits, the least recently used image is the one needed next.
-    Threads and processes may share the folder, and a restart finds it.
     """
 
     def __init__(self, folder, max_bytes, allow_private=False):
         self.folder, self.allow_private = Path(folder), allow_private
         self.folder.mkdir(parents=True, exist_ok=True)
-        room = max_bytes - sum(file.stat().st_size for file in self.folder.glob("?" * 20))
+        room = max_bytes - sum(file.stat().st_size for file in self.folder.iterdir())
         self.room = room / int(os.environ.get("WORLD_SIZE", 1))                   # torchrun's processes share it
 
     def open(self, url):
         """The RGB PIL image. Raises DownloadError if it cannot be had."""
         path = self.folder / _name(url)
-        with contextlib.suppress(OSError, UserError):           # not there, or damaged on disk
+        with contextlib.suppress(OSError, UserError):           # not there, or half a file
             return load_image(path.read_bytes())
         data, image = fetch(url, self.allow_private)
         if len(data) <= self.room:
             self.room -= len(data)
-            # Not atomic_write: that waits for the disk each time, and what a power cut spoils here is fetched again.
-            part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-            part.write_bytes(data)
-            os.replace(part, path)
+            path.write_bytes(data)      # not atomic_write, which waits for the disk: half a file is fetched again
         return image
