@@ -89,6 +89,6 @@ MALFORMED = {
     "two lengths": OK + b"Content-Length: 4\r\nContent-Length: 9\r\n\r\ngood",
     "no last chunk": CHUNKED + b"4\r\ngood\r\n", "chunk size no number": CHUNKED + b"4\r\ngood\r\nzz\r\n",
     "chunk of size -1": CHUNKED + b"-1\r\ngood", "packed": OK + b"Content-Encoding: x\r\nContent-Length: 4\r\n\r\ngood",
-    "a part unasked for": b"HTTP/1.1 206 OK\r\nContent-Range: bytes 4-7/8\r\nContent-Length: 4\r\n\r\ngood",
+    "a part of it": b"HTTP/1.1 206 OK\r\nContent-Range: bytes 4-7/8\r\nContent-Length: 4\r\n\r\ngood",
     "redirect to no address": b"HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n",
     "redirect to no text": b"HTTP/1.1 302 Found\r\nLocation: /\xff\xfe\r\nContent-Length: 0\r\n\r\n"}

@@ -59,7 +59,7 @@ def test_an_image_comes_with_our_name_no_packing_no_cookies_and_no_proxy(host, m
 
 
 def test_private_addresses_get_no_byte_however_they_are_written(host, monkeypatch):
-    """Nor does a name that is looked up again between a check and the connection (DNS rebinding)."""
+    """Nor does a name whose second answer leads elsewhere (DNS rebinding)."""
     port, found = host.url.rpartition(":")[2], socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *args, **options: found(
         "127.0.0.1" if name == "public.example" else name, *args, **options))

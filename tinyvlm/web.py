@@ -4,7 +4,7 @@
     ImageFolderCache("data/cache", 10**10).open(url)        # -> RGB PIL image, kept on disk for the next epoch
 
 Strangers wrote the links, so each is a request they make from inside your network (server-side request forgery): we
-talk to public addresses only. How a request is made and a body read is download.py's; `Guard:` marks each protection.
+talk to public addresses only. How a request is made and a body read is download.py's; `Guard:` stands at each protection.
 Left out: proxies, robots.txt, cookies.
 """
 import contextlib
@@ -100,7 +100,7 @@ def fetch(url, allow_private=False):
     """The bytes of an image, and it as RGB PIL image. Raises DownloadError. Guard: each redirect is checked as well."""
     _here.allow_private, _here.deadline = allow_private, monotonic() + MAX_SECONDS
     session = requests.Session()
-    session.trust_env = False                                   # Guard: a proxy would look the names up, unchecked
+    session.trust_env = False                                   # Guard: a proxy would resolve the names, unchecked
     with _lock:                                                 # else all threads make one at once
         session.adapters = {"http": _adapter(os.getpid(), allow_private)}         # and https, by its first letters
 
