@@ -4,8 +4,8 @@
     ImageFolderCache("data/cache", 10**10).open(url)        # -> RGB PIL image, kept on disk for the next epoch
 
 Strangers wrote the links, so each is a request they make from inside your network (server-side request forgery): we
-talk to public addresses only. How a request is made and a body read is download.py's; `Guard:` stands at each protection.
-Left out: proxies, robots.txt, cookies.
+talk to public addresses only. How a request is made and a body read is download.py's. `Guard:` stands at each
+protection. Left out: proxies, robots.txt, cookies.
 """
 import contextlib
 import csv
