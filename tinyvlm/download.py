@@ -221,13 +221,17 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
 def extract_zip(zip_path, folder):
     """Unpack into a new `folder` and return its Path: it appears whole or not at all. Raises UserError.
 
-    zipfile itself keeps every name inside the folder, makes plain files of links, and checks each size and CRC.
+    zipfile itself keeps every name inside the folder, makes plain files of links, and checks each size and CRC, so a
+    zip cannot unpack to more than it declares; what it declares is checked here.
     """
     folder = Path(folder)
     work = folder.with_name(folder.name + ".incomplete")
     try:
         shutil.rmtree(work, ignore_errors=True)                 # what a killed run left
         with zipfile.ZipFile(zip_path) as archive:
+            size, packed = sum(member.file_size for member in archive.infolist()), Path(zip_path).stat().st_size
+            if size > 200 * packed + 10**6:                     # a bomb: photographs hardly shrink
+                raise ValueError(f"its {packed} bytes would become {size}")
             for done, member in enumerate(archive.infolist(), 1):
                 archive.extract(member, work)
                 progress(done, len(archive.infolist()), f"files of {Path(zip_path).name}")
