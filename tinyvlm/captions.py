@@ -19,8 +19,9 @@ import regex
 from .config import UserError
 from .files import IMAGE_TYPES, read_json, tidy_name
 
-NAME_COLUMNS = ("image", "file_name", "filename", "image_name", "image_path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "comment", "raw")             # raw: Flickr30k at the hub, a json list
+COLUMNS = (("image", "file_name", "filename", "image_name", "image_path"),
+           ("caption", "captions", "text", "comment", "raw"),   # raw: Flickr30k at the hub, a json list
+           ("split",))
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "restval": "train"}   # restval: what Karpathy left over of COCO's val
 CLEAN = ("none", "lower", "words")
@@ -43,7 +44,7 @@ def clean_caption(text, how):
 
 
 def read_captions(path, notes=None):
-    """A file in any of the layouts above -> captions and splits. A UserError names a file that is not as it should be."""
+    """A file in any of the layouts above -> captions and splits. A UserError names a file that is in none of them."""
     captions, splits, bad = {}, {}, 0
     rows = _karpathy if path.name.startswith("dataset_") else _coco if path.suffix == ".json" else _table
     try:
@@ -59,8 +60,8 @@ def read_captions(path, notes=None):
     except UnicodeDecodeError as error:                         # it carries the whole file: not for the screen
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not in a known layout ({type(error).__name__}: {str(error)[:80]}); mend it, or fetch "
-                        "it again; in a table, a quote left open or not doubled is the usual cause") from None
+        raise UserError(f"{path} is not in a known layout ({type(error).__name__}: {str(error)[:80]}); mend it, or "
+                        "fetch it again; in a table, a quote left open or not doubled is the usual cause") from None
     if not captions:
         raise UserError(f"{path} holds no captions; each line should name an image and say what it shows")
     if bad and notes is not None:
@@ -71,17 +72,12 @@ def read_captions(path, notes=None):
 def _table(path):
     """Yields (image name, [caption, ..], split word or "") of each row, wherever the columns stand."""
     for row in _rows(path):
-        name, texts, word = (_pick(row, known, path) for known in (NAME_COLUMNS, CAPTION_COLUMNS, ("split",)))
+        cells = [[cell for column, cell in row if column in known] for known in COLUMNS]
+        if max(map(len, cells)) > 1:                            # none is taken silently
+            columns = ", ".join(column for column, _ in row)
+            raise UserError(f"{path} has several columns for one thing ({columns}); rename all but one of them")
+        name, texts, word = (found[0] if found else None for found in cells)
         yield (name or "").strip(), texts if isinstance(texts, list) else [texts or ""], (word or "").strip().lower()
-
-
-def _pick(row, known, path):
-    """The one cell of a row whose column is `known`, or None. Of several, none is taken silently: UserError."""
-    found = [(column, cell) for column, cell in row if column in known]
-    if len(found) > 1:
-        names = ", ".join(column for column, _ in found)
-        raise UserError(f"{path} has several columns for one thing ({names}); rename all but one of them")
-    return found[0][1] if found else None
 
 
 def _rows(path):
@@ -95,7 +91,7 @@ def _rows(path):
     head = text.partition("\n")[0]
     for separator in "\t|;,":
         header = [cell.strip(' "').lower() for cell in head.split(separator)]
-        if {*header} & {*NAME_COLUMNS} and {*header} & {*CAPTION_COLUMNS}:
+        if {*header} & {*COLUMNS[0]} and {*header} & {*COLUMNS[1]}:
             break
     else:
         name, separator, _ = head.partition("\t")
@@ -126,6 +122,8 @@ def _karpathy(path):
 def _coco(path):
     """Yields the same from COCO's captions_val2014.json, with the folder of the image in front: val2014/COCO_...jpg."""
     content, subset = read_json(path), path.stem.removeprefix("captions_")
-    names = {image["id"]: "/".join([subset, image["file_name"]]) for image in content["images"]}
+    texts = {image["id"]: [] for image in content["images"]}
     for note in content["annotations"]:
-        yield names[note["image_id"]], [note["caption"]], subset[:-4]
+        texts[note["image_id"]].append(note["caption"])
+    for image in content["images"]:
+        yield "/".join([subset, image["file_name"]]), texts[image["id"]], subset[:-4]

@@ -94,7 +94,7 @@ def locked(path, wait=True):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{path.parent} is in use by another process; wait for it, or name another folder") from None
+            raise UserError(f"{path.parent} is in use by another process; wait, or name another folder") from None
         except (OSError, AttributeError):       # a network disk without locks, or Windows: go on without
             pass
         yield
@@ -113,10 +113,14 @@ def read_json(path, error=UserError):
 def list_files(folder):
     """["b.txt", "a/b.jpg", ..]: every file in a folder, shallow ones first; links are followed.
 
-    Passed over: hidden ones, a Mac's ._7.jpg and __MACOSX, which are no pictures, and what is being unpacked.
+    Passed over: hidden ones, a Mac's ._7.jpg and __MACOSX, which are no pictures; what is being unpacked; and copies
+    in a folder of the same name, as Kaggle has them (Images/7.jpg, Images/Images/7.jpg).
     """
-    found = [path for path in glob.glob("**", root_dir=folder, recursive=True)
-             if not re.search(r"(^|/)__MACOSX/|\.incomplete/", path) and os.path.isfile(os.path.join(folder, path))]
+    every = glob.glob("**", root_dir=folder, recursive=True)
+    sizes = {path: os.path.getsize(os.path.join(folder, path)) for path in every
+             if not re.search(r"(^|/)__MACOSX/|\.incomplete/", path) and os.path.isfile(os.path.join(folder, path))}
+    first = {path: re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path) for path in sizes}         # Images/Images/ -> Images/
+    found = [path for path in sizes if path == first[path] or sizes.get(first[path]) != sizes[path]]
     return sorted(found, key=lambda path: (path.count("/"), path))
 
 
@@ -133,7 +137,7 @@ def tidy_name(name):
 
 
 def _ends(path):
-    """"a/b/c.jpg" -> [("a/b", "a/b/c.jpg"), ("b", "b/c.jpg"), ("", "c.jpg")]: the ends of its folders and of itself."""
+    """"a/b/c.jpg" -> [("a/b", "a/b/c.jpg"), ("b", "b/c.jpg"), ("", "c.jpg")]: ends of its folders and of itself."""
     parts = path.split("/")
     return [("/".join(parts[k:-1]), "/".join(parts[k:])) for k in range(len(parts))]
 
@@ -171,7 +175,6 @@ class ImageFinder:
                 fit = [path for path in self.ending.get(end, ()) if path.startswith(start)]
             if fit or place in self.places:
                 break
-        # Kaggle has Images/Images/7.jpg, too: copies of one size, below folders of the same names, are one image
-        if len({(frozenset(path.split("/")), (self.folder / path).stat().st_size) for path in fit}) > 1:
+        if len(fit) > 1:
             raise UserError(f"{name} could be {fit[0]} or {fit[1]} in {self.folder}; keep one, or write its folder too")
         return fit[0] if fit else None

@@ -25,7 +25,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")     # no other: Pillow would hand an EPS to Ghostscript
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-MAX_PIXELS, MAX_ASPECT = 100_000_000, 50    # larger "photos" are bombs or maps; a strip's short side, blown up, is gigabytes
+MAX_PIXELS, MAX_ASPECT = 100_000_000, 50    # above: bombs and maps; strips that become gigabytes when resized
 # Pillow's own limits come before ours and refuse good files: photographs of 90 megapixels, colour profiles above 1 MB.
 Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
 
@@ -61,7 +61,6 @@ RECIPES = {
     "deit": Recipe(resize=248, mean=IMAGENET[0], std=IMAGENET[1]),                        # timm deit_*
     "clip": Recipe(mean=CLIP[0], std=CLIP[1]),
     "resnet50": Recipe(resize=256, mean=IMAGENET[0], std=IMAGENET[1]),                    # microsoft: 224 / 0.875
-    "resnet50-a1": Recipe(resize=235, mean=IMAGENET[0], std=IMAGENET[1]),                 # timm a1: 224 / 0.95
     "torchvision": Recipe(resize=256, interpolation="bilinear", mean=IMAGENET[0], std=IMAGENET[1]),   # tv weights, VGG
     "adaptive": Recipe(size=128, mode="adaptive"),                                        # web images
 }
@@ -86,11 +85,12 @@ def load_image(source, name=None):
         with contextlib.suppress(Exception):    # a damaged EXIF costs the turning, not the picture
             image = ImageOps.exif_transpose(image)
         return to_rgb(image, depth)
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}; convert it") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:                  # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError(f"{name} cannot be read as {', '.join(FORMATS)} ({type(error).__name__}: {str(error)[:80]}); "
-                        "replace or convert it") from None
+        raise UserError(f"{name} cannot be opened ({type(error).__name__}: {str(error)[:99]}); replace it") from None
 
 
 def to_rgb(image, depth=None):
@@ -100,6 +100,8 @@ def to_rgb(image, depth=None):
     file's own depth, while the pixels have 8 bits by now.
     """
     clear = image.info.get("transparency")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         grey = np.array(image, dtype=np.float32)                                  # (H, W)
         grey[grey == clear] = 65535                                               # no pixel where clear is None
@@ -195,7 +197,7 @@ def augment(img, how, draw):
     return img
 
 
-def open_batches(keys, open_one, batch_size=32, broken=None, label=None, threads=None):
+def open_batches(keys, open_one, batch_size, broken, label=None, threads=None):
     """The one loop over images: yields lists of (key, open_one(key)), a batch at a time, opened by all cores.
 
     What raises UserError is left out, and noted in the dict `broken`: {key: its sentence}. label: shows progress.

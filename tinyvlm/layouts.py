@@ -7,7 +7,6 @@
 What was decided or left out stands in Dataset.notes; what could be meant in two ways is refused by name. The tables
 below say what each data set consists of. data.py makes batches.
 """
-import filecmp
 import posixpath
 import random
 import re
@@ -100,34 +99,29 @@ def make_splits(names, lists, seed, notes, folder):
     sizes, left = "/".join(str(len(members)) for members in order.values()), len(names) - sum(map(len, order.values()))
     notes.append(f"{note} {sizes}" + (f"; {left} images are in none of its lists and stay unused" if left else ""))
     if not all(order.values()):
-        raise UserError(f"the {len(names)} captioned images in {folder} give splits of {sizes}, and none may be empty; add "
-                        "images, or mend the split lists")
+        raise UserError(f"the {len(names)} captioned images in {folder} give splits of {sizes}, none of which may be "
+                        "empty; add images, or mend the split lists")
     return order
 
 
 # ---- the files of a folder
 
-def files_called(finder, known, copies=False):
-    """The files of a folder with this name, such as captions_*.json; byte-identical copies (Kaggle's zips) only once."""
-    found = []
-    for path in finder.files:
-        if fnmatchcase(posixpath.basename(path), known) and (copies or not any(
-                filecmp.cmp(finder.folder / path, finder.folder / other, shallow=False) for other in found)):
-            found.append(path)
-    return found
+def files_called(finder, known):
+    """The files of a folder with this name, such as captions_*2014.json, at any depth."""
+    return [path for path in finder.files if fnmatchcase(posixpath.basename(path), known)]
 
 
 def caption_files(finder, name, notes):
     """The caption files of a folder, all of one name. Raises UserError where there is none, or a choice to make."""
     public = PUBLIC.get(name, ())
-    found = {known: files_called(finder, known, copies=known not in public) for known in (*public, *OWN)}
+    found = {known: files_called(finder, known) for known in (*public, *OWN)}
     kinds = [known for known in found if found[known]]
     if not kinds:
-        raise UserError(f"{finder.folder} holds no {', '.join(public or OWN)}; put one there, which names each image and "
-                        "says what it shows (README: your own photos)")
+        raise UserError(f"{finder.folder} holds no {', '.join(public or OWN)}; put one there, which names each image "
+                        "and says what it shows (README: your own photos)")
     if len(kinds) > 1 and not {*kinds} <= {*public}:
-        raise UserError(f"{finder.folder} holds captions in {' and in '.join(found[kind][0] for kind in kinds)}; keep what "
-                        "counts and move the rest away")
+        raise UserError(f"{finder.folder} holds captions in {' and in '.join(found[kind][0] for kind in kinds)}; keep "
+                        "what counts and move the rest away")
     if len(kinds) > 1:
         notes.append(f"captions are those of {kinds[0]}, not of {', '.join(kinds[1:])}")
     return found[kinds[0]]
@@ -148,14 +142,14 @@ def read_files(finder, name, stream, notes, allow_broken):
         check_absent(notes, [n for n in texts if n not in found], len(texts), file, finder.folder, allow_broken)
         for image, path in found.items():
             if path in captions:
-                raise UserError(f"{file} gives captions to {path} a second time, as {image}; keep one of them, or add the "
-                                "image that is missing")
+                raise UserError(f"{file} gives captions to {path} a second time, as {image}; keep one of them, or add "
+                                "the image that is missing")
             captions[path] = texts[image]
             splits[path] = given[image] or split_of_path(file) or split_of_path(path)
     bare = [path for path in splits if not splits[path]]
     if 0 < len(bare) < len(splits):
-        raise UserError(f"the captions or folders in {finder.folder} give a split to some images and none to {bare[0]}; "
-                        "give one to each, or to none")
+        raise UserError(f"the captions or folders in {finder.folder} give a split to some images and none to "
+                        f"{bare[0]}; give one to each, or to none")
     return captions, splits
 
 
@@ -169,7 +163,7 @@ def listed_splits(finder, name):
     files = {known: files_called(finder, known) for known in (*LISTS.values(), f"dataset_{name}.json")}
     for paths in files.values():
         if len(paths) > 1:
-            raise UserError(f"{paths[0]} and {paths[1]} in {finder.folder} differ, and only one can count; keep that one")
+            raise UserError(f"of {' and '.join(paths)} in {finder.folder} only one can count; keep that one")
     lists = {split: {*finder.find((finder.folder / path).read_text(errors="replace").split()).values()}
              for split, known in LISTS.items() for path in files[known]}
     for path in () if lists else files[f"dataset_{name}.json"]:
