@@ -118,7 +118,8 @@ def test_a_name_is_found_however_it_is_written(tmp_path, monkeypatch):
 def test_an_image_never_stands_in_for_that_of_another_folder(tmp_path):
     """cats/8.jpg is missing, and dogs/8.jpg was once taken for it. The folder is there, empty or not: no stand-in."""
     (tmp_path / "cows").mkdir()
-    finder = ImageFinder(touch(tmp_path, "dogs/8.jpg", "cats/9.jpg", "old/birds.txt", "a/pigs/7.jpg", "b/pigs/8.jpg", "1.jpg"))
+    finder = ImageFinder(touch(tmp_path, "1.jpg", "dogs/8.jpg", "cats/9.jpg", "old/birds.txt", "a/pigs/7.jpg",
+                               "b/pigs/8.jpg"))
     for name in ("cows/8.jpg", "cats/8.jpg", "x/cats/8.jpg", "old/8.jpg", "a/pigs/8.jpg"):
         assert found(finder, name) is None, name
     assert found(finder, "images/9.jpg") == "cats/9.jpg"         # there is no folder images at all
