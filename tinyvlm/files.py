@@ -151,12 +151,12 @@ class ImageFinder:
 
     def __init__(self, folder):
         self.folder, self.home, every = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
-        self.images = {p: tidy_name(f"{self.home}/{p}") for p in every if p.lower().endswith(IMAGE_TYPES)}
-        self.files = [path for path in every if path not in self.images]          # captions and the like
+        self.images = [path for path in every if path.lower().endswith(IMAGE_TYPES)]
+        self.files = sorted({*every} - {*self.images})          # captions and the like
         self.ending, inner = {}, ["", *glob.glob("**/", root_dir=folder, recursive=True)]
         self.places = {place for path in inner for place, _ in _ends(tidy_name(f"{self.home}/{path}x"))}
-        for path, whole in self.images.items():
-            for _, end in _ends(whole):
+        for path in self.images:
+            for _, end in _ends(tidy_name(f"{self.home}/{path}")):
                 self.ending.setdefault(end, []).append(path)    # {"cats/8.jpg": [the images whose paths end so]}
 
     def find(self, names, base=""):
@@ -169,10 +169,8 @@ class ImageFinder:
 
     def _find(self, name, start, by_name):
         whole = tidy_name(posixpath.join(self.home, start, name))
-        fit = [path for path in self.ending.get(whole, ()) if self.images[path] == whole]
-        for place, end in () if fit else _ends(name):
-            if place or by_name:
-                fit = [path for path in self.ending.get(end, ()) if path.startswith(start)]
+        for place, end in [(None, whole), *_ends(name)[:None if by_name else -1]]:
+            fit = [path for path in self.ending.get(end, ()) if path.startswith(start)]
             if fit or place in self.places:
                 break
         if len(fit) > 1:

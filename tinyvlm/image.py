@@ -73,10 +73,8 @@ def load_image(source, name=None):
     frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the file and the fault.
     """
     name = name or (source if not isinstance(source, bytes) else "the image")
-    Image.init()
-    formats = [kind for kind in FORMATS if kind in Image.OPEN]                    # an older Pillow has no AVIF
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
             raise UserError(f"{name} is {w}x{h} pixels, too large or too long and thin; make it smaller, or crop it")
@@ -85,7 +83,7 @@ def load_image(source, name=None):
         with contextlib.suppress(Exception):    # a damaged EXIF costs the turning, not the picture
             image = ImageOps.exif_transpose(image)
         return to_rgb(image, depth)
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, KeyError):  # KeyError: an older Pillow has no AVIF
         raise UserError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}; convert it") from None
     except (UserError, MemoryError):
         raise

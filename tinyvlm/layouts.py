@@ -32,10 +32,10 @@ LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt",
 COCO = "https://s3.amazonaws.com/images.cocodataset.org/"       # what http://images.cocodataset.org serves, with TLS
 GITHUB = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 HUB = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/"
-DOWNLOADS = {"flickr8k": (f"{GITHUB}Flickr8k_Dataset.zip", f"{GITHUB}Flickr8k_text.zip"),        # the captions last
-             "flickr30k": (f"{HUB}flickr30k-images.zip", f"{HUB}flickr_annotations_30k.csv"),
-             "coco": (f"{COCO}zips/train2014.zip", f"{COCO}zips/val2014.zip",
-                      f"{COCO}annotations/annotations_trainval2014.zip")}
+DOWNLOADS = {                                                   # captions last
+    "flickr8k": (f"{GITHUB}Flickr8k_Dataset.zip", f"{GITHUB}Flickr8k_text.zip"),
+    "flickr30k": (f"{HUB}flickr30k-images.zip", f"{HUB}flickr_annotations_30k.csv"),
+    "coco": tuple(f"{COCO}{piece}2014.zip" for piece in ("zips/train", "zips/val", "annotations/annotations_trainval"))}
 
 
 class Dataset:
