@@ -50,7 +50,7 @@ def test_recipes_name_every_step_and_the_long_side_is_rounded_down(w, h, recipe,
     {"mean": [0, 0, math.nan]}, {"std": [1, 1, 0]}, {"std": [1, 1, math.inf]}])
 def test_an_impossible_recipe_is_refused_where_it_is_made(fault):
     """From a config.json, size 0 was once a traceback, and a std of 0 pixels that are not numbers."""
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match=next(iter(fault))[:4]):
         Recipe(**{**json.loads(json.dumps(asdict(Recipe()))), **fault})
     assert Recipe(**json.loads(json.dumps(asdict(RECIPES["deit"])))) == RECIPES["deit"]
 
@@ -139,7 +139,7 @@ def test_bad_files_are_one_sentence_with_the_true_reason(tmp_path):
     saved(tmp_path, Image.new("1", (51, 1)), "strip.png")
     for name, words in (("cut.jpg", "truncated"), ("page.jpg", "not an image"), ("empty.png", "not an image"),
                         ("script.jpg", "not an image .* JPEG, PNG"), ("no.jpg", "No such file"),
-                        ("dir.jpg", "Is a directory"), ("bomb.png", "20000x20000 pixels, too large"),
+                        ("dir.jpg", "Is a directory"), ("bomb.png", "20000x20000 pixels, too many"),
                         ("strip.png", "51x1 pixels, .*too long and thin")):
         with pytest.raises(UserError, match=words) as error:
             load_image(tmp_path / name)

@@ -46,12 +46,16 @@ class Recipe:
     std: tuple = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        self.mean, self.std = tuple(map(float, self.mean)), tuple(map(float, self.std))     # json knows lists only
         side = self.size if self.resize is None else self.resize
-        if not (type(self.size) is type(side) is int and 1 <= self.size <= side <= 10_000 and self.interpolation in
-                tuple(FILTERS) and self.mode in ("squash", "crop", "adaptive") and len(self.mean) == len(self.std) == 3
-                and all(map(math.isfinite, self.mean + self.std)) and min(self.std) > 0):
-            raise ValueError(f"no image can be prepared by {self}")
+        if not (type(self.size) is type(side) is int and 1 <= self.size <= side <= 10_000):
+            raise ValueError(f"{self.size!r} pixels cannot be cut out of an image resized to {side!r}")
+        if self.mode not in ("squash", "crop", "adaptive") or self.interpolation not in tuple(FILTERS):
+            raise ValueError(f"mode {self.mode!r} or interpolation {self.interpolation!r} is unknown")
+        for name, least in (("mean", -math.inf), ("std", 0)):
+            values = getattr(self, name)
+            if not (isinstance(values, (list, tuple)) and len(values) == 3 and all(least < v < math.inf for v in values)):
+                raise ValueError(f"{name} {values!r} is not three numbers above {least}")
+            setattr(self, name, tuple(values))                                    # json knows lists only
 
 
 # What public checkpoints were trained with; and, last, a recipe for images from the web.
@@ -77,7 +81,8 @@ def load_image(source, name=None):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
-            raise UserError(f"{name} is {w}x{h} pixels, too large or too long and thin; make it smaller, or crop it")
+            why = "too many" if w * h > MAX_PIXELS else "too long and thin to resize"
+            raise UserError(f"{name} is {w}x{h} pixels, {why}; make it smaller, or crop it")
         depth = image.tile[0][3] if image.tile else None                          # load() forgets it
         image.load()
         with contextlib.suppress(Exception):    # a damaged EXIF costs the turning, not the picture

@@ -23,9 +23,9 @@ from .image import load_image
 SPLITS = ("train", "val", "test")
 MAX_LOST = 0.01                 # the share of images that may be missing or broken without --allow-broken
 # The caption files that publishers ship, best first: side by side, those of one data set hold the same captions.
-PUBLIC = {"flickr8k": ("captions.txt", "Flickr8k.token.txt", "dataset_flickr8k.json"),
-          "flickr30k": ("flickr_annotations_30k.csv", "results.csv", "results_20130124.token",
-                        "dataset_flickr30k.json"),
+PUBLIC = {"flickr8k": ("dataset_flickr8k.json", "captions.txt", "Flickr8k.token.txt"),
+          "flickr30k": ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results.csv",
+                        "results_20130124.token"),
           "coco": ("dataset_coco.json", "captions_*2014.json", "captions_*2017.json")}
 OWN = ("captions.txt", "captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
@@ -153,22 +153,14 @@ def read_files(finder, name, stream, notes, allow_broken):
     return captions, splits
 
 
-def by_split(splits):
-    """{path: split} -> {split: {path, ..}}, only those that occur."""
-    return {split: {path for path in splits if splits[path] == split} for split in SPLITS if split in splits.values()}
-
-
-def listed_splits(finder, name):
-    """{split: {path, ..}} of what lies beside the captions: the lists of Flickr8k, or else Karpathy's json."""
-    files = {known: files_called(finder, known) for known in (*LISTS.values(), f"dataset_{name}.json")}
-    for paths in files.values():
-        if len(paths) > 1:
-            raise UserError(f"of {' and '.join(paths)} in {finder.folder} only one can count; keep that one")
-    lists = {split: {*finder.find((finder.folder / path).read_text(errors="replace").split()).values()}
-             for split, known in LISTS.items() for path in files[known]}
-    for path in () if lists else files[f"dataset_{name}.json"]:
-        given = read_captions(finder.folder / path)[1]
-        lists = by_split({place: given[image] for image, place in finder.find(given).items()})
+def listed_splits(finder):
+    """{split: {path, ..}} by the three lists that belong to the original texts of Flickr8k."""
+    lists = {}
+    for split, known in LISTS.items():
+        for file in files_called(finder, known):
+            found = {*finder.find((finder.folder / file).read_text(errors="replace").split()).values()}
+            if lists.setdefault(split, found) != found:
+                raise UserError(f"{finder.folder} holds two different {known}; keep the one that counts")
     return lists
 
 
@@ -183,9 +175,9 @@ def photos(name, folder, seed=0, allow_broken=False, stream=False):
         raise UserError(f"there is no folder {folder}; give the right one with --data-dir")
     finder = ImageFinder(folder)
     captions, splits = read_files(finder, name, stream, notes, allow_broken)
-    names, lists = list(captions), by_split(splits)
-    if len(lists) < 2:
-        lists = listed_splits(finder, name) or lists
+    names, lists = list(captions), {split: {n for n in splits if splits[n] == split} for split in {*splits.values()}}
+    if len(lists) < 2:                          # nothing, or one word for all: {None: {..}}, {"train": {..}}
+        lists = listed_splits(finder)
     if extra := set() if name in PUBLIC else {*finder.images} - {*names}:         # what is public may lie there twice
         notes.append(f"{len(extra)} images in the folder have no caption and were left out, such as {min(extra)}")
     order = make_splits(names, lists, seed, notes, folder)
