@@ -339,11 +339,11 @@ def test_coco_of_two_years_is_one_and_never_both(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Stands in for download(). files: {end of the address: {member: text} of a zip, or a text}; asked: file names."""
-    files, asked = {}, []
+    """Stands in for download(). files: {end of the address: {member: text} of a zip, or a text}; requests: file names."""
+    files, requests = {}, []
 
     def fake(url, path):
-        asked.append(path.name)
+        requests.append(path.name)
         content = next((files[end] for end in files if url.endswith(end)), None)
         if content is None:
             raise UserError(f"cannot fetch {url}: no")
@@ -355,7 +355,7 @@ def server(tmp_path, monkeypatch):
         return path
     monkeypatch.setattr(layouts, "download", fake)
     monkeypatch.chdir(tmp_path)
-    return SimpleNamespace(files=files, asked=asked)
+    return SimpleNamespace(files=files, requests=requests)
 
 
 def fetched(dataset, stream=False, data_dir=None):
@@ -371,7 +371,7 @@ def test_flickr30k_is_downloaded_once_captions_last(server, tmp_path):
     server.files["flickr_annotations_30k.csv"] = (tmp_path / "table.csv").read_text("utf-8")
     for _ in range(2):
         assert fetched("flickr30k").splits == {"train": [0], "val": [1], "test": [2]}
-    assert server.asked == ["flickr30k-images.zip"] + 3 * ["flickr_annotations_30k.csv"]
+    assert server.requests == ["flickr30k-images.zip"] + 3 * ["flickr_annotations_30k.csv"]
 
 
 def test_coco_streams_from_its_annotations_alone_then_completes(server):
@@ -388,7 +388,7 @@ def test_coco_streams_from_its_annotations_alone_then_completes(server):
     server.files["val2014.zip"] = {f"val2014/{file_of(k, 'val2014')}": "x" for k in range(100, 104)}
     for _ in range(2):
         assert len(fetched("coco").names) == 24
-    assert server.asked == ["annotations_trainval2014.zip", "train2014.zip", "val2014.zip", "val2014.zip"]
+    assert server.requests == ["annotations_trainval2014.zip", "train2014.zip", "val2014.zip", "val2014.zip"]
     assert not os.path.exists("data/coco/zips")
 
 
@@ -397,4 +397,4 @@ def test_what_is_there_by_hand_is_not_downloaded_again(server, tmp_path):
     assert len(fetched("coco").names) == 24
     with pytest.raises(UserError, match="there is no folder"):
         fetched("flickr8k", data_dir=str(tmp_path / "no"))
-    assert server.asked == []
+    assert server.requests == []
