@@ -339,7 +339,7 @@ def test_coco_of_two_years_is_one_and_never_both(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Stands in for download(). files: {end of the address: {member: text} of a zip, or a text}; requests: file names."""
+    """Stands in for download(). files: {end of the address: {member: text} of a zip, or a text}; requests: names."""
     files, requests = {}, []
 
     def fake(url, path):

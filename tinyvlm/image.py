@@ -53,7 +53,7 @@ class Recipe:
             raise ValueError(f"mode {self.mode!r} or interpolation {self.interpolation!r} is unknown")
         for name, least in (("mean", -math.inf), ("std", 0)):
             values = getattr(self, name)
-            if not (isinstance(values, (list, tuple)) and len(values) == 3 and all(least < v < math.inf for v in values)):
+            if type(values) not in (list, tuple) or len(values) != 3 or not all(least < v < math.inf for v in values):
                 raise ValueError(f"{name} {values!r} is not three numbers above {least}")
             setattr(self, name, tuple(values))                                    # json knows lists only
 
