@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from tinyvlm.image import open_batches, to_uint8
 from tinyvlm.layouts import MAX_LOST, open_photos, photos, report
 from tinyvlm.shapes import Shapes
 from tinyvlm.vqa import export_csv, vqav2
-from tinyvlm.web import Fetch, ImageFolderCache, caption_rows, dataset_rows, download_images, table_rows
+from tinyvlm.web import ImageFolderCache, capsfusion_rows, download_images, table_rows
 
 STREAM_CACHE = 10 * 10**9               # bytes of streamed images that are kept on disk
 
@@ -38,7 +39,7 @@ class DataConfig:
     dataset: str = option("shapes", "which data set", ("shapes", "flickr8k", "flickr30k", "coco", "capsfusion", "vqav2",
                                                        "folder"), group="the data")
     data_dir: str | None = option(None, "folder that holds it; default data/NAME, downloaded if it is not there")
-    seed: int = option(0, "decides drawn scenes, splits that are not official, and the training", least=0, below=2 ** 32)
+    seed: int = option(0, "decides drawn scenes, unofficial splits, and the training", least=0, below=2 ** 32)
     n_objects: int = option(2, "shapes: scenes hold one to this many objects (1, 2 or 3)", above=0, below=4)
     n_scenes: int = option(20000, "shapes: training scenes; a tenth as many, at most 1000, are held out twice", above=0)
     stream: bool = option(False, "coco: fetch only the captions, and each image when it is needed")
@@ -59,7 +60,6 @@ class PrepareConfig(DataConfig):
     limit: int = option(1000, "capsfusion: how many images to fetch", above=0)
     rows: str | None = option(None, "capsfusion: csv or jsonl with image_url and capsfusion; else the Hub's first rows")
     size: int = option(128, "capsfusion: pixels a side; long thin images are padded, others cropped", above=0)
-    retry_failed: bool = option(False, "capsfusion: try again what could not be fetched")
     batch_size: int = option(32, "images or captions at once, for the networks above", above=0)
     device: str = option("cpu", "for the networks above: cpu, cuda or mps")
 
@@ -75,13 +75,18 @@ def load_dataset(config):
         return vqav2(folder, seed, config.allow_broken)
     if config.dataset == "capsfusion":
         if not (folder / "captions.csv").exists():
-            raise UserError(f"{folder} holds no images yet; fetch some: python data.py --dataset capsfusion --limit 1000")
+            raise UserError(f"{folder} holds no images; first: python data.py --dataset capsfusion --limit 1000")
         return photos("capsfusion", folder, seed, config.allow_broken)
     dataset = open_photos(config)
     if dataset.urls:
-        cache = ImageFolderCache(folder / "stream", STREAM_CACHE, Fetch(allow_private=config.allow_private))
-        dataset.opener = lambda i: cache.open(dataset.urls[i])
+        cache = ImageFolderCache(folder / "stream", STREAM_CACHE, config.allow_private)
+        dataset.opener = partial(open_streamed, cache, dataset.urls)
     return dataset
+
+
+def open_streamed(cache, urls, i):
+    """Image i, fetched. A function of the module, so that it can be sent to the processes that decode."""
+    return cache.open(urls[i])
 
 
 class ImageStore:
@@ -133,8 +138,8 @@ class ImageStore:
             images = self.data[torch.tensor([self.row[i] for i in members], device=self.data.device)]
             return (images.float() if self.is_features else images), list(range(len(members)))
         broken, wanted = {}, list(dict.fromkeys(members))
-        [part] = open_batches(wanted, lambda i: to_uint8(self.dataset.open(i), self.recipe), len(wanted), broken, threads=16)
-        found = dict(part)
+        [found] = open_batches(wanted, lambda i: to_uint8(self.dataset.open(i), self.recipe), len(wanted), broken, threads=16)
+        found = dict(found)
         if broken and not (found and self.dataset.urls):
             raise UserError(next(iter(broken.values())))
         self.lost.update(broken)
@@ -166,14 +171,12 @@ def report_broken(dataset, broken, n, allow_broken, say=print):
 
 def fetch_capsfusion(config):
     """Images and their captions from the web into the data folder; goes on where an earlier call was cut off."""
-    folder, name = Path(config.data_dir or "data/capsfusion"), "BAAI/CapsFusion-120M"
-    if (folder / "captions.csv").exists() and not {"rows", "limit", "retry_failed"} & config.given:
+    folder = Path(config.data_dir or "data/capsfusion")
+    if (folder / "captions.csv").exists() and not {"rows", "limit"} & config.given:
         return                                                  # what is there is shown, labelled, encoded
-    rows = table_rows(config.rows) if config.rows else caption_rows(
-        dataset_rows(name, "default", "train", cache=folder / "rows"), name)
-    counts = download_images(rows, folder, config.size, Fetch(allow_private=config.allow_private), config.limit,
-                             retry_failed=config.retry_failed)
-    if not counts["good"]:
+    rows = table_rows(config.rows) if config.rows else capsfusion_rows(folder / "rows")
+    counts = download_images(rows, folder, config.size, config.limit, config.allow_private)
+    if not counts["ok"]:
         raise UserError(f"none of the addresses gave an image; {folder / 'report.csv'} says why for each of them")
 
 

@@ -171,12 +171,11 @@ def ignore_signals(_):
 
 
 def load_steps(batches, start, total, device, workers):
-    """Yields the micro-batches of each step from `start` on: made here where images are in memory, else ahead of time by
-    worker processes. Raises UserError."""
+    """Yields the micro-batches of each step from `start` on: made here where images are in memory, else ahead of time
+    by worker processes. Raises UserError."""
     steps = range(start, total)
-    if batches.store.to(device.torch):
-        loader = map(batches.__getitem__, steps)
-    else:
+    loader = map(batches.__getitem__, steps)
+    if not batches.store.to(device.torch):
         # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers,
                                              pin_memory=device.cuda, generator=torch.Generator(),

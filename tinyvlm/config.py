@@ -1,17 +1,15 @@
 """A dataclass becomes a command line: one field per line (type, default, help sentence), nothing else to keep in step.
 
 The idea is nanoGPT's block of options at the top of train.py; the magic is left out. No exec, no globals: argparse does
-the parsing, so -h works, an unknown flag is refused, and --no-compile means what it says. Never `type=bool` in
-argparse: any text, even "False", would then be true; a bool field becomes the pair --flag / --no-flag.
+the parsing. Never `type=bool` in argparse: any text, even "False", would then be true; a bool field becomes the pair
+--flag / --no-flag.
 
     @dataclass
     class Config:
-        lr: float = option(1e-3, "peak learning rate; lower it when fine-tuning public weights", group="training")
-        image: list[str] = option([], "image files, folders or URLs")
-
+        lr: float = option(1e-3, "peak learning rate; lower it for public weights", group="training", above=0)
     config = parse_config(Config, presets={"laptop": {"lr": 5e-4}}, argv=["--preset", "laptop"])
 
-`UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
+And `UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
 """
 import argparse
 import codecs
@@ -32,29 +30,24 @@ class UserError(Exception):
 
 
 # how a field may limit a number: option(.., above=0) excludes 0, least=0 includes it
-LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"), "below": (operator.lt, "below")}
+LIMITS = {"above": operator.gt, "least": operator.ge, "below": operator.lt}
 
 
 def option(default, help, choices=None, group=None, **limits):
-    """A dataclass field with a help sentence (and, where the answer is one of a few words, those words).
-
-    group: the heading under which -h lists this field and those that follow it. limits: see LIMITS.
-    """
-    metadata = {"help": help, "choices": choices, "group": group, "limits": limits}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    """A dataclass field with a help sentence; choices: the words it may be; group: the heading of this field and the
+    next ones in -h; limits: see LIMITS."""
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**value, metadata=dict(help=help, choices=choices, group=group, limits=limits))
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a sentence for the caller instead of a usage dump."""
 
     def error(self, message):
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in message.partition("unrecognized arguments: ")[2].split():
-            for near in difflib.get_close_matches(word.split("=")[0], flags, n=1):
-                raise UserError(f"{message[:200]}; did you mean {near}?")
-        raise UserError(f"{message[:200]} (python {self.prog} -h lists every flag)")
+        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].partition(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"python {self.prog} -h lists every flag"
+        raise UserError(f"{message[:200]}; {hint}")
 
 
 def flag_name(field):
@@ -66,12 +59,12 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
     """Fill the dataclass `cls` from the command line. Order of authority: flags, then the preset, then the defaults.
 
     presets: {"name": {field: value}}; adds a --preset flag when given, whose default is `default_preset`. The result
-    carries `given`, the names of the fields that flags have set.
-    Raises UserError on an unknown flag, preset, choice, a value of the wrong type, out of its range, or empty.
+    carries `given`, the names of the fields that flags have set. Raises UserError on an unknown flag, preset, choice, or
+    a value of the wrong type, out of its range, or empty.
     """
-    presets, fields = presets or {}, dataclasses.fields(cls)
+    presets, hints = presets or {}, typing.get_type_hints(cls)
     for name, values in presets.items():
-        unknown = sorted(values.keys() - {field.name for field in fields})
+        unknown = sorted(values.keys() - hints.keys())
         assert not unknown, f"preset {name} sets fields that do not exist: {unknown}"
     parser = _Parser(usage="%(prog)s [options]", description=description, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS,
@@ -79,10 +72,9 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a named set of options; other flags win over it" +
                             (f" [{default_preset}]" if default_preset else ""))
-    hints, group = typing.get_type_hints(cls), parser
-    for field in fields:
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
+    group = parser
+    for field in dataclasses.fields(cls):
+        group = parser.add_argument_group(field.metadata["group"]) if field.metadata["group"] else group
         _add_flag(group, field, hints[field.name])
     flags = vars(parser.parse_args(argv))
     preset = flags.pop("preset", default_preset)
@@ -114,8 +106,8 @@ def _add_flag(parser, field, hint):
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-        parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else field.name.upper(), help=text,
-                            nargs="+" if many else None)
+        parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else field.name.upper(),
+                            help=text, nargs="+" if many else None)
 
 
 def _check_ranges(config):
@@ -129,9 +121,8 @@ def _check_ranges(config):
         if not abs(value) < 1e15:                               # inf and nan, too
             raise UserError(f"{flag} must be an ordinary number, not {value}")
         for name, limit in field.metadata["limits"].items():
-            holds, phrase = LIMITS[name]
-            if not holds(value, limit):
-                raise UserError(f"{flag} must be {phrase} {limit}, not {value}")
+            if not LIMITS[name](value, limit):
+                raise UserError(f"{flag} must be {name.replace('least', 'at least')} {limit}, not {value}")
 
 
 def check_sizes(sizes, **choices):
@@ -178,8 +169,7 @@ def run_script(main):
             message = "another process of this run has ended; its own message says why"
         elif isinstance(error, OSError) and error.errno is not None:
             remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
-            message = (f"cannot use {error.filename or 'the output folder'}: {error.strerror}; {remedy}, or choose "
-                       "another")
+            message = f"cannot use {error.filename or 'the output folder'}: {error.strerror}; {remedy}, or choose another"
         elif not isinstance(error, UserError):
             raise
     print(f"error: {message}", file=sys.stderr)
@@ -187,8 +177,8 @@ def run_script(main):
 
 
 def _as_bytes(error):
-    """File names that are not UTF-8 are printed as the bytes they are, so that a printed command works; other characters
-    that have no bytes are escaped."""
+    """File names that are not UTF-8 are printed as the bytes they are, so that a printed command works; what else has
+    no bytes is escaped."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:

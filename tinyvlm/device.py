@@ -1,7 +1,7 @@
 """Where and how to compute: the device, its number format, and this process's place among several.
 
-On a GPU, products run in bfloat16 under autocast (float16 with a gradient scaler where bfloat16 is only emulated); on a
-CPU everything is float32. Several processes (torchrun) each take their share of every batch and add up gradients.
+On a GPU, products run in bfloat16 (float16 with a gradient scaler where that is only emulated); on a CPU everything is
+float32. Several processes (torchrun) each take their share of every batch and add up gradients.
 """
 import os
 from contextlib import nullcontext
@@ -54,21 +54,18 @@ class Device:
         """Each of the numbers summed over all processes: a list."""
         t = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
-            t = t.to(self.torch)
-            dist.all_reduce(t)
+            dist.all_reduce(t := t.to(self.torch))
         return t.tolist()
 
     def merge(self, found):
         """The dicts of all processes as one, the same everywhere."""
-        if self.world == 1:
-            return found
-        parts = [None] * self.world
-        dist.all_gather_object(parts, found)
+        parts = [found] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, found)
         return {key: value for part in parts for key, value in part.items()}
 
     def spread(self, model):
-        """The model as several processes train it together, or as it is. A checkpoint is taken from the model itself, so
-        it never carries the names that the wrapper adds."""
+        """The model as several processes train it together. A checkpoint is taken from the model itself."""
         return torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
     def no_sync(self, model, last):
@@ -82,10 +79,8 @@ class Device:
 
 
 def compile_blocks(model, device):
-    """torch.compile each Block, in place: equal blocks share one compilation, and no name in a checkpoint changes.
-
-    A trial comes first, as a missing compiler shows at the first call only: then the model goes on as it was.
-    """
+    """torch.compile each Block, in place: equal blocks share one compilation, and no name in a checkpoint changes. A
+    trial comes first, as a missing compiler shows at the first call only: then the model goes on as it was."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device.torch))
     except Exception as error:                                  # a compiler can raise anything

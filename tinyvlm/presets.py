@@ -55,12 +55,13 @@ def choose(argv):
     if named or dataset == "shapes" and task != "vqa":
         return task, named
     if task != "caption":
-        return task, {"vqa": "vqa-photos" if dataset == "vqav2" else "vqa", "clip": "clip", "classify": "labels"}.get(task)
+        vqa = "vqa-photos" if dataset == "vqav2" else "vqa"
+        return task, {"vqa": vqa, "clip": "clip", "classify": "labels"}.get(task)
     if peek(argv, "reinforce"):
         return task, "reward"
     if peek(argv, "features"):
         return task, "lstm" if peek(argv, "model", "lstm") == "lstm" else "decoder"
     if peek(argv, "vision") or peek(argv, "text"):
         return task, "public"
-    gpu = torch.cuda.is_available() and peek(argv, "device", "auto").partition(":")[0] in ("auto", "cuda")
+    gpu = torch.cuda.is_available() and str(peek(argv, "device", "auto"))[:4] in ("auto", "cuda")
     return task, "gpu" if gpu else "laptop"
