@@ -121,9 +121,11 @@ class ImageStore:
 
     def to(self, device):
         """Whether the images are on the device now: on a GPU those in memory are, if they take less than half of it."""
-        if device.type == "cuda" and self.data is not None and self.data.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        if self.data is None:
+            return False
+        if device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.data = self.data.to(device)
-        return self.data is not None and self.data.device.type == device.type
+        return self.data.device.type == device.type
 
     def usable(self, split):
         return [i for i in self.dataset.splits[split] if i not in self.broken and (self.row is None or i in self.row)]
@@ -138,8 +140,9 @@ class ImageStore:
             images = self.data[torch.tensor([self.row[i] for i in members], device=self.data.device)]
             return (images.float() if self.is_features else images), list(range(len(members)))
         broken, wanted = {}, list(dict.fromkeys(members))
-        [found] = open_batches(wanted, lambda i: to_uint8(self.dataset.open(i), self.recipe), len(wanted), broken, threads=16)
-        found = dict(found)
+        [pairs] = open_batches(wanted, lambda i: to_uint8(self.dataset.open(i), self.recipe), len(wanted), broken,
+                               threads=16)
+        found = dict(pairs)                                     # {image: (3, S, S)}
         if broken and not (found and self.dataset.urls):
             raise UserError(next(iter(broken.values())))
         self.lost.update(broken)
@@ -203,8 +206,8 @@ def main():
     folder = Path(config.data_dir or f"data/{config.dataset}")
 
     def now_train(task, flag, path):
-        where = f"--dataset {config.dataset}" + (f" --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else "")
-        print(f"now train on it: python train.py {task}{where} --{flag}={shlex.quote(str(path))}")
+        where = f"{config.dataset} --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else config.dataset
+        print(f"now train on it: python train.py {task}--dataset {where} --{flag}={shlex.quote(str(path))}")
     if config.features:
         path = folder / f"features-{Path(config.features).name}.safetensors"
         write_features(config.features, dataset, path, config.batch_size, config.device)

@@ -60,7 +60,7 @@ class SampleConfig:
     sheet: str = option("out/search.png", "where --search draws what it found")
     max_tokens: int | None = option(None, "longest caption or answer; at most as in training", above=0, group="details")
     seed: int | None = option(None, "makes drawing repeatable (for the same --batch-size)", least=0, below=2 ** 32)
-    attention: str | None = option(None, "cross model: draw where each word of the first caption attended, into this PNG")
+    attention: str | None = option(None, "cross model: draw where the first caption's words attended, into this PNG")
     features: str | None = option(None, "a run on features: the file that has them for these images, by name")
     json: bool = option(False, "one json object a line on stdout")
     batch_size: int = option(16, "images captioned together", above=0)
@@ -79,22 +79,22 @@ def open_image(name):
 
 
 def how_to_open(run, config):
-    """-> (open one image by name, make a batch of several): what the run takes, pixels or features. Raises UserError."""
+    """-> open(name), which gives pixels or features, as the run takes, and batch(list of them). Raises UserError."""
     made_by = run.config.get("features")
     if not made_by:
         return lambda name: preprocess(open_image(name), run.recipe), torch.stack            # (3, S, S), (b, 3, S, S)
     if config.features:
         names, feats, _ = read_features(config.features)
-        places = {name: k for k, name in enumerate(names)}
+        known = dict(zip(names, feats))                         # {file name: (D,) or (N, D)}
 
-        def known(name):
-            if Path(name).name not in places:
+        def find(name):
+            if Path(name).name not in known:
                 raise UserError(f"{config.features} holds nothing for {name}; it knows images by file name only")
-            return feats[places[Path(name).name]].float()       # (D,) or (N, D)
-        return known, torch.stack
+            return known[Path(name).name].float()
+        return find, torch.stack
     if not made_by["source"]:
-        raise UserError(f"this run takes features of {made_by['encoder'][:80]!r}, a network that is not at hand: give the "
-                        "file that holds the features of these images with --features")
+        raise UserError(f"this run takes features of {made_by['encoder'][:80]!r}, a network that is not at hand: give "
+                        "the file that holds the features of these images with --features")
     return open_image, Encoder(made_by["source"], config.device)                             # PIL, (b, D)
 
 
@@ -196,7 +196,7 @@ def read_labels(labels):
     except (OSError, UnicodeDecodeError):
         pass
     if len(labels) < 2:
-        raise UserError(f"{labels} is neither two labels nor a file of them, and one label is always 100%; name another")
+        raise UserError(f"{labels} is neither two labels nor a file of them, and one alone is always 100%; add some")
     return labels
 
 
@@ -212,8 +212,7 @@ def compare(run, config):
     if config.search is not None:
         return search_folder(run, config, clean)
     if not config.labels:
-        raise UserError('this run compares pictures and sentences: give --labels "a dog" "a cat", or --search WORDS with '
-                        "--images FOLDER")
+        raise UserError('this run compares pictures and sentences: give --labels "a dog" "a cat", or --search WORDS')
     labels = read_labels(config.labels)
     text_emb = label_embeddings(run.model, run.tokenizer, labels, clean=clean)                # (n, D)
     for names, img in inputs(run, config, config.batch_size):
@@ -256,7 +255,7 @@ def main():
     config = parse_config(SampleConfig, description=__doc__.partition("\n")[0])
     drawing = config.temperature > 0
     if drawing and config.num_beams > 1 or not drawing and (config.top_k or config.top_p):
-        raise UserError("--top-k and --top-p need a --temperature above 0, and --num-beams needs none: beams do not draw")
+        raise UserError("--top-k and --top-p need a --temperature above 0, and --num-beams must have none")
     check_device(config.device)
     where = config.pretrained or config.out_dir
     run = load_pretrained(where) if config.pretrained else load_run(where)
@@ -265,7 +264,7 @@ def main():
         raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; train.py "
                         f"--{'text' if task == 'text' else 'vision'} {where} starts a captioner from it")
     if (config.labels or config.search) and task != "clip" or config.features and not run.config.get("features"):
-        raise UserError(f"{where} is a {task} model: --labels and --search are for clip, --features for runs on features")
+        raise UserError(f"{where} is a {task} model: --labels and --search are for clip, --features if trained on some")
     run.model.to(config.device)
     MODES[task](run, config)
 

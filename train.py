@@ -6,10 +6,9 @@
     torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve (but for dropout, which
                                                               each of them draws for itself)
 
-First the options of every task; a task's own stand in its module (tinyvlm/captioning.py, answering.py, retrieval.py,
-classifying.py), and `python train.py --task clip -h` shows both. Then a run is built in one direction: options, data set,
-tokenizer and rows, images, model, optimizer. Then comes the loop: rate, forward, backward, clip, step, log, evaluate,
-save. What it leaves in --out-dir (README, "A run's folder") is all that sample.py needs.
+First the options of every task (a task's own stand in its module, in tinyvlm/). Then a run is built in one direction:
+options, data set, tokenizer and rows, images, model, optimizer. Then the loop: rate, forward, backward, clip, step,
+log, evaluate, save. What it leaves in --out-dir (README, "A run's folder") is all that sample.py needs.
 """
 import json
 import math
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from data import DataConfig, ImageStore, load_dataset
 from tinyvlm import answering, captioning, classifying, retrieval
@@ -50,15 +50,15 @@ TASKS = {"caption": captioning, "clip": retrieval, "classify": classifying, "vqa
 @dataclass
 class TrainConfig(DataConfig):
     """The options of every task; those of the data set (--dataset, --data-dir, ..) are in DataConfig, in data.py."""
-    task: str = option("caption", "what to learn; `--task clip -h` shows that task's own options", tuple(TASKS), "the run")
+    task: str = option("caption", "what to learn; `--task clip -h` shows its own options, too", tuple(TASKS), "the run")
     out_dir: str = option("out", "the run's folder")
     resume: bool = option(False, "continue the run in --out-dir, exactly")
     eval_only: bool = option(False, "train nothing: score the run in --out-dir on --split")
     split: str = option("test", "with --eval-only: the split to score", ("train", "val", "test"))
     vision: str | None = option(None, "start from this vision tower: a Hub id, a folder, or a run", group="the model")
-    image_size: int = option(64, "pixels a side; more shows more and costs its square (public towers bring theirs)", above=0)
+    image_size: int = option(64, "pixels a side; more shows more and costs its square; public towers fix it", above=0)
     patch_size: int = option(16, "pixels a side of one image token", above=0)
-    stem: str = option("conv", "patches: as in the paper, or by small convolutions, which need less data", ("patch", "conv"))
+    stem: str = option("conv", "how patches are cut: as in the paper, or by small convolutions", ("patch", "conv"))
     class_token: bool = option(False, "give the ViT its extra token; public ViTs have it, captioners do without")
     n_layer: int = option(2, "blocks in each tower", above=0)
     n_head: int = option(4, "attention heads", above=0)
@@ -78,8 +78,7 @@ class TrainConfig(DataConfig):
     jitter: float = option(0.0, "augment: brightness, contrast, saturation, up to this factor", least=0, below=1)
     flip: bool = option(True, "augment: mirror half of the images, but none whose captions say left or right")
     device: str = option("auto", "cpu, cuda, mps or auto", group="the machine")
-    dtype: str = option("auto", "of products; auto: bfloat16, if need be float16, on cuda; float32 elsewhere",
-                        ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "of products; auto: 16 bits on cuda", ("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "torch.compile the blocks; default: on cuda, from 10 million weights on")
     workers: int = option(2, "processes that decode images where they do not fit into memory", least=0)
     eval_interval: int = option(1000, "steps between evaluations (and saves)", above=0, group="reports")
@@ -126,12 +125,9 @@ def read_options(argv):
 
 def config_class(task):
     """The options of a task: everybody's, then its own."""
-    own = [TASKS[task].Options] if task in TASKS else []
+    own = (TASKS[task].Options,) if task in TASKS else ()
     return dataclass(type("Options", (*own, TrainConfig), {}))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Building a run, in one direction.
 
 def build_setup(config, device, run=None):
     """Options -> Setup and FeatureFile (or None): data set, then tokenizer and rows, then images. run: to evaluate."""
@@ -169,24 +165,22 @@ def catch_signals(stop):
             signal.signal(sign, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
 def train(config, setup, features, state=None):
     """The loop. Returns the trained model, or None when it was stopped before the end. state: to resume from."""
     task, device, out = TASKS[config.task], setup.device, Path(config.out_dir)
     torch.manual_seed(config.seed)
     model = task.build(config, setup.prepared, features).to(device.torch)
     optimizer = make_optimizer(model, config)
-    batches = Batches(setup.store, setup.rows, config.batch_size, getattr(config, "captions_per_image", 1), config.accum,
-                      config.seed, device.rank, device.world, whole=config.task == "clip")
-    augment, steps_per_epoch = Augment(config.crop, config.jitter, config.flip), len(batches.members) / config.batch_size
-    total, n_params = max(1, round(config.epochs * steps_per_epoch)), sum(p.numel() for p in model.parameters())
+    batches = Batches(setup.store, setup.rows, config.batch_size, getattr(config, "captions_per_image", 1),
+                      config.accum, config.seed, device.rank, device.world, whole=config.task == "clip")
+    steps_per_epoch, n_params = len(batches.members) / config.batch_size, sum(p.numel() for p in model.parameters())
+    total, augment = max(1, round(config.epochs * steps_per_epoch)), Augment(config.crop, config.jitter, config.flip)
     step, best, log, data = 0, math.inf, [], fingerprint(setup.dataset, setup.prepared)
     if state:
         load_state(out, state, model, optimizer, device, data)
         step, best, log = state["step"], state["best"], state["log"]
-    device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K} "
-               f"texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
+    device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K}"
+               f" texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
     if device.cuda and n_params > 1e7 if config.compile is None else config.compile:
         compile_blocks(model, device)
     first, losses, stop, mark, since = step, [], [], time.perf_counter(), None
@@ -202,23 +196,24 @@ def train(config, setup, features, state=None):
                 group["lr"] = lr * group["factor"]
             if unfreeze(model, config, step / steps_per_epoch) or step == first:
                 train_mode(model)
-                fast = device.spread(model)
+                # what several processes train together; checkpoints are taken from the model itself
+                fast = DistributedDataParallel(model) if device.world > 1 else model
 
             # Forward and backward, micro-batch by micro-batch. Each counts by its share of the step's targets, so the
             # gradients add up to those of the mean over all. DDP takes the mean over processes where the sum is
             # needed, hence the factor `world`. The loss stays a tensor: .item() would make the host wait for the GPU.
             ready = [batch.to(device.torch, setup.prepared.recipe, augment) for batch in micro_batches]
-            loss = 0
             if config.task == "clip" and len(ready) > 1:        # each pair needs all the others as wrong answers
                 pairs = [(batch.img, retrieval.texts_of(batch, setup)) for batch in ready]
                 loss = contrastive_step(fast, pairs, device.autocast, device.scaler.scale) / device.world
-                ready = []
-            for k, batch in enumerate(ready):
-                with device.no_sync(fast, last=k + 1 == len(ready)):
-                    with device.autocast():
-                        part = task.loss(fast, batch, setup) * batch.share
-                    device.scaler.scale(part * device.world).backward()
-                loss = loss + part.detach()
+            else:
+                loss = 0
+                for k, batch in enumerate(ready):
+                    with device.no_sync(fast, last=k + 1 == len(ready)):
+                        with device.autocast():
+                            part = task.loss(fast, batch, setup) * batch.share
+                        device.scaler.scale(part * device.world).backward()
+                    loss = loss + part.detach()
             losses.append(loss)
 
             # Clip and step.
@@ -239,17 +234,17 @@ def train(config, setup, features, state=None):
             if evaluating or leaving or step % config.log_interval == 0:
                 *values, stops = device.total(*torch.stack(losses).tolist(), len(stop))
                 if not all(map(math.isfinite, values)):
-                    raise UserError(f"the loss is not finite within the {len(values)} steps before step {step}; lower --lr "
-                                    "and start again (the weights of the last good evaluation are kept)")
-                leaving, losses, now = stops > 0, [], time.perf_counter()
-                seconds, since = (now - mark) / len(values), since or (step, now)
+                    raise UserError(f"the loss is not finite within the {len(values)} steps before step {step}; lower "
+                                    "--lr and start again (the weights of the last good evaluation are kept)")
+                leaving, losses, before, mark = stops > 0, [], mark, time.perf_counter()
+                seconds, since = (mark - before) / len(values), since or (step, mark)
                 log.append({"step": step, "train_loss": sum(values) / len(values), "lr": lr, "grad_norm": norm.item(),
                             "ms": 1000 * seconds, "images_per_s": config.batch_size / seconds})
                 # the steps before the first line held compilation: none of them counts for the time left
-                left = (now - since[1]) / max(1, step - since[0]) * (total - step) / 60
-                device.say("step {step}/{total}  loss {train_loss:.3f}  lr {lr:.1e}  norm {grad_norm:.2f}  {ms:.0f} ms  "
-                           "{images_per_s:.0f} images/s".format(total=total, **log[-1]) + f"  {left:.1f} min left" * (left > 0))
-                mark = now
+                left = (mark - since[1]) / max(1, step - since[0]) * (total - step) / 60
+                device.say("step {step}/{total}  loss {train_loss:.3f}  lr {lr:.1e}  norm {grad_norm:.2f}  {ms:.0f} ms"
+                           "  {images_per_s:.0f} images/s".format(total=total, **log[-1]) +
+                           (f"  {left:.1f} min left" if left else ""))
 
             # Evaluate, save, leave.
             if evaluating:
@@ -278,8 +273,6 @@ def validate(model, setup, features, step, best, row):
         save_model(model, setup, features, {"step": step, **{f"val {key}": value for key, value in scores.items()}})
     return min(cost, best)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def evaluate_run(config, device):
     """--eval-only: score a finished run on a whole split; leaves scores.json and predictions.jsonl."""
@@ -311,13 +304,13 @@ def main():
     for source in ("init", "vision", "text"):
         path = getattr(config, source, None)
         if path and not state and Path(path).resolve() == Path(config.out_dir).resolve():
-            raise UserError(f"--{source} {path} would be replaced by the run that starts from it; give another --out-dir")
+            raise UserError(f"--{source} {path} would be replaced by the run that begins so; give another --out-dir")
     device = Device(config.device, config.dtype)
     if config.eval_only:
         return evaluate_run(config, device)
     if getattr(config, "show_batch", False):
         return show_batch(config, *build_setup(config, device))
-    old_files(config.out_dir)                                   # a folder that is not a run's is refused before all work
+    old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work
     try:
         setup, features = build_setup(config, device)
         model = train(config, setup, features, state)

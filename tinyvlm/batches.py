@@ -29,7 +29,7 @@ def pad_rows(rows):
 
 
 class Rows:
-    """All texts of a run as two padded tensors; image i owns rows first[i] .. first[i] + count[i] - 1, the last is empty.
+    """All texts of a run as two padded tensors; image i owns rows first[i] .. first[i] + count[i] - 1; `empty` is empty.
 
     fixed: batches keep the padding of the longest row of all, so that a GPU sees one shape; else that of their longest.
     """
@@ -83,13 +83,9 @@ class Batch:
     rand: torch.Tensor | None = None    # (8, b) numbers in 0..1 that decide the augmentation: see image.augment
     members: list | None = None         # which images these are
 
-    def pin_memory(self):
-        """The loader calls this: memory from which a GPU copies while it computes."""
-        return replace(self, img=self.img.pin_memory())
-
     def to(self, device, recipe, how=None):
         """On the device: img normalised floats (b, 3, S, S), augmented if `how` (an Augment) is given."""
-        img, idx, targets = (t.to(device, non_blocking=True) for t in (self.img, self.idx, self.targets))
+        img, idx, targets = (t.to(device) for t in (self.img, self.idx, self.targets))
         if img.dtype == torch.uint8:
             img = img.float() / 255                                               # (b, 3, S, S) in 0..1
             img = normalise(augment(img, how, self.rand) if how else img, recipe)
@@ -110,12 +106,12 @@ class Batches(torch.utils.data.Dataset):
         self.batch_size, self.seed, self.whole = batch_size, seed, whole
         self.rank, self.world, self.parts = rank, world, accum * world
         if batch_size % self.parts:
-            raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} micro-batches")
+            raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} parts")
         if not self.members:
             raise UserError("the train split holds no usable image with something to learn; see the lines above")
         if whole and not 1 < batch_size <= len(self.members):
-            raise UserError(f"a contrastive batch holds different images, at least 2: with {len(self.members)} training "
-                            f"images --batch-size cannot be {batch_size}")
+            raise UserError(f"a contrastive batch holds different images, at least 2: of {len(self.members)} training "
+                            f"images, --batch-size cannot be {batch_size}")
 
     def __getitem__(self, step):
         try:
@@ -133,8 +129,8 @@ class Batches(torch.utils.data.Dataset):
             if not self.store.dataset.may_flip(i):
                 rand[4, k] = 1.0                                # see augment(): 1 means as it is
         if self.store.is_features:
-            # Features cost nothing to repeat: each caption brings its image's. So captions of one length can stand
-            # together in a micro-batch, and the padding, which is computed like any word, goes from a half to little.
+            # Features cost nothing to repeat, so each caption brings its image's, and captions of one length can stand
+            # together in a micro-batch: the padding, which is computed like any word, goes from a half to little.
             picks = sorted(((i, [n]) for i, numbers in picks for n in numbers if n != self.rows.empty),
                            key=lambda pick: self.rows.length[pick[1][0]])
         cuts, out = [len(picks) * k // self.parts for k in range(self.parts + 1)], []
@@ -157,7 +153,7 @@ def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1)
     for start in starts[rank::world]:
         part = members[start:start + batch_size]
         img, places = store.get(part)
-        kept = [k for k, place in enumerate(places) if k == place]                # what could not be fetched is left out
+        kept = [k for k, place in enumerate(places) if k == place]                # without what could not be fetched
         part, img = [part[k] for k in kept], img[kept]
         K = max(1, max(rows.count[i] for i in part))
         numbers = [n for i in part for n in rows.of(i, K)]
@@ -178,8 +174,7 @@ def load_steps(batches, start, total, device, workers):
     if not batches.store.to(device.torch):
         # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers,
-                                             pin_memory=device.cuda, generator=torch.Generator(),
-                                             worker_init_fn=ignore_signals)
+                                             generator=torch.Generator(), worker_init_fn=ignore_signals)
     for micro_batches in loader:
         if isinstance(micro_batches, Exception):
             raise micro_batches

@@ -59,8 +59,8 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
     """Fill the dataclass `cls` from the command line. Order of authority: flags, then the preset, then the defaults.
 
     presets: {"name": {field: value}}; adds a --preset flag when given, whose default is `default_preset`. The result
-    carries `given`, the names of the fields that flags have set. Raises UserError on an unknown flag, preset, choice, or
-    a value of the wrong type, out of its range, or empty.
+    carries `given`, the names of the fields that flags have set. Raises UserError on an unknown flag, preset or choice,
+    and on a value of the wrong type, out of its range, or empty.
     """
     presets, hints = presets or {}, typing.get_type_hints(cls)
     for name, values in presets.items():
@@ -161,19 +161,25 @@ def run_script(main):
     except BrokenPipeError:                                     # `sample.py .. | head -1`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, MemoryError, RuntimeError, OSError) as error:
-        message = str(error)
-        if out_of_memory(error):
-            message = "memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"
-        elif re.search("Connection (closed|reset)|peer|NCCL", message) and "RANK" in os.environ:
-            message = "another process of this run has ended; its own message says why"
-        elif isinstance(error, OSError) and error.errno is not None:
-            remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
-            message = f"cannot use {error.filename or 'the output folder'}: {error.strerror}; {remedy}, or choose another"
-        elif not isinstance(error, UserError):
+    except Exception as error:
+        message = _sentence(error)
+        if message is None:
             raise
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _sentence(error):
+    """What the user is told of it; None if it is no mistake of theirs, but a bug of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if out_of_memory(error):
+        return "memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"
+    if "RANK" in os.environ and re.search("Connection (closed|reset)|peer|NCCL", str(error)):
+        return "another process of this run has ended; its own message says why"
+    if isinstance(error, OSError) and error.errno is not None:
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
+        return f"cannot use {error.filename or 'the output folder'}: {error.strerror}; {remedy}, or choose another"
 
 
 def _as_bytes(error):

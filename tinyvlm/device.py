@@ -54,7 +54,8 @@ class Device:
         """Each of the numbers summed over all processes: a list."""
         t = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(t := t.to(self.torch))
+            t = t.to(self.torch)
+            dist.all_reduce(t)
         return t.tolist()
 
     def merge(self, found):
@@ -63,10 +64,6 @@ class Device:
         if self.world > 1:
             dist.all_gather_object(parts, found)
         return {key: value for part in parts for key, value in part.items()}
-
-    def spread(self, model):
-        """The model as several processes train it together. A checkpoint is taken from the model itself."""
-        return torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
     def no_sync(self, model, last):
         """Processes exchange gradients once a step, with its last micro-batch."""

@@ -54,7 +54,8 @@ def save_model(model, setup, features, scores):
     write_json(out / "config.json", {
         "task": config.task, "model": getattr(config, "model", config.task), "sizes": asdict(model.config),
         "recipe": asdict(features and features.recipe or prepared.recipe), "clean": "none", **prepared.meta,
-        "features": features and features.meta, "dataset": setup.dataset.name, "scores": scores, "options": asdict(config)})
+        "features": features and features.meta, "dataset": setup.dataset.name, "scores": scores,
+        "options": asdict(config)})
 
 
 def save_state(out, model, optimizer, device, **rest):
@@ -73,7 +74,7 @@ def save_state(out, model, optimizer, device, **rest):
 
 
 def read_state(out):
-    """The content of a run's state.pt, or a UserError: torch.load trusts the numbers, so checksums are compared here."""
+    """The content of a run's state.pt, or a UserError. torch.load trusts the numbers: checksums are compared here."""
     path = Path(out) / "state.pt"
     try:
         with zipfile.ZipFile(path) as file:
@@ -85,7 +86,8 @@ def read_state(out):
     except Exception as error:                                  # a damaged zip or pickle can raise anything
         if isinstance(error, OSError) or out_of_memory(error):  # not the file's fault
             raise
-        raise UserError(f"{path} is damaged or of another version ({error!r:.60}); start again without --resume") from None
+        raise UserError(f"{path} is damaged or of another version ({error!r:.60}); train again without --resume") \
+            from None
 
 
 def load_state(out, state, model, optimizer, device, data):
