@@ -127,7 +127,7 @@ def report_test(model, setup, features, evaluate):
     print(f"\n{len(examples)} held-out examples, by the best model:", *map(show_example, examples[:6]), sep="\n")
     print("test split: " + show(scores))
     about = read_json(out / "config.json")
-    about["scores"].update({f"test {name}": value for name, value in scores.items()})
+    about["scores"] |= {f"test {name}": value for name, value in scores.items()}
     write_json(out / "config.json", about)
     shown = list({example["image"]: example for example in examples}.values())[:16]
     pictures = [dataset.open(example["image"]) for example in shown]
