@@ -40,17 +40,6 @@ def copy(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "copy")
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """stop_at(n): Ctrl-C in the middle of step n."""
-    real = train.one_cycle
-
-    def stop(n):
-        monkeypatch.setattr(train, "one_cycle", lambda step, *args, **how: (
-            signal.raise_signal(signal.SIGINT) if step + 1 == n else None, real(step, *args, **how))[1])
-    return stop
-
-
 # ---- what a run leaves, and what is said at its end
 
 def test_training_leaves_a_complete_folder(trained):
