@@ -174,8 +174,9 @@ def build(config, prepared, features=None):
             raise UserError(f"--text {config.text} reads only {text.block_size} tokens; image and caption need {room}")
     else:
         text = GPTConfig(block_size=room, vocab_size=vocab_size, **tower_sizes(config))
-    if config.wiring == "lockstep" and (vision is None or vision.n_layer != text.n_layer):
-        raise UserError("--wiring lockstep pairs the layers of a vision tower with as many of a decoder; drop it")
+    if config.wiring == "lockstep" and (not vision or vision.n_layer != text.n_layer):
+        raise UserError(f"--wiring lockstep pairs the layers of a vision tower with the decoder's {text.n_layer}: they must "
+                        "be as many; use --wiring final, or give --n-layer")
     model = build_vlm(VLMConfig(model=config.model, vision=vision, text=text, wiring=config.wiring,
                                 shuffle=config.shuffle, feat_dim=features and features.feat_dim,
                                 image_token=prepared.meta["first"] if config.model == "prefix" else None))
@@ -190,7 +191,7 @@ def build(config, prepared, features=None):
 def n_image_tokens(model, vision, shuffle, features=None):
     """How many tokens an image takes in the decoder's context: 196 in a prefix of 16-pixel patches at 224, else none."""
     n = 0 if model != "prefix" else vision.n_patches if vision else features.n_tokens
-    if shuffle > 1 and (math.isqrt(n) ** 2 != n or math.isqrt(n) % shuffle):
+    if math.isqrt(n) % shuffle or shuffle > 1 and math.isqrt(n) ** 2 != n:
         raise UserError(f"--shuffle {shuffle} needs a square grid that it divides, not {n} image tokens")
     return n // shuffle ** 2
 

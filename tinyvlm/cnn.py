@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .config import UserError
+
 
 class AllReduce(torch.autograd.Function):
     """dist.all_reduce, but with a gradient: the sum of x over all processes, and backward the sum of its gradients."""
@@ -39,6 +41,8 @@ class BatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(n_channel))
 
     def forward(self, x):
+        if self.training and x.numel() == x.shape[1]:
+            raise UserError("BatchNorm in training needs several images, or places, at once: raise --batch-size, lower --accum")
         world = dist.get_world_size() if self.training and dist.is_initialized() else 1
         if world == 1:                                      # in one fused call, what follows for several processes
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
