@@ -103,7 +103,7 @@ def read_options(argv):
 
     Also the state to resume from, or None. What would contradict the run is refused.
     """
-    out, state = Path(peek(argv, "out_dir", "out")), None
+    out, state = Path(str(peek(argv, "out_dir", "out"))), None
     if peek(argv, "eval_only"):
         saved = load_run(out).config["options"]
         free = {"eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "dtype", "data_dir", "features",

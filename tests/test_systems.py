@@ -5,6 +5,7 @@ own configuration from the first command to the last; each pair of task and towe
 a sentence; and each preset runs. Nothing but 127.0.0.1 is contacted. A picture's colour tells its number, and so do its
 captions: one that meets another's words is seen.
 """
+import itertools
 import json
 import pickle
 
@@ -18,10 +19,9 @@ import train
 from helpers import TEXT, TINY, album, from_folder, one_sentence, png, run, table
 from servers import send
 from tinyvlm.batches import Batches
-from tinyvlm.config import UserError
-from tinyvlm.pretrained import load_clip, load_gpt2, load_resnet50, load_run, load_vit
+from tinyvlm.pretrained import load_gpt2, load_resnet50, load_run, load_vit
 from tinyvlm.presets import PRESETS
-from tinyvlm.weights import load_safetensors
+from tinyvlm.weights import load_safetensors, save_safetensors
 
 # as few sizes as the presets allow; what a task does not have is added by text()
 SMALL = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--image-size", "16", "--batch-size", "4", "--device", "cpu",
@@ -33,7 +33,7 @@ STEPS = ["--batch-size", "4", "--eval-interval", "3", "--device", "cpu", "--log-
 def pub(tmp_path_factory):
     """Tiny public checkpoints by name."""
     folder = tmp_path_factory.mktemp("pub")
-    makers = {"vit": public.tiny_vit, "gpt2": public.tiny_gpt2, "clip": public.tiny_clip, "resnet": public.tiny_resnet50,
+    makers = {"vit": public.tiny_vit, "gpt2": lambda folder: public.tiny_gpt2(folder, block_size=400), "clip": public.tiny_clip, "resnet": public.tiny_resnet50,
               "vgg": public.tiny_vgg16, "bert": public.bert_tokenizer}
     return {name: make(folder / name) for name, make in makers.items()}
 
@@ -59,7 +59,7 @@ def begins_as(state, part, model):
 
 
 def moved(before, after, part):
-    return any(not torch.equal(before[name], after[name]) for name in before if name.startswith(part))
+    return any(not torch.equal(p, after[name]) for name, p in before.items() if name.startswith(part) and "cross" not in name)
 
 
 # ---- data in public layouts
@@ -76,9 +76,11 @@ def flickr30k(folder, n=20):
 
 def coco(folder, url=None):
     """COCO's captions of 2014: 20 images of train, 4 of val; with the images, or (given a server's address) none."""
+    words = "elephant umbrella mountain bicycle sandwich keyboard telescope volleyball".split()
     for subset, ids in (("train2014", range(20)), ("val2014", range(40, 44))):
         images = [{"id": k, "file_name": f"COCO_{subset}_{k:012d}.jpg", "coco_url": f"{url}/{k}"} for k in ids]
-        notes = [{"id": 2 * k + j, "image_id": k, "caption": f"picture {k} {'ab'[j]}"} for k in ids for j in (0, 1)]
+        notes = [{"id": 2 * k + j, "image_id": k, "caption": f"picture {k} {'ab'[j]} {words[(3 * k + j) % 8]}"}
+                 for k in ids for j in (0, 1)]
         public.write(folder / "annotations", f"captions_{subset}.json", {"images": images, "annotations": notes})
         (folder / subset).mkdir()
         for image in [] if url else images:
@@ -164,19 +166,19 @@ def test_each_streamed_image_meets_its_own_caption(streamed):
     for step in range(4):
         for batch in batches[step]:
             for img, rows in zip(batch.img, batch.targets.view(5, 2, -1)):
-                texts = {setup.prepared.tokenizer.decode(row[row >= 0].tolist()[:-1]) for row in rows}
+                texts = sorted(setup.prepared.tokenizer.decode(row[row >= 0].tolist()[:-1]) for row in rows)
                 seen.append(round(img[0].float().mean().item() / 4))
-                assert texts == {f"picture {seen[-1]} a", f"picture {seen[-1]} b"}
+                assert [text.split()[:3] for text in texts] == [["picture", f"{seen[-1]}", name] for name in "ab"]
     assert len(seen) == 40 and not {3, 8} & {*seen} and len({*seen}) > 12
 
 
 def test_a_server_without_images_is_one_sentence(streamed, host, tmp_path, capsys):
     """Met in the loader's process, where an error once came with its traceback; and while evaluating."""
-    for gone in (range(40, 44), range(20)):
-        for k in gone:
-            host.pages.pop(f"/{k}", None)
-        run(train, *streamed, *SMALL, *TEXT, "--epochs", "1", "--out-dir", tmp_path / "r", code=2)
-        one_sentence(capsys, "404" if 0 in gone else "no usable image to evaluate with")
+    host.pages.clear()
+    for there, words in (((), "HTTP 404; try again"), (range(20), "no usable image to")):
+        host.pages.update({f"/{k}": send(png(k)) for k in there})
+        run(train, *streamed, *SMALL, *TEXT, "--out-dir", tmp_path / "r", code=2)
+        one_sentence(capsys, words)
 
 
 def test_3_vgg16_features_wordpiece_and_lstm(pub, tmp_path, capsys):
@@ -216,14 +218,16 @@ def test_4_resnet50_with_cached_texts_on_coco(pub, tmp_path, steps, capsys):
     run(sample, "--image", out / "example.png", "--labels", "a dog", "a cat", "--out-dir", out, "--json")
     labels = json_lines(capsys)[0]["labels"]
     assert labels.keys() == {"a dog", "a cat"} and sum(labels.values()) == pytest.approx(1)
-    for edit in range(2):                                       # with other weights the cache is made anew, and said
-        run(sample, "--search", "a dog", "--images", tmp_path / "d" / "val2014", "--sheet", tmp_path / "f.png", "--out-dir",
-            out, "--json")
-        hits = json_lines(capsys)
-        assert len(hits) == 4 and {*hits[0]} == {"image", "score"} and (tmp_path / "f.png").exists()
-        run(train, *where, *STEPS, "--task", "clip", "--vision", pub["resnet"], "--text-embeddings", texts, "--epochs", "1",
-            "--lr", "0.01", "--out-dir", out)
-        capsys.readouterr()
+    argv = ["--search", "a dog", "--images", tmp_path / "d" / "val2014", "--sheet", tmp_path / "f.png", "--out-dir", out]
+    run(sample, *argv, "--json")
+    hits = json_lines(capsys)
+    assert len(hits) == 4 and {*hits[0]} == {"image", "score"} and (tmp_path / "f.png").exists()
+    tensors = load_safetensors(out / "model.safetensors")       # other weights: once a search failed until a file was removed
+    save_safetensors({name: t.flip(0) if t.dim() == 1 else t.clone() for name, t in tensors.items()},
+                     out / "model.safetensors", {"format": "pt"})
+    run(sample, *argv, "--json")
+    again = json_lines(capsys)
+    assert {hit["image"] for hit in again} == {hit["image"] for hit in hits} and again != hits
     run(train, "--eval-only", "--out-dir", out)
     assert json.loads((out / "scores.json").read_text())["text to image R@1"] >= 0
 
@@ -238,7 +242,7 @@ def test_5_from_addresses_to_answers(pub, host, tmp_path, steps, capsys):
     for _ in range(2):                                          # the second time nothing is fetched
         run(data, *where, *sheet, "--rows", rows, "--limit", "20", "--size", "32", "--allow-private")
         assert "20 images, 20 captions" in capsys.readouterr().out
-    assert max(host.requested.values()) == 1
+    assert len({path for _, path, _ in host.seen}) == len(host.seen)
     (tmp_path / "l.json").write_text('{"kind": ["a dog", "a cat", "a boat"], "place": ["a beach", "a street"]}')
     run(data, *where, *sheet, "--label", tmp_path / "l.json", "--labeler", pub["clip"], "--margin", "0")
     command = capsys.readouterr().out.splitlines()[-1].partition("train.py ")[2].split()
@@ -275,18 +279,16 @@ def test_5_from_addresses_to_answers(pub, host, tmp_path, steps, capsys):
 
 # ---- every pair of task and towers
 
-FEATURES = {"caption": "drop --vision", "clip": "drop --vision"}
 TASKS = {"cross": ["--model", "cross"], "prefix": ["--model", "prefix"], "lstm": ["--model", "lstm"], "vqa": ["--task", "vqa",
          "--max-tokens", "200"], "clip": ["--task", "clip"], "classify": ["--task", "classify"]}
 
 
 @pytest.fixture(scope="module")
-def scenes(pub, tmp_path_factory):
-    """Drawn scenes, and the features of a ViT and a CLIP of them."""
-    folder = tmp_path_factory.mktemp("scenes")
-    for name in ("vgg", "clip"):
-        run(data, "--n-scenes", "8", "--data-dir", folder, "--features", pub[name], "--sheet", folder / "s.png")
-    run(data, "--n-scenes", "8", "--data-dir", folder, "--text-embeddings", pub["clip"], "--sheet", folder / "s.png")
+def encoded(pub, tmp_path_factory):
+    """Photographs and drawn scenes with their features by VGG-16, the scenes also with their captions' by CLIP."""
+    folder = tmp_path_factory.mktemp("encoded")
+    for where in (from_folder(album(folder / "photos")), ["--data-dir", folder / "scenes", "--n-scenes", "8"]):
+        run(data, *where, "--features", pub["vgg"], "--text-embeddings", pub["clip"], "--sheet", folder / "s.png")
     return folder
 
 
@@ -296,23 +298,23 @@ def refusal(task, vision, text):
         return "unrecognized arguments"
     if vision == "resnet" and task not in ("clip", "classify"):
         return "a captioner takes a ViT"
-    if text == "embeddings" and task != "clip":
-        return "unrecognized arguments"
-    if text == "public" and task == "lstm":
-        return "--model lstm has no GPT-2"
-    return None
+    return "--model lstm has no GPT-2" if text == "public" and task == "lstm" else None
 
 
-@pytest.mark.parametrize("text", [None, "public", "embeddings"])
-@pytest.mark.parametrize("vision", [None, "vit", "resnet", "clip", "features"])
-@pytest.mark.parametrize("task", TASKS)
-def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, scenes, tmp_path, capsys, task, vision, text):
+ABOVE = [("cross", "vit", "public"), ("prefix", None, None), ("prefix", "vit", "public"), ("lstm", "features", None),
+         ("clip", "resnet", "embeddings"), ("classify", "vit", None), ("classify", "resnet", None)]    # the five systems
+PAIRS = [pair for pair in itertools.product(TASKS, (None, "vit", "resnet", "features"), (None, "public", "embeddings"))
+         if pair not in ABOVE and not (pair[2] and refusal(*pair[:2], None)) and (pair[2] != "embeddings" or pair[0] == "clip")]
+
+
+@pytest.mark.parametrize("task, vision, text", PAIRS)
+def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp_path, capsys, task, vision, text):
     words, out = refusal(task, vision, text), tmp_path / "out"
     argv = [*SMALL, "--n-scenes", "8", *TASKS[task], "--epochs", "1"]
     if vision:
-        argv += ["--features", scenes / "features-vgg.safetensors"] if vision == "features" else ["--vision", pub[vision]]
+        argv += ["--features", encoded / "scenes" / "features-vgg.safetensors"] if vision == "features" else ["--vision", pub[vision]]
     if text:
-        argv += ["--text-embeddings", scenes / "text-embeddings-clip.safetensors"] if text == "embeddings" else \
+        argv += ["--text-embeddings", encoded / "scenes" / "text-embeddings-clip.safetensors"] if text == "embeddings" else \
             ["--text", pub["clip" if task == "clip" else "gpt2"]]
     run(train, *argv, "--out-dir", out, code=2 if words else 0)
     if words:
@@ -325,26 +327,23 @@ def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, scenes, tmp_
     if task == "classify":
         return one_sentence(capsys, "train.py --vision")
     assert f"{out}/example.png: " in capsys.readouterr().out
-    run(train, "--eval-only", "--out-dir", out)
-    assert (out / "predictions.jsonl").exists()
 
 
 # ---- every preset
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_runs(pub, tmp_path, capsys, name):
+def test_every_preset_runs(pub, encoded, tmp_path, capsys, name):
     """At tiny sizes, on a data set of its kind: what a preset sets fits its task, and works."""
-    folder = album(tmp_path / "d")
+    folder = encoded / "photos"
     argv = ["--preset", name, *SMALL, *from_folder(folder), "--out-dir", tmp_path / "out"]
     if name in ("vqa", "vqa-photos"):
         argv += ["--dataset", "shapes", "--n-scenes", "8"] if name == "vqa" else vqav2(tmp_path / "q")
     if name == "labels":
-        labels = [(f"{k}.jpg", "kind", "ab"[k % 2]) for k in range(20)]
+        labels = [(f"Images/{k}.jpg", "kind", "ab"[k % 2]) for k in range(20)]
         argv += ["--labels", table(tmp_path / "l.csv", [("image", "category", "label"), *labels])]
     if name == "public":
         argv += ["--vision", pub["vit"], "--text", pub["gpt2"]]
     if name in ("lstm", "decoder", "reward"):
-        run(data, *from_folder(folder), "--features", pub["vgg"], "--sheet", tmp_path / "s.png")
         argv += ["--features", folder / "features-vgg.safetensors", *(["--n-hidden", "24"] if name != "decoder" else [])]
     if name == "reward":
         run(train, *argv, "--preset", "lstm", "--out-dir", tmp_path / "init")
