@@ -85,7 +85,7 @@ def load_dataset(config):
 
 
 def open_streamed(cache, urls, i):
-    """Image i, fetched. A function of the module, so that it can be sent to the processes that decode."""
+    """Image i from its address. (No lambda: macOS pickles it for the processes of the loader.)"""
     return cache.open(urls[i])
 
 

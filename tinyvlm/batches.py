@@ -152,7 +152,12 @@ def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1)
     starts = range(0, len(members), batch_size)
     for start in starts[rank::world]:
         part = members[start:start + batch_size]
-        img, places = store.get(part)
+        try:
+            img, places = store.get(part)
+        except UserError:
+            if not store.dataset.urls:
+                raise
+            continue                                            # none of these could be fetched: others may be
         kept = [k for k, place in enumerate(places) if k == place]                # without what could not be fetched
         part, img = [part[k] for k in kept], img[kept]
         K = max(1, max(rows.count[i] for i in part))

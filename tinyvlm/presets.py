@@ -6,6 +6,7 @@ defaults are theirs.
 import torch
 
 from .config import peek
+from .pretrained import is_run
 
 PHOTOS = dict(dataset="flickr8k", image_size=128, n_embd=256, dropout=0.2, crop=0.4, jitter=0.3)
 WORDS = dict(clean="words", optimizer="adamw")
@@ -61,7 +62,7 @@ def choose(argv):
         return task, "reward"
     if peek(argv, "features"):
         return task, "lstm" if peek(argv, "model", "lstm") == "lstm" else "decoder"
-    if peek(argv, "vision") or peek(argv, "text"):
+    if peek(argv, "text") or peek(argv, "vision") and not is_run(str(peek(argv, "vision"))):
         return task, "public"
     gpu = torch.cuda.is_available() and str(peek(argv, "device", "auto"))[:4] in ("auto", "cuda")
     return task, "gpu" if gpu else "laptop"
