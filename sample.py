@@ -67,8 +67,6 @@ class SampleConfig:
     device: str = option("cpu", "cpu, cuda or mps; for a few images the cpu is quick enough")
 
 
-# ---- pictures in
-
 def open_image(name):
     """A file or an address -> RGB PIL image. Raises UserError."""
     if not name.startswith(("http://", "https://")):
@@ -114,8 +112,6 @@ def inputs(run, config, batch_size):
     for reason in broken.values():
         print(f"left out: {reason}", file=sys.stderr)
 
-
-# ---- captions and answers
 
 def write(run, config, img, prompts, longest, seed):
     """Rows of ids for images img, each going on from its row of `prompts`, of at most `longest` tokens."""
@@ -185,8 +181,6 @@ def answer(run, config):
             row = {"image": name, "question": question, "answer": text}
             print(json.dumps(row) if config.json else f"{name}: {question}  {text}", flush=True)
 
-
-# ---- pictures and sentences
 
 def read_labels(labels):
     """--labels: phrases, or one file that holds one on each line. Raises UserError for fewer than two."""

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import DataConfig, ImageStore, load_dataset
@@ -94,10 +93,8 @@ FREE_TO_SCORE = FREE | {"dtype", "batch_size", "allow_broken"}
 
 
 def read_options(argv):
-    """The command line -> options of the task it names; with --resume or --eval-only those of the run in --out-dir.
-
-    Also the state to resume from, or None. What would contradict the run is refused.
-    """
+    """The command line -> options of the task it names; with --resume or --eval-only those of the run in --out-dir, and
+    what would contradict them is refused. Also the state to resume from, or None."""
     out, state = Path(str(peek(argv, "out_dir", "out"))), None
     if peek(argv, "eval_only"):
         saved, free = load_run(out).config["options"], FREE_TO_SCORE
@@ -311,14 +308,10 @@ def main():
     if getattr(config, "show_batch", False):
         return show_batch(config, *build_setup(config, device))
     old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work
-    try:
-        setup, features = build_setup(config, device)
-        model = train(config, setup, features, state)
-        if model is not None:
-            report_test(model, setup, features, TASKS[config.task].evaluate)
-    finally:
-        if device.world > 1:
-            dist.destroy_process_group()
+    setup, features = build_setup(config, device)
+    model = train(config, setup, features, state)
+    if model is not None:
+        report_test(model, setup, features, TASKS[config.task].evaluate)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def test_the_printed_command_works_whatever_the_folder_is_called(tmp_path):
     printed = process.printed()
     for words in ("held-out examples", "truth", "test split: ", "prediction"):
         assert words in printed
+    steps = [line for line in printed.splitlines() if re.match(r"step \d+/", line)]
+    assert len(steps) == 3 and max(map(len, steps)) <= 100 and steps[1].endswith(" min left")
     command = printed.splitlines()[-1].strip().replace(f"{tmp_path}/", "").removeprefix("python sample.py")
     (tmp_path / "sample.py").symlink_to(ROOT / "sample.py")
     shown = subprocess.run(os.fsencode(f"{sys.executable} sample.py{command}"), shell=True, cwd=tmp_path, timeout=60,

@@ -16,12 +16,10 @@ import codecs
 import dataclasses
 import difflib
 import errno
-import io
 import operator
 import os
 import re
 import sys
-import types
 import typing
 
 
@@ -97,7 +95,7 @@ def peek(argv, name, default=None):
 
 def _add_flag(parser, field, hint):
     """One field, one flag: int, float, str, bool, `T | None`, or list[T] (one or more values)."""
-    if isinstance(hint, types.UnionType):                       # `int | None`: parsed as int, None means "not given"
+    if type(None) in typing.get_args(hint):                     # `int | None`: parsed as int, None means "not given"
         hint = typing.get_args(hint)[0]
     many = typing.get_origin(hint) is list
     kind, choices = typing.get_args(hint)[0] if many else hint, field.metadata["choices"]
@@ -152,7 +150,7 @@ def out_of_memory(error):
 def run_script(main):
     """Run a script's main(): a UserError, a disk that refuses, memory that ran out: one sentence and exit code 2."""
     codecs.register_error("as_bytes", _as_bytes)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="as_bytes")
     try:
         return main()

@@ -3,6 +3,7 @@
 On a GPU, products run in bfloat16 (float16 with a gradient scaler where that is only emulated); on a CPU everything is
 float32. Several processes (torchrun) each take their share of every batch and add up gradients.
 """
+import atexit
 import os
 from contextlib import nullcontext
 
@@ -40,6 +41,7 @@ class Device:
             torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
         if dtype == "auto":
             native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = "bfloat16" if native else "float16" if self.cuda else "float32"
