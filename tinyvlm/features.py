@@ -20,7 +20,7 @@ from .config import UserError
 from .image import Recipe, open_batches, preprocess
 from .layouts import MAX_LOST
 from .pretrained import is_run, load_pretrained, load_run
-from .weights import SafetensorsError, load_safetensors, read_metadata, save_safetensors
+from .weights import load_safetensors, read_metadata, save_safetensors
 
 ENCODERS = {"vgg16": "timm/vgg16.tv_in1k", "resnet50": "timm/resnet50.tv_in1k", "vit": "google/vit-base-patch16-224",
             "clip": "openai/clip-vit-base-patch32"}
@@ -35,13 +35,13 @@ def open_encoder(source):
 
 
 class Encoder:
-    """A frozen public network and its recipe: PIL images -> features (B, D), pooled, or CLIP's embedding."""
+    """A frozen network and its recipe: PIL images -> features (B, D), pooled, or CLIP's embedding."""
 
     def __init__(self, source, device="cpu"):
         self.source, self.device, loaded = ENCODERS.get(source, source), device, open_encoder(source)
         self.model, self.recipe = loaded.model.to(device), loaded.recipe
         self.encode = getattr(self.model, "encode_image", None) or getattr(self.model, "features", None)
-        if self.recipe is None or self.encode is None:
+        if self.encode is None or getattr(self.model, "vision", self.model) is None:
             raise UserError(f"{source} holds no image encoder; use {', '.join(ENCODERS)}, or another such checkpoint")
 
     @torch.inference_mode()
@@ -86,13 +86,13 @@ def write_rows(path, ids, open_one, encode, meta, batch_size, say):
     What is broken is counted and left out. Raises UserError if nothing can be read, or if `path` was made with another
     of `meta`: {"encoder": .., "dataset": ..}.
     """
-    done, broken = {}, {}
+    done, broken, path = {}, {}, Path(path)
     if path.exists():
-        old, done_ids = read_metadata(path), json.loads(read_metadata(path).get("ids", "[]"))
-        for key in meta:
-            if old.get(key) != meta[key]:
+        done_ids, feats, old = read_features(path)
+        for key in ("encoder", "dataset", "captions"):
+            if old.get(key) != meta.get(key):
                 raise UserError(f"{path} was made with another {key} ({str(old.get(key))[:60]}); remove it, or rename it")
-        done = dict(zip(done_ids, load_safetensors(path)["features"].clone()))
+        done = dict(zip(done_ids, feats.clone()))
         say(f"{path} already holds {len(done)}")
     todo = [k for k, name in enumerate(ids) if name not in done]
     for n, part in enumerate(open_batches(todo, open_one, batch_size, broken, "encoding"), 1):
@@ -113,7 +113,7 @@ def write_features(source, dataset, path, batch_size=32, device="cpu", say=print
     """Every image of a data set through a frozen image encoder, once."""
     encoder = Encoder(source, device)
     meta = {"encoder": encoder.source, "recipe": json.dumps(asdict(encoder.recipe)), "dataset": dataset.name}
-    write_rows(Path(path), short_names(dataset.names), dataset.open, encoder, meta, batch_size, say)
+    write_rows(path, short_names(dataset.names), dataset.open, encoder, meta, batch_size, say)
 
 
 def write_text_embeddings(source, dataset, path, device="cpu", say=print):
@@ -126,7 +126,7 @@ def write_text_embeddings(source, dataset, path, device="cpu", say=print):
     if getattr(model, "text_head", None) is None or loaded.tokenizer is None:
         raise UserError(f"{source} is no CLIP with a text tower and its tokenizer; name one that has both")
     meta = {"encoder": ENCODERS.get(source, source), "captions": digest(dataset), "dataset": dataset.name}
-    write_rows(Path(path), caption_ids(dataset), texts.__getitem__,
+    write_rows(path, caption_ids(dataset), texts.__getitem__,
                lambda part: text_embeddings(model, loaded.tokenizer, part), meta, 256, say)
 
 
@@ -142,18 +142,15 @@ def digest(dataset):
 
 def read_features(path):
     """A feature file -> ids, features (n, D) or (n, N, D) float16, metadata. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no feature file {path}; make one with data.py, or name another")
     try:
-        meta = read_metadata(path)
-        feats, ids = load_safetensors(path)["features"], short_names(json.loads(meta["ids"]))
-        recipe = Recipe(**json.loads(meta["recipe"])) if "recipe" in meta else None
-    except (SafetensorsError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no feature file, or damaged: it needs a tensor `features` and, in its metadata, `ids`, "
-                        f"the image names as a JSON list ({error!r:.80}); make it again") from None
-    if feats.dim() not in (2, 3) or len(ids) != len(feats) or 0 in feats.shape or not feats.isfinite().all():
-        raise UserError(f"{path} should hold finite features of shape (n, D) or (n, N, D) and a name for each; they are "
-                        f"{tuple(feats.shape)}, with {len(ids)} names; make it again")
+        meta, feats = read_metadata(path), load_safetensors(path)["features"]
+        ids, recipe = short_names(json.loads(meta["ids"])), json.loads(meta.get("recipe", "null"))
+        recipe = recipe and Recipe(**recipe)
+        if feats.dim() not in (2, 3) or len(ids) != len(feats) or 0 in feats.shape or not feats.isfinite().all():
+            raise ValueError(f"{len(ids)} names, and features of shape {tuple(feats.shape)}, perhaps not all finite")
+    except (KeyError, TypeError, ValueError) as error:          # a SafetensorsError is a ValueError, too
+        raise UserError(f"{path} is no feature file, or damaged: it needs finite `features` (n, D) or (n, N, D) and, in "
+                        f"its metadata, `ids`, n names as a JSON list ({error!r:.90}); make it again") from None
     return ids, feats, {**meta, "recipe": recipe}
 
 
@@ -172,8 +169,7 @@ class FeatureFile:
         if len(missing) > MAX_LOST * len(wanted) or meta.get("dataset", dataset.name) != dataset.name:
             raise UserError(f"{path} is of {meta.get('dataset', 'another data set')} and lacks {len(missing)} of the "
                             f"{len(wanted)} images of {dataset.name} {missing[:1]}; run data.py --features again")
-        if missing:
-            say(f"left out: {len(missing)} images that {path} has no features of, such as {missing[0]}")
+        say(f"{len(missing)} images are left out: {path} has no features of them {missing[:1]}")
         self.row = {i: place[names[i]] for i in wanted if names[i] in place}
         self.feat_dim, self.n_tokens = self.data.shape[-1], 1 if self.data.dim() == 2 else self.data.shape[1]
         encoder, self.recipe = meta.get("encoder", "unknown"), meta["recipe"]

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 
 from . import metrics
 from .captions import clean_caption
-from .clip import CLIP, CLIPConfig, chance, gather, in_batch_accuracy, info_nce, similarities
+from .clip import CLIP, CLIPConfig, chance, gather, info_nce, similarities
 from .config import UserError, option
 from .features import TextEmbeddings, text_embeddings, text_rows
-from .files import IMAGE_TYPES, list_images
+from .files import list_images
 from .gpt import GPTConfig
 from .image import Recipe, load_image, normalise, open_batches, to_uint8
 from .pretrained import load_clip
-from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, tower_sizes, train_mode
+from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, tower_sizes
 from .tokenizer import END
 from .weights import load_safetensors, read_metadata, save_safetensors
 
@@ -34,10 +34,9 @@ class Options(TextOptions):
     """What only --task clip has."""
     features: str | None = option(None, "learn from ready-made image features in this file (data.py --features)",
                                   group="contrastive training")
-    text_embeddings: str | None = option(None, "the file of text embeddings made by data.py --text-embeddings: a frozen "
-                                               "text tower, run once")
-    head: str = option("linear", "from the image's features to the common space; mlp: two layers with GELU between",
-                       ("linear", "mlp"))
+    text_embeddings: str | None = option(None, "the same for the captions (data.py --text-embeddings): a frozen text "
+                                               "tower, run once")
+    head: str = option("linear", "from image features to the common space; mlp: two layers with GELU", ("linear", "mlp"))
     n_joint: int = option(512, "numbers in the common space (a public text tower brings its own)", above=0)
 
 
@@ -46,31 +45,34 @@ class Options(TextOptions):
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared: a caption is what the text tower reads, or the number of a ready-made embedding.
 
-    start: the towers that `build` begins with, vision and reader (a CLIP), ready text embeddings, and the CLIPConfig.
+    start: what `build` begins with: the towers vision and reader (a CLIP), ready text embeddings, and the CLIPConfig.
     """
     vision = load_vision(config.vision) if config.vision and not run else None
     reader = load_clip(config.text) if config.text and not run else None
     ready = TextEmbeddings(config.text_embeddings, dataset) if config.text_embeddings else None
     if vision and features or reader and ready:
         raise UserError("a tower has made --features or --text-embeddings: drop --vision or --text, or the file")
+    if features and features.data.dim() != 2:
+        raise UserError(f"--task clip takes one vector for each image, and {config.features} has {features.n_tokens}")
     texts = [[clean_caption(text, config.clean) for text in captions] for captions in dataset.captions]
-    tokenizer = run.tokenizer if run else reader.tokenizer if reader else None if ready else \
-        make_tokenizer(config, [text for i in dataset.splits["train"] for text in texts[i]])
+    if run or reader or ready:
+        tokenizer = None if ready else (run or reader).tokenizer
+    else:
+        tokenizer = make_tokenizer(config, [text for i in dataset.splits["train"] for text in texts[i]])
     if tokenizer is None and not ready:
         raise UserError(f"--text {config.text} came without its tokenizer; name a checkpoint that has one")
     if run:
-        sizes = run.model.config
+        sizes, recipe = run.model.config, run.recipe
     else:
-        text = reader.config.text if reader else None if ready else GPTConfig(
-            block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **tower_sizes(config))
-        sizes = CLIPConfig(
-            vision=None if features else vision.config if vision else fresh_vision(config), text=text, head=config.head,
-            n_joint=reader.config.n_joint if reader else ready.dim if ready else config.n_joint, dropout=config.dropout,
-            end_token=reader.config.end_token if reader else tokenizer.token_to_id(END) if tokenizer else None,
-            feat_dim=features and features.feat_dim)
-    rows = ready.rows if ready else [
-        [(row, [0]) for row in text_rows(tokenizer, captions, sizes).tolist()] if captions else [] for captions in texts]
-    recipe = run.recipe if run else vision.recipe if vision else Recipe(size=config.image_size)
+        made = CLIPConfig(text=None, n_joint=ready.dim) if ready else reader.config if reader else CLIPConfig(
+            text=GPTConfig(block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **tower_sizes(config)),
+            n_joint=config.n_joint, end_token=tokenizer.token_to_id(END))
+        seen = None if features else vision.config if vision else fresh_vision(config)
+        sizes = CLIPConfig(seen, made.text, made.n_joint, config.head, made.end_token, features and features.feat_dim,
+                           config.dropout)
+        recipe = vision.recipe if vision else Recipe(size=config.image_size)
+    rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, sizes).tolist()]
+                                     for captions in texts]
     return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
                     SimpleNamespace(vision=vision, reader=reader, ready=ready, sizes=sizes))
 
@@ -84,9 +86,8 @@ def build(config, prepared, features=None):
         if head is not None and config.head == "linear" and head.shape == model.image_head.weight.shape:
             model.image_head.weight.data.copy_(head)
     if start.reader:
-        model.text.load_state_dict(start.reader.text.state_dict())
-        model.text_head.load_state_dict(start.reader.text_head.state_dict())
-        model.logit_scale.data.copy_(start.reader.logit_scale.data)
+        theirs = start.reader.state_dict().items()
+        model.load_state_dict({name: x for name, x in theirs if name.startswith(("text", "logit_scale"))}, strict=False)
     return model
 
 
@@ -102,34 +103,30 @@ def loss(model, batch, setup):
     return info_nce(gather(image_emb), gather(text_emb), scale)
 
 
-@torch.no_grad()
-def evaluate(model, setup, split, limit=None, n_predict=None, **_):
+def evaluate(model, setup, split, limit=None, **_):
     """-> scores, examples: Recall@K both ways over a split, mean of the six first; the best caption for each image.
 
     Of drawn scenes with one caption only the first is searched: no sentence could tell them apart.
     """
-    device, dataset, rows, image_emb, text_emb = setup.device, setup.dataset, setup.prepared.rows, {}, {}
-    model.eval()
-    for batch in setup.each_batch(split, None if dataset.name == "shapes" else limit):
-        with device.autocast():
-            img = model.encode_image(batch.img).cpu()                             # (b, D)
-            kept = (batch.targets[:, 0] == 0).cpu()                               # rows that stand for a caption
-            txt = model.encode_text(texts_of(batch, setup)).cpu()[kept]           # (all their captions, D)
-        image_emb.update(zip(batch.members, img))
-        text_emb.update(zip(batch.members, txt.split([len(rows[i]) for i in batch.members])))
-    train_mode(model)
-    image_emb, text_emb = device.merge(image_emb), device.merge(text_emb)
-    members = [i for i in setup.store.usable(split) if i in image_emb]
-    if dataset.name == "shapes":
-        members = sorted({dataset.captions[i][0]: i for i in reversed(members)}.values())
-    members = members[:limit]
-    img, txt = torch.stack([image_emb[i] for i in members]), torch.cat([text_emb[i] for i in members])     # (n, D), (m, D)
+    dataset, rows = setup.dataset, setup.prepared.rows
+
+    def predict(batch):
+        """-> {image: its embedding (D,) and those of its captions (k, D)}"""
+        kept = batch.targets[:, 0] == 0                                           # rows that stand for a caption
+        text_emb = model.encode_text(texts_of(batch, setup))[kept].cpu()          # (all their captions, D)
+        image_emb = model.encode_image(batch.img).cpu()                           # (b, D)
+        return dict(zip(batch.members, zip(image_emb, text_emb.split([len(rows[i]) for i in batch.members]))))
+    distinct = dataset.name == "shapes"
+    found = run_split(model, setup, split, None if distinct else limit, predict)[0]
+    members = sorted({dataset.captions[i][0]: i for i in reversed(found)}.values())[:limit] if distinct else [*found]
+    img = torch.stack([found[i][0] for i in members])                             # (n, D)
+    txt = torch.cat([found[i][1] for i in members])                               # (m, D)
+    first = torch.stack([found[i][1][0] for i in members])                        # (n, D)
     owner = torch.tensor([k for k, i in enumerate(members) for _ in rows[i]])     # (m,)
     recall, shuffled = (metrics.recall_at_k(emb, txt, owner) for emb in (img, img.roll(1, 0)))
-    first = torch.stack([text_emb[i][0] for i in members])                        # (n, D)
-    scores = {"mean recall": mean_recall(recall), **{f"{way.replace('_', ' ')} {name}": float(value) for way, part in
-                                                     recall.items() for name, value in part.items()},
-              **batch_losses(model, img, first, setup.config.batch_size), "shuffled mean recall": mean_recall(shuffled)}
+    scores = {"mean recall": mean_recall(recall), "shuffled mean recall": mean_recall(shuffled),
+              **batch_losses(model, img, first, setup.config.batch_size)}
+    scores |= {f"{way.replace('_', ' ')} {name}": value for way, part in recall.items() for name, value in part.items()}
     captions = [text for i in members for text in dataset.captions[i]]
     best = (img @ txt.t()).argmax(dim=1).tolist()                                 # (n,)
     return scores, [{"image": i, "prediction": captions[k], "truth": dataset.captions[i][0], "text": captions[k],
@@ -143,14 +140,12 @@ def mean_recall(recall):
 
 
 def batch_losses(model, image_emb, text_emb, batch_size):
-    """As in training: the loss of batches of one size, beside chance, with shuffled images, and the share right."""
-    size, scale, n = min(batch_size, len(image_emb)), model.logit_scale.detach().cpu(), max(1, len(image_emb) // batch_size)
-    total = {"loss": 0.0, "chance loss": chance(size) * n, "shuffled loss": 0.0, "right in a batch": 0.0}
-    for img, txt in list(zip(image_emb.split(size), text_emb.split(size)))[:n]:
-        total["loss"] += info_nce(img, txt, scale).item()
-        total["shuffled loss"] += info_nce(img.roll(1, 0), txt, scale).item()
-        total["right in a batch"] += in_batch_accuracy(img @ txt.t())
-    return {name: value / n for name, value in total.items()}
+    """(n, D) both -> the loss as in training, the mean over batches of one size, beside chance and shuffled images."""
+    size, scale = min(batch_size, len(image_emb)), model.logit_scale.detach().cpu()
+    n = len(image_emb) // size
+    img, txt = (emb[:n * size].view(n, size, -1) for emb in (image_emb, text_emb))          # (n, size, D) both
+    mean, shuffled = (sum(info_nce(a, b, scale).item() for a, b in zip(emb, txt)) / n for emb in (img, img.roll(1, 1)))
+    return {"loss": mean, "chance loss": chance(size), "shuffled loss": shuffled}
 
 
 # ---- labels in words
@@ -188,23 +183,20 @@ def search(image_emb, text_emb, k=10):
 def embed_folder(model, recipe, folder, cache, model_key, batch_size=32, device="cpu", say=print):
     """All images in and below a folder -> their names (n) within it, sorted, and embeddings (n, D) of length 1.
 
-    Only images that are new or changed (by size and time) since the last call are opened: the file `cache` keeps the
-    others, in float16, as long as `model_key`, which stands for the model's weights, is the same; else it is made anew.
-    Broken images are counted and left out. Raises UserError: no image, none readable, no vision tower.
+    The file `cache` keeps embeddings, in float16: one counts if it was made by the model that `model_key` stands for, of
+    an image with the same name, size and time. Broken images are counted and left out.
     """
     if model.vision is None:
         raise UserError("this model learned from ready-made features and has no vision tower; use the one that made them")
     folder, cache, known, broken = Path(folder), Path(cache), {}, {}
-    stamps = {name: (p.stat().st_size, p.stat().st_mtime_ns) for name in sorted(list_images(folder))
-              if (p := folder / name).is_file()}                # not a link that leads nowhere
-    if not stamps:
-        raise UserError(f"the folder {folder} holds no images ({', '.join(IMAGE_TYPES)}); check the path")
+    stats = {name: (folder / name).stat() for name in list_images(folder) if (folder / name).is_file()}
+    stamps = {name: [name, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
     try:
         meta = read_metadata(cache) if cache.exists() else {}
         if meta.get("model") == model_key:
-            old = zip(json.loads(meta["images"]), load_safetensors(cache)["emb"].clone())
-            known = {name: row for (name, *stamp), row in old if stamps.get(name) == tuple(stamp)}
-    except (KeyError, TypeError, ValueError):                   # SafetensorsError is a ValueError, too
+            old = zip(json.loads(meta["images"]), load_safetensors(cache)["emb"].clone(), strict=True)
+            known = {stamp[0]: row for stamp, row in old if stamps.get(stamp[0]) == stamp}
+    except (LookupError, TypeError, ValueError):                # a SafetensorsError is a ValueError, too
         say(f"{cache} is damaged and is made anew")
     todo = [name for name in stamps if name not in known]
     model.to(device).eval()
@@ -216,10 +208,8 @@ def embed_folder(model, recipe, folder, cache, model_key, batch_size=32, device=
     for reason in broken.values():
         say(f"left out: {reason}")
     if not known:
-        raise UserError(f"none of the {len(stamps)} images in {folder} can be read; the lines above say why")
+        raise UserError(f"the folder {folder} holds no images that can be read, of {len(stamps)}; check the path")
     names = sorted(known)
     emb = torch.stack([known[name] for name in names])                            # (n, D)
-    if todo or not cache.exists():
-        save_safetensors({"emb": emb}, cache, {"images": json.dumps([[name, *stamps[name]] for name in names]),
-                                               "model": model_key})
+    save_safetensors({"emb": emb}, cache, {"images": json.dumps([stamps[name] for name in names]), "model": model_key})
     return names, F.normalize(emb.float(), dim=-1)
