@@ -1,7 +1,7 @@
 """--task vqa: the second half of system 5, a prefix model that answers questions about a picture in sentences.
 
 The model and its building are captioning.py's, the dialogues as tokens vqa.py's. The loss is on the assistant's tokens
-only. Accuracy is the official one of VQA v2, of the short answers read off the sentences, each question asked alone.
+only. Accuracy is the official one of VQA v2, of the short answers read off the sentences, each question alone.
 """
 import json
 from collections import Counter
@@ -33,7 +33,7 @@ def prepare(config, dataset, features=None, run=None):
     if not hasattr(dataset, "questions"):
         raise UserError(f"{dataset.name} holds no questions; --task vqa needs --dataset shapes or vqav2")
     start, left_out = captioning.load_start(config, run=run), Counter()
-    tokenizer, first, end = captioning.start_tokenizer(config, dataset, start)
+    tokenizer, meta = captioning.start_tokenizer(config, dataset, start)
     tokenizer.add_special_tokens(TAGS)
     rows = [[to_targets(*row) for row in rows_of(questions, tokenizer, config.max_tokens, config.turns, left_out)]
             for questions in dataset.questions]
@@ -41,13 +41,12 @@ def prepare(config, dataset, features=None, run=None):
     longest = max((len([*part]) for parts in runs for trained, part in parts if trained), default=0)
     if not longest:
         raise UserError(f"--max-tokens {config.max_tokens} leaves no room for any answer; raise it")
-    meta = {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean,
-            "longest": run.config["longest"] if run else longest}
+    meta["longest"] = run.config["longest"] if run else longest
     return Prepared(start.recipe, rows, tokenizer, meta, start, [f"{n} {what}" for what, n in (+left_out).items()])
 
 
 def room_for_text(model):
-    """How many tokens of question and answer fit beside the image into the decoder's context (<image> is one of them)."""
+    """How many tokens of text, <image> among them, fit beside the image into the decoder's context."""
     c = model.config
     return c.text.block_size + 1 - captioning.n_image_tokens(c.model, c.vision, c.shuffle)
 
@@ -77,17 +76,17 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **how):
                     answers[batch.members[k]][way, key] = tokenizer.decode(row).strip()
         return answers
     answers, value, shuffled, _ = run_split(model, setup, split, limit, predict, captioning.cross_entropy, n_predict)
-    asked = [(i, q, answers[i].get(("", q.question_id), "")) for i in answers for q in questions[i]]
+    pairs = [(i, q, answers[i].get(("", q.question_id), "")) for i in answers for q in questions[i]]
     scores = {"loss": value, "shuffled loss": shuffled}
-    short = {q.question_id: to_short(text) for _, q, text in asked}
-    if any(q.answers for _, q, _ in asked):                     # the official test split keeps its answers secret
+    short = {q.question_id: to_short(text) for _, q, text in pairs}
+    if any(q.answers for _, q, _ in pairs):                     # the official test split keeps its answers secret
         for way in ("", "shuffled ", "blank ") if full else ("",):
-            texts = {q.question_id: to_short(answers[i].get((way, q.question_id), "")) for i, q, _ in asked}
-            parts = score_vqa([q for _, q, _ in asked], texts)
+            texts = {q.question_id: to_short(answers[i].get((way, q.question_id), "")) for i, q, _ in pairs}
+            parts = score_vqa([q for _, q, _ in pairs], texts)
             scores[f"{way}accuracy"] = parts["overall"]
             kinds = parts["answer_type"] | parts["question_type"] if full and not way else {}
             scores |= {f"accuracy, {kind}": part for kind, part in sorted(kinds.items())[:24]}
     if full and setup.device.main:
         write_text(Path(setup.config.out_dir) / "results.json", json.dumps(submission(short)))
     return scores, [{"image": i, "question": q.question, "prediction": text, "truth": q.answer,
-                     "text": f"{q.question} {text}"} for i, q, text in asked]
+                     "text": f"{q.question} {text}"} for i, q, text in pairs]

@@ -5,22 +5,19 @@ gave (pseudo-labels: "Self-training with Noisy Student", Xie et al. 2020, arXiv:
 category; the heads are thrown away afterwards, the tower stays: train.py --vision RUN.
 """
 import csv
-import io
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .captions import clean_caption, layout
+from .captions import clean_caption
 from .cnn import ResNetConfig
 from .config import UserError, option
-from .features import open_encoder
+from .features import Encoder
 from .files import read_json, tidy_name, write_csv
 from .gpt import IGNORE
-from .image import Recipe, open_batches, preprocess
+from .image import Recipe, open_batches
 from .retrieval import classify, label_embeddings
 from .task import Prepared, fresh_vision, load_vision, run_split
 from .vit import ViTConfig, build_vision
@@ -70,20 +67,18 @@ class Classifier(nn.Module):
 # ---- the task
 
 def prepare(config, dataset, features=None, run=None):
-    """-> Prepared. An image has one row: its label's number in each category as idx, and one target that counts it once.
+    """-> Prepared. An image has one row: its label's number in each category as idx, and one target, to count it.
 
     A label that the training split lacks has no number: nothing could learn it. Images without a label are left out.
     """
     start = load_vision(config.vision) if config.vision and not run else None
     given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
     if given is None:
-        raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, and give the file "
-                        "with --labels")
+        raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, then give --labels")
     labels, notes, rows = {}, [], []
-    for i in given.keys() & {*dataset.splits["train"]}:
-        for category, name in given[i].items():
-            labels.setdefault(category, set()).add(name)
-    labels = run.model.config.labels if run else {category: sorted(labels[category]) for category in sorted(labels)}
+    for category, name in sorted((pair for i in dataset.splits["train"] for pair in given.get(i, {}).items())):
+        labels.setdefault(category, {})[name] = True            # each once, in alphabetical order
+    labels = run.model.config.labels if run else {category: [*names] for category, names in labels.items()}
     for i in range(len(dataset.names)):
         found = [given.get(i, {}).get(category) for category in labels]
         row = [names.index(name) if name in names else IGNORE for name, names in zip(found, labels.values())]
@@ -91,8 +86,7 @@ def prepare(config, dataset, features=None, run=None):
     for split, members in dataset.splits.items():
         dataset.splits[split] = kept = [i for i in members if rows[i]]
         if not kept:
-            raise UserError(f"no image of the {split} split has a label that is learned; label more images, or with a "
-                            "lower --margin")
+            raise UserError(f"no image of the {split} split has a label that is learned; label more, or lower --margin")
         if len(kept) < len(members):
             notes.append(f"{len(members) - len(kept)} images of the {split} split have no label and are left out")
     recipe = run.recipe if run else start.recipe if start else Recipe(size=config.image_size)
@@ -100,13 +94,15 @@ def prepare(config, dataset, features=None, run=None):
 
 
 def read_labels(path, dataset):
-    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}. Raises UserError."""
+    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}; None: of other images."""
     number, found = {tidy_name(name): i for i, name in enumerate(dataset.names)}, {}
-    with layout(path, "a table of labels that begins with image,category,label"):
-        for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))):
-            i = number.get(tidy_name(row["image"]))
-            if i is not None and row["label"] and row["category"]:
-                found.setdefault(i, {})[row["category"]] = row["label"]
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["label"] and row["category"]:
+                    found.setdefault(number.get(tidy_name(row["image"])), {})[row["category"]] = row["label"]
+    except (ValueError, csv.Error, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no table of labels that begins with image,category,label ({error!r:.80})") from None
     return found
 
 
@@ -136,8 +132,9 @@ def evaluate(model, setup, split, limit=None, **_):
     scores, labels = {"loss": value, "shuffled loss": shuffled}, model.config.labels
     for k, category in enumerate(labels):
         known = truth[:, k] != IGNORE                                             # (n,)
-        for way, column in (("", guess[:, k]), ("shuffled ", guess[:, k].roll(1))) if known.any() else ():
-            scores[way + category] = (column == truth[:, k])[known].float().mean().item()
+        if known.any():
+            for name, column in ((category, guess[:, k]), (f"shuffled {category}", guess[:, k].roll(1))):
+                scores[name] = (column == truth[:, k])[known].float().mean().item()
 
     def text(row):
         return ", ".join(names[n] for n, names in zip(row, labels.values()) if n != IGNORE)
@@ -150,10 +147,10 @@ def evaluate(model, setup, split, limit=None, **_):
 def read_categories(path):
     """A label file, {"category": ["phrase", ..], ..} -> the same. Raises UserError where it is not of that form."""
     categories = read_json(path)
-    if not isinstance(categories, dict) or not categories or not all(
-            isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n.strip() for n in names)
-            for names in categories.values()):
-        raise UserError(f'{path} should be like {{"color": ["red", "blue"]}}, with two phrases or more in each category')
+    named = [*categories.values()] if isinstance(categories, dict) else []
+    if not named or not all(isinstance(names, list) and len(names) > 1 for names in named) or not all(
+            isinstance(name, str) and name.strip() for names in named for name in names):
+        raise UserError(f'{path} should be like {{"color": ["red", "blue"]}}, two phrases or more in each category')
     return categories
 
 
@@ -164,23 +161,22 @@ def write_pseudo_labels(config, dataset, path, say=print):
     A label that is hardly likelier than the next best (--margin) teaches more noise than it is worth: it is left empty.
     config: data.PrepareConfig.
     """
-    categories, loaded = read_categories(config.label), open_encoder(config.labeler)
-    model, tokenizer, how = loaded.model.to(config.device), loaded.tokenizer, loaded.config.get("clean", "none")
-    if not hasattr(model, "encode_image") or None in (model.vision, model.text, tokenizer):
+    categories, encoder = read_categories(config.label), Encoder(config.labeler, config.device)
+    model, tokenizer, clean = encoder.model, encoder.loaded.tokenizer, encoder.loaded.config.get("clean", "none")
+    if getattr(model, "text_head", None) is None or tokenizer is None:
         raise UserError(f"--labeler {config.labeler} is no CLIP with both an image tower and a text tower")
-    label_emb = {category: label_embeddings(model, tokenizer, names, clean=lambda text: clean_caption(text, how))
-                 for category, names in categories.items()}                       # (n_labels, D) each
-    rows, broken, unsure = [], {}, Counter()
-    for part in open_batches(range(len(dataset.names)), lambda i: preprocess(dataset.open(i), loaded.recipe),
-                             config.batch_size, broken, "labelling"):
-        emb = model.encode_image(torch.stack([img for _, img in part]).to(config.device)) if part else ()      # (b, D)
-        for category, names in categories.items() if part else ():
-            best, order = classify(emb, label_emb[category], model.logit_scale).topk(2)           # (b, 2) both
+    label_emb = [label_embeddings(model, tokenizer, names, clean=lambda text: clean_caption(text, clean))
+                 for names in categories.values()]                                # categories x (n_labels, D)
+    rows, broken, unsure = [], {}, 0
+    for part in open_batches(range(len(dataset.names)), dataset.open, config.batch_size, broken, "labelling"):
+        emb = encoder([image for _, image in part]) if part else None             # (b, D)
+        for (category, names), their_emb in zip(categories.items(), label_emb if part else ()):
+            best, order = classify(emb, their_emb, model.logit_scale).topk(2)     # (b, 2) both
             for (i, _), (p, q), (k, _) in zip(part, best.tolist(), order.tolist()):
-                unsure[category] += p - q < config.margin
-                rows.append([dataset.names[i], category, names[k] if p - q >= config.margin else "", f"{p:.4f}",
-                             f"{p - q:.4f}"])
+                sure = p - q >= config.margin
+                unsure += not sure
+                rows.append([dataset.names[i], category, names[k] if sure else "", f"{p:.4f}", f"{p - q:.4f}"])
     write_csv(path, ["image", "category", "label", "probability", "margin"], rows)
-    say("".join(f"  {category}: {unsure[category]} images too unsure (margin {config.margin})\n" for category in categories)
-        + f"  {len(broken)} of {len(dataset.names)} images could not be opened {[*broken.values()][:1]}")
+    say(f"{len(rows) - unsure} labels, {unsure} too unsure (margin {config.margin}); {len(broken)} images could not be "
+        f"opened {[*broken.values()][:1]}")
     return path

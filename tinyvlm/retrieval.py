@@ -6,9 +6,10 @@
 
 Left out: an index for millions of pictures (a plain product over 100,000 takes milliseconds).
 """
+import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +20,13 @@ from . import metrics
 from .captions import clean_caption
 from .clip import CLIP, CLIPConfig, chance, gather, info_nce, similarities
 from .config import UserError, option
-from .features import TextEmbeddings, text_embeddings, text_rows
+from .features import TextEmbeddings, encode_rows, read_features, text_embeddings, text_rows
 from .files import list_images
 from .gpt import GPTConfig
-from .image import Recipe, load_image, normalise, open_batches, to_uint8
+from .image import Recipe, load_image, preprocess
 from .pretrained import load_clip
-from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, tower_sizes
+from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, sizes
 from .tokenizer import END
-from .weights import load_safetensors, read_metadata, save_safetensors
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Options(TextOptions):
                                   group="contrastive training")
     text_embeddings: str | None = option(None, "the same for the captions (data.py --text-embeddings): a frozen text "
                                                "tower, run once")
-    head: str = option("linear", "from image features to the common space; mlp: two layers with GELU", ("linear", "mlp"))
+    head: str = option("linear", "from image features to the common space; mlp: two layers, GELU", ("linear", "mlp"))
     n_joint: int = option(512, "numbers in the common space (a public text tower brings its own)", above=0)
 
 
@@ -45,7 +45,7 @@ class Options(TextOptions):
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared: a caption is what the text tower reads, or the number of a ready-made embedding.
 
-    start: what `build` begins with: the towers vision and reader (a CLIP), ready text embeddings, and the CLIPConfig.
+    start: what `build` begins with: the towers vision and reader (a CLIP), ready text embeddings, the CLIPConfig.
     """
     vision = load_vision(config.vision) if config.vision and not run else None
     reader = load_clip(config.text) if config.text and not run else None
@@ -54,37 +54,35 @@ def prepare(config, dataset, features=None, run=None):
         raise UserError("a tower has made --features or --text-embeddings: drop --vision or --text, or the file")
     if features and features.data.dim() != 2:
         raise UserError(f"--task clip takes one vector for each image, and {config.features} has {features.n_tokens}")
-    texts = [[clean_caption(text, config.clean) for text in captions] for captions in dataset.captions]
-    if run or reader or ready:
-        tokenizer = None if ready else (run or reader).tokenizer
-    else:
-        tokenizer = make_tokenizer(config, [text for i in dataset.splits["train"] for text in texts[i]])
+    source, texts = run or reader, [[clean_caption(t, config.clean) for t in captions] for captions in dataset.captions]
+    tokenizer = None if ready else source.tokenizer if source else make_tokenizer(
+        config, [text for i in dataset.splits["train"] for text in texts[i]])
     if tokenizer is None and not ready:
         raise UserError(f"--text {config.text} came without its tokenizer; name a checkpoint that has one")
     if run:
-        sizes, recipe = run.model.config, run.recipe
+        model_config, recipe = run.model.config, run.recipe
     else:
-        made = CLIPConfig(text=None, n_joint=ready.dim) if ready else reader.config if reader else CLIPConfig(
-            text=GPTConfig(block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **tower_sizes(config)),
+        text = reader.config if reader else CLIPConfig(text=None, n_joint=ready.dim) if ready else CLIPConfig(
+            text=GPTConfig(block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **sizes(config)),
             n_joint=config.n_joint, end_token=tokenizer.token_to_id(END))
-        seen = None if features else vision.config if vision else fresh_vision(config)
-        sizes = CLIPConfig(seen, made.text, made.n_joint, config.head, made.end_token, features and features.feat_dim,
-                           config.dropout)
+        tower = None if features else vision.config if vision else fresh_vision(config)
+        model_config = replace(text, vision=tower, head=config.head, dropout=config.dropout,
+                               feat_dim=features and features.feat_dim)
         recipe = vision.recipe if vision else Recipe(size=config.image_size)
-    rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, sizes).tolist()]
+    rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, model_config).tolist()]
                                      for captions in texts]
     return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
-                    SimpleNamespace(vision=vision, reader=reader, ready=ready, sizes=sizes))
+                    SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config))
 
 
 def build(config, prepared, features=None):
     """A CLIP whose towers are public where --vision and --text name some, and fresh elsewhere."""
-    start, model = prepared.start, CLIP(prepared.start.sizes)
+    start, model = prepared.start, CLIP(prepared.start.config)
     if start.vision:
         model.vision.load_state_dict(start.vision.weights)
-        head = start.vision.head                                # a CLIP's tower comes with its way into the space
-        if head is not None and config.head == "linear" and head.shape == model.image_head.weight.shape:
-            model.image_head.weight.data.copy_(head)
+        theirs, ours = start.vision.head, model.image_head      # a CLIP's tower comes with its way into the space
+        if str(theirs) == str(ours):                            # .. if that has the same layers and sizes
+            ours.load_state_dict(theirs.state_dict())
     if start.reader:
         theirs = start.reader.state_dict().items()
         model.load_state_dict({name: x for name, x in theirs if name.startswith(("text", "logit_scale"))}, strict=False)
@@ -183,33 +181,25 @@ def search(image_emb, text_emb, k=10):
 def embed_folder(model, recipe, folder, cache, model_key, batch_size=32, device="cpu", say=print):
     """All images in and below a folder -> their names (n) within it, sorted, and embeddings (n, D) of length 1.
 
-    The file `cache` keeps embeddings, in float16: one counts if it was made by the model that `model_key` stands for, of
-    an image with the same name, size and time. Broken images are counted and left out.
+    The file `cache` keeps embeddings by a hash of what they depend on: model_key, which stands for the model's weights,
+    and the image's name, size and time. Broken images are counted and left out.
     """
     if model.vision is None:
-        raise UserError("this model learned from ready-made features and has no vision tower; use the one that made them")
-    folder, cache, known, broken = Path(folder), Path(cache), {}, {}
-    stats = {name: (folder / name).stat() for name in list_images(folder) if (folder / name).is_file()}
-    stamps = {name: [name, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
+        raise UserError("this model learned from ready-made features and has no vision tower: use another model")
+    folder, cache, names = Path(folder), Path(cache), {}
+    for name in sorted(list_images(folder)):
+        if (folder / name).is_file():                           # not a link that leads nowhere
+            stat = (folder / name).stat()
+            key = json.dumps([model_key, name, stat.st_size, stat.st_mtime_ns])
+            names[hashlib.sha256(key.encode()).hexdigest()] = name
+    if not names:
+        raise UserError(f"the folder {folder} holds no images; check the path")
     try:
-        meta = read_metadata(cache) if cache.exists() else {}
-        if meta.get("model") == model_key:
-            old = zip(json.loads(meta["images"]), load_safetensors(cache)["emb"].clone(), strict=True)
-            known = {stamp[0]: row for stamp, row in old if stamps.get(stamp[0]) == stamp}
-    except (LookupError, TypeError, ValueError):                # a SafetensorsError is a ValueError, too
-        say(f"{cache} is damaged and is made anew")
-    todo = [name for name in stamps if name not in known]
+        read_features(cache)
+    except (UserError, FileNotFoundError):                      # a damaged one is made anew
+        cache.unlink(missing_ok=True)
     model.to(device).eval()
-    for part in open_batches(todo, lambda name: to_uint8(load_image(folder / name), recipe), batch_size, broken,
-                             "embedding images"):
-        if part:
-            img = normalise(torch.stack([pixels for _, pixels in part]).to(device), recipe)   # (b, 3, S, S)
-            known.update(zip([name for name, _ in part], model.encode_image(img).half().cpu()))     # (b, D)
-    for reason in broken.values():
-        say(f"left out: {reason}")
-    if not known:
-        raise UserError(f"the folder {folder} holds no images that can be read, of {len(stamps)}; check the path")
-    names = sorted(known)
-    emb = torch.stack([known[name] for name in names])                            # (n, D)
-    save_safetensors({"emb": emb}, cache, {"images": json.dumps([stamps[name] for name in names]), "model": model_key})
-    return names, F.normalize(emb.float(), dim=-1)
+    paths = [folder / name for name in names.values()]
+    ids, emb = encode_rows(cache, [*names], lambda k: preprocess(load_image(paths[k]), recipe), lambda images:
+                           model.encode_image(torch.stack(images).to(device)), {}, batch_size, say)
+    return [names[i] for i in ids], F.normalize(emb.float(), dim=-1)              # (n), (n, D)

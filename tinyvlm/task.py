@@ -1,6 +1,6 @@
 """What the four tasks share: their common options, the parts they start from, and how one is measured.
 
-A task is a module (captioning, answering, retrieval, classifying) with a dataclass of its own options and four functions:
+Each is a module (captioning, answering, retrieval, classifying): a dataclass of its own options, and four functions.
 
     prepare(config, dataset, features) -> Prepared      tokenizer, image recipe, and all texts as rows of numbers
     build(config, prepared, features) -> model          from scratch, from public weights, or from another run
@@ -33,9 +33,9 @@ class TextOptions:
     vocab_size: int = option(1024, "bpe: entries of the tokenizer", least=300)
     min_count: int = option(5, "words: how often a word must occur to be in the vocabulary", above=0)
     max_tokens: int = option(40, "longest text, in tokens; longer ones are cut, counted and reported", above=0)
-    clean: str = option("none", "captions as they are, in lower case, or lower-case words only", ("none", "lower", "words"))
+    clean: str = option("none", "captions as they are, lower-cased, or words alone, too", ("none", "lower", "words"))
     lr_decoder: float = option(1.0, "the text model's rate, as a factor of --lr (new layers always take --lr)", least=0)
-    unfreeze_decoder: float = option(0, "epoch from which the text model learns; before, only the new layers do", least=0)
+    unfreeze_decoder: float = option(0, "epoch from which the text model learns; before, only new layers do", least=0)
 
 
 @dataclass
@@ -76,19 +76,17 @@ def load_vision(source):
     if not isinstance(tower, (ViT, ResNet50)):
         raise UserError(f"--vision {source} holds no vision tower that can be trained here (a ViT or a ResNet)")
     weights = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
-    return SimpleNamespace(config=replace(tower.config, n_class=0), weights=weights, recipe=loaded.recipe,
-                           head=head.weight.data if isinstance(head, torch.nn.Linear) else None)
+    return SimpleNamespace(config=replace(tower.config, n_class=0), weights=weights, recipe=loaded.recipe, head=head)
 
 
-def tower_sizes(config):
-    """The sizes that both towers take from the options."""
-    return dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout)
+def sizes(config, *more):
+    """The options by which both towers are made from scratch, and more of them, as a dict."""
+    return {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", *more)}
 
 
 def fresh_vision(config):
     """A vision tower from scratch, as the options say: ViTConfig."""
-    return ViTConfig(image_size=config.image_size, patch_size=config.patch_size, class_token=config.class_token,
-                     stem=config.stem, **tower_sizes(config))
+    return ViTConfig(**sizes(config, "image_size", "patch_size", "class_token", "stem"))
 
 
 def make_tokenizer(config, corpus):
@@ -141,12 +139,12 @@ def show(scores):
 
 
 def forbidden_ids(tokenizer, end, n_rows):
-    """Ids a model must never produce: <image>, tags, the unknown word, and rows of its matrix (n_rows) without a name."""
+    """Ids that no text may hold: <image>, tags, the unknown word, and rows of the model's matrix that have no name."""
     return sorted({*tokenizer.special_ids, *range(tokenizer.vocab_size, n_rows), tokenizer.unk_id} - {end, None})
 
 
 def write(model, img, prompts, setup, max_new_tokens=None, **how):
-    """Texts as rows of ids: img, ready for the model, and for each image the ids its text begins with. how: for generate."""
+    """Texts as rows of ids, for a batch of images and the ids that each one's text begins with. how: for generate."""
     meta, tokenizer = setup.prepared.meta, setup.prepared.tokenizer
     return generate(model, img, prompts, max_new_tokens or meta["max_tokens"], eos_id=meta["end"], **how,
                     forbidden=forbidden_ids(tokenizer, meta["end"], model.config.text.vocab_size))
