@@ -27,7 +27,7 @@ from tinyvlm.image import open_batches, to_uint8
 from tinyvlm.layouts import MAX_LOST, open_photos, photos, report
 from tinyvlm.shapes import Shapes
 from tinyvlm.vqa import export_csv, vqav2
-from tinyvlm.web import Fetch, ImageFolderCache, caption_rows, dataset_rows, download_images, table_rows
+from tinyvlm.web import ImageFolderCache, capsfusion_rows, download_images, table_rows
 
 STREAM_CACHE = 10 * 10**9               # bytes of streamed images that are kept on disk
 
@@ -63,7 +63,6 @@ class PrepareConfig(DataConfig):
     limit: int = option(1000, "capsfusion: how many images to fetch", above=0)
     rows: str | None = option(None, "capsfusion: csv or jsonl with image_url and capsfusion; else the Hub's first rows")
     size: int = option(128, "capsfusion: pixels a side; long thin images are padded, others cropped", above=0)
-    retry_failed: bool = option(False, "capsfusion: try again what could not be fetched")
     batch_size: int = option(32, "images or captions at once, for the networks above", above=0)
     device: str = option("cpu", "for the networks above: cpu, cuda or mps")
 
@@ -84,7 +83,7 @@ def load_dataset(config):
         return photos("capsfusion", folder, config.seed, config.allow_broken)
     dataset = open_photos(config)
     if dataset.urls:
-        cache = ImageFolderCache(folder / "stream", STREAM_CACHE, Fetch(allow_private=config.allow_private))
+        cache = ImageFolderCache(folder / "stream", STREAM_CACHE, config.allow_private)
         dataset.opener = lambda i: cache.open(dataset.urls[i])
     return dataset
 
@@ -178,14 +177,11 @@ def report_broken(dataset, broken, n, allow_broken, say=print):
 def fetch_capsfusion(config):
     """Images and their captions from the web into the data folder; goes on where an earlier call was cut off."""
     folder = Path(config.data_dir or "data/capsfusion")
-    if (folder / "captions.csv").exists() and not {"rows", "limit", "retry_failed"} & config.given:
+    if (folder / "captions.csv").exists() and not {"rows", "limit"} & config.given:
         return                                                  # what is there is shown, labelled, encoded
-    name = "BAAI/CapsFusion-120M"
-    rows = table_rows(config.rows) if config.rows else caption_rows(
-        dataset_rows(name, "default", "train", cache=folder / "rows"), name)
-    counts = download_images(rows, folder, config.size, Fetch(allow_private=config.allow_private), config.limit,
-                             retry_failed=config.retry_failed)
-    if not counts["good"]:
+    rows = table_rows(config.rows) if config.rows else capsfusion_rows(folder / "rows")
+    counts = download_images(rows, folder, config.size, config.limit, config.allow_private)
+    if not counts["ok"]:
         raise UserError(f"none of the addresses gave an image; {folder / 'report.csv'} says why for each of them")
 
 

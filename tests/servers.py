@@ -6,7 +6,6 @@ for those written by hand. Headers are keywords with _ for -: send(b"..", ETag='
 import http.server
 import sys
 import threading
-from collections import Counter
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -15,7 +14,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.seen.append((self.command, self.path, dict(self.headers)))
-        self.server.pages.get(self.path.partition("?")[0], self.server.otherwise)(self)
+        self.server.pages.get(self.path.partition("?")[0], send(status=404))(self)
 
     do_HEAD = do_GET
 
@@ -27,12 +26,12 @@ class Host(http.server.ThreadingHTTPServer):
     """Serves on a free port of 127.0.0.1, at `url`, until the `with` ends.
 
     pages: path (without its query) -> page; seen: every (method, path, headers) that came, in order.
-    protocol: HTTP/1.1 keeps connections, HTTP/1.0 ends each after its answer; otherwise: the page of all other paths.
+    protocol: HTTP/1.1 keeps connections, HTTP/1.0 ends each after its answer, so that a short body is seen at once.
     """
 
-    def __init__(self, protocol="HTTP/1.1", otherwise=None):
+    def __init__(self, protocol="HTTP/1.1"):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.protocol, self.otherwise, self.pages, self.seen = protocol, otherwise or send(status=404), {}, []
+        self.protocol, self.pages, self.seen = protocol, {}, []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -44,24 +43,14 @@ class Host(http.server.ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):          # a client that hangs up is often the point
             super().handle_error(request, address)
 
-    @property
-    def requested(self):
-        """How often each path was requested, with its query."""
-        return Counter(path for _, path, _ in self.seen)
-
-    def gets(self, header=None):
-        """The headers of each GET request so far, or what each had in one header."""
-        heads = [headers for method, _, headers in self.seen if method == "GET"]
-        return [h.get(header) for h in heads] if header else heads
+    def gets(self, header):
+        """What each GET request so far had in one header."""
+        return [headers.get(header) for method, _, headers in self.seen if method == "GET"]
 
 
 def answer(handler, status=200, body=b"", **headers):
-    """One answer. Content_Length=None announces no length: then the end of the connection ends the body."""
-    headers = {"Content_Length": len(body), **headers}
-    if headers["Content_Length"] is None:
-        headers["Connection"] = "close"
     handler.send_response(status)
-    for name, value in headers.items():
+    for name, value in {"Content_Length": len(body), **headers}.items():
         if value is not None:
             handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
@@ -71,6 +60,12 @@ def answer(handler, status=200, body=b"", **headers):
 
 def send(body=b"", status=200, **headers):
     return lambda handler: answer(handler, status, body, **headers)
+
+
+def in_turn(*pages):
+    """The first request gets the first page and so on; the last page stays."""
+    rest = list(pages)
+    return lambda handler: (rest.pop(0) if len(rest) > 1 else rest[0])(handler)
 
 
 def raw(data):
@@ -85,22 +80,15 @@ def raw(data):
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 MALFORMED = {
-    "silence": b"", "garbage": b"\x16\x03\x01 hello\r\n\r\n", "no status": b"HTTP/1.1\r\n\r\n",
-    "odd status": b"HTTP/1.1 two OK\r\n\r\n", "head cut in a line": OK + b"Content-Le",
+    "silence": b"", "garbage": b"\x16\x03\x01 hello\r\n\r\n", "odd status": b"HTTP/1.1 two OK\r\n\r\n",
     "head cut after a line": OK + b"X: 1\r\n", "line too long": OK + b"X: " + b"x" * 70_000 + b"\r\n\r\n",
     "too many lines": OK + b"X: 1\r\n" * 200 + b"\r\n",
-    "line without colon": OK + b"X\r\nContent-Length: 9\r\n\r\ngood",
+    "line without colon": OK + b"X\r\nContent-Length: 9\r\n\r\ngood", "no end told": OK + b"\r\ngood",
     "short": OK + b"Content-Length: 9\r\n\r\ngood", "length no number": OK + b"Content-Length: four\r\n\r\ngood",
     "negative length": OK + b"Content-Length: -4\r\n\r\ngood",
     "two lengths": OK + b"Content-Length: 4\r\nContent-Length: 9\r\n\r\ngood",
-    "chunk cut": CHUNKED + b"9\r\ngood", "chunk without end": CHUNKED + b"4\r\ngood",
     "no last chunk": CHUNKED + b"4\r\ngood\r\n", "chunk size no number": CHUNKED + b"4\r\ngood\r\nzz\r\n",
-    "chunk of size -1": CHUNKED + b"-1\r\ngood",
+    "chunk of size -1": CHUNKED + b"-1\r\ngood", "packed": OK + b"Content-Encoding: x\r\nContent-Length: 4\r\n\r\ngood",
+    "a part of it": b"HTTP/1.1 206 OK\r\nContent-Range: bytes 4-7/8\r\nContent-Length: 4\r\n\r\ngood",
     "redirect to no address": b"HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n",
     "redirect to no text": b"HTTP/1.1 302 Found\r\nLocation: /\xff\xfe\r\nContent-Length: 0\r\n\r\n"}
-
-
-def in_turn(*pages):
-    """The first request gets the first page and so on; the last page stays."""
-    rest = list(pages)
-    return lambda handler: (rest.pop(0) if len(rest) > 1 else rest[0])(handler)

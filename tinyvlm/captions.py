@@ -8,7 +8,6 @@ r"""Caption files of every public layout, each read into {image name: [caption, 
 
 Left out: which file a name means, and the split where none is given (layouts.py).
 """
-import contextlib
 import csv
 import io
 import json
@@ -20,11 +19,11 @@ import regex
 from .config import UserError
 from .files import IMAGE_TYPES, read_json, tidy_name
 
-NAME_COLUMNS = ("image", "file_name", "filename", "image_name", "image_path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "comment", "raw")             # raw: Flickr30k at the hub, a json list
+COLUMNS = (("image", "file_name", "filename", "image_name", "image_path"),
+           ("caption", "captions", "text", "comment", "raw"),   # raw: Flickr30k at the hub, a json list
+           ("split",))
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "restval": "train"}   # restval: what Karpathy left over of COCO's val
-COCO = "https://s3.amazonaws.com/images.cocodataset.org/"       # what http://images.cocodataset.org serves, with TLS
 CLEAN = ("none", "lower", "words")
 
 
@@ -44,131 +43,87 @@ def clean_caption(text, how):
     return " ".join(regex.findall(r"[\p{L}'-][\p{L}\p{M}\u200c\u200d'-]*", text))
 
 
-@contextlib.contextmanager
-def layout(path, wanted, remedy="mend it or fetch it again"):
-    """Whatever goes wrong in taking a file apart is one UserError: `PATH is not WANTED (what was wrong); REMEDY`."""
+def read_captions(path, notes=None):
+    """A file in any of the layouts above -> captions and splits. A UserError names a file that is in none of them."""
+    captions, splits, bad = {}, {}, 0
+    rows = _karpathy if path.name.startswith("dataset_") else _coco if path.suffix == ".json" else _table
     try:
-        yield
+        for name, texts, word in rows(path):
+            texts, split = [text for text in (" ".join(text.split()) for text in texts) if text], SPLIT_WORDS.get(word)
+            if not (name and texts):
+                bad += 1
+                continue
+            name = tidy_name(name)
+            captions.setdefault(name, []).extend(texts)
+            if split is None and word or splits.setdefault(name, split) != split:
+                raise UserError(f"{path} gives {name} the split {word!r}; each image needs one of train, val, test")
     except UnicodeDecodeError as error:                         # it carries the whole file: not for the screen
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except (csv.Error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not {wanted} ({type(error).__name__}: {str(error)[:80]}); {remedy}") from None
-
-
-def read_captions(path, notes=None):
-    """A table or json lines -> captions and splits. Rows without a name or a caption are counted in `notes`."""
-    captions, splits, bad = {}, {}, 0
-    with layout(path, "a proper table", "a quote left open, or not doubled, is the usual cause"):
-        for row in _rows(path):
-            name = row.get(_pick(row, NAME_COLUMNS, path)) or ""
-            name, texts = re.sub(r"#\d+$", "", name.strip()), _texts(row, _pick(row, CAPTION_COLUMNS, path))
-            bad += not (name and texts)
-            if name:
-                captions.setdefault(name, []).extend(texts)
-            word = (row.get("split") or "").strip().lower()
-            split = SPLIT_WORDS.get(word)
-            if name and word and (split is None or splits.setdefault(name, split) != split):
-                raise UserError(f"{path} gives {name} the split {word!r}; each image needs one of train, val, test")
-    if not any(captions.values()):
+    except (csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not in a known layout ({type(error).__name__}: {str(error)[:80]}); mend it, or "
+                        "fetch it again; in a table, a quote left open or not doubled is the usual cause") from None
+    if not captions:
         raise UserError(f"{path} holds no captions; each line should name an image and say what it shows")
     if bad and notes is not None:
         notes.append(f"{bad} rows of {path.name} without an image name or a caption were left out")
     return captions, splits
 
 
-def _pick(row, known, path):
-    """The one key of a row that is `known`, or None. Of several, none is taken silently: UserError."""
-    found = [key for key in row if key in known]
-    if len(found) > 1:
-        raise UserError(f"{path} has several columns for one thing ({', '.join(found)}); rename all but one of them")
-    return found[0] if found else None
-
-
-def _texts(row, key):
-    """The captions of a row: a text, or a list of texts, which stands as json in the column `raw`."""
-    texts = json.loads(row[key]) if key == "raw" else row.get(key) or []
-    texts = texts if isinstance(texts, list) else [texts]
-    return [" ".join(text.split()) for text in texts if text.strip()]
+def _table(path):
+    """Yields (image name, [caption, ..], split word or "") of each row, wherever the columns stand."""
+    for row in _rows(path):
+        cells = [[cell for column, cell in row if column in known] for known in COLUMNS]
+        if max(map(len, cells)) > 1:                            # none is taken silently
+            columns = ", ".join(column for column, _ in row)
+            raise UserError(f"{path} has several columns for one thing ({columns}); rename all but one of them")
+        name, texts, word = (found[0] if found else None for found in cells)
+        yield (name or "").strip(), texts if isinstance(texts, list) else [texts or ""], (word or "").strip().lower()
 
 
 def _rows(path):
-    """Yields a dict of each row by the names of its columns: {"image": "a.jpg", "caption": "a dog", "split": "val"}."""
+    """Yields each row with the names of its columns: [("image", "a.jpg"), ("caption", "a dog"), ("split", "val")]."""
     text = path.read_text(encoding="utf-8-sig").lstrip("\n")
-    lines = [line for line in text.split("\n") if line.strip()]                   # splitlines() also cuts at U+2028
     if path.suffix == ".jsonl":
-        for number, line in enumerate(lines, 1):
-            with layout(f"line {number} of {path}", 'like {"image": "a.jpg", "caption": "a dog"}', "mend it"):
-                row = {key.lower(): value for key, value in json.loads(line).items()}
-            yield row
+        lines = [line for line in text.split("\n") if line.strip()]               # splitlines() also cuts at U+2028
+        for row in json.loads("[" + ",\n".join(lines) + "]", object_pairs_hook=list):
+            yield [(column.lower(), cell) for column, cell in row]
         return
-    head, rows = lines[0] if lines else "", None
+    head = text.partition("\n")[0]
     for separator in "\t|;,":
         header = [cell.strip(' "').lower() for cell in head.split(separator)]
-        if {*header} & {*NAME_COLUMNS} and {*header} & {*CAPTION_COLUMNS}:
-            rows = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, strict=True)
+        if {*header} & {*COLUMNS[0]} and {*header} & {*COLUMNS[1]}:
             break
-    if not rows:
-        if "\t" not in head or not tidy_name(head.partition("\t")[0]).endswith(IMAGE_TYPES):
+    else:
+        name, separator, _ = head.partition("\t")
+        if not (separator and tidy_name(name).endswith(IMAGE_TYPES)):
             raise UserError(f"{path} should begin with the line `image,caption`, not {head[:60]!r}")
-        lines, header, separator = [head, *lines], ["image", "caption"], "\t"
-    if not rows or separator == "|":            # the layouts of publishers, with quotes only inside captions
-        rows = ([_unquoted(cell) for cell in line.split(separator)] for line in lines)
-    if len(header) > len({*header}):
-        raise UserError(f"{path} names a column twice: {head[:60]!r}; rename one of them")
+        header, text = ["image", "caption"], f"image\tcaption\n{text}"
+    # In the two layouts of publishers that know no quoting, quotes belong to the captions.
+    quoting = csv.QUOTE_NONE if "comment_number" in header or re.match(r"[^\t]+#\d\t", head) else csv.QUOTE_MINIMAL
+    rows = csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True)
     next(rows)
     for row in filter(None, rows):
-        if len(row) > len(header):              # a separator without quotes cut a caption; one at the end can be mended
-            if header[-1] not in CAPTION_COLUMNS or separator == "\t":
-                raise UserError(f"{path}: the row of {row[0][:60]} has more cells than the header; put quotes round it")
-            row[len(header) - 1:] = [f"{separator} ".join(row[len(header) - 1:])]
-        yield dict(zip(header, row))
+        if len(row) > len(header):
+            raise UserError(f"{path}: the row of {row[0][:60]} has more cells than the header; put quotes round them")
+        yield [(column, json.loads(cell) if column == "raw" else cell) for column, cell in zip(header, row)]
 
 
-def _unquoted(cell):
-    """'"a ""big"" dog"' -> 'a "big" dog'. Quotes round a whole cell are the table's, all others the caption's own."""
-    whole = re.fullmatch(r'\s*"((?:[^"]|"")*)"\s*', cell)
-    return whole[1].replace('""', '"') if whole else cell
-
-
-def karpathy(path, name=None):
-    """Karpathy's json (2015) -> captions and splits. name: which public data set it should be, to tell a mix-up.
+def _karpathy(path):
+    """Yields the same from Karpathy's json (2015).
 
     COCO's images have their folder in front, val2014/COCO_val2014_000000000042.jpg; its `restval`, the part of the
     official val that he tests nothing on, is for training.
     """
-    captions, splits = {}, {}
-    with layout(path, "in the layout of Karpathy's splits", "mend or remove it"):
-        content = read_json(path)
-        if name and content.get("dataset", name) != name:
-            raise UserError(f"{path} is the split of {content['dataset']}, not of {name}; put that there instead")
-        for x in content["images"]:
-            image = f"{x['filepath']}/{x['filename']}" if "filepath" in x else x["filename"] + ""
-            captions[image] = [" ".join(sentence["raw"].split()) for sentence in x.get("sentences", [])]
-            splits[image] = SPLIT_WORDS[x["split"]]
-    return captions, splits
+    for image in read_json(path)["images"]:
+        name = "/".join([*([image["filepath"]] if "filepath" in image else []), image["filename"]])
+        yield name, [sentence["raw"] for sentence in image["sentences"]], image["split"]
 
 
-def read_coco(path, urls, notes):
-    """COCO's captions_val2014.json -> captions and splits; `urls` gets {image: where to fetch it, or None}."""
-    captions, by_id, lost = {}, {}, 0
-    with layout(path, "in the layout of COCO's captions, {images: [id, file_name], annotations: [image_id, caption]}"):
-        content = read_json(path)
-        for image in content["images"]:
-            file, url = image["file_name"], image.get("coco_url") or ""
-            part = re.search(r"(train|val)20\d\d", file) or re.search(r"(train|val|test)(20\d\d)?", path.stem)
-            name = by_id[image["id"]] = f"{part[0]}/{file}" if part and "/" not in file else file
-            captions[name] = []
-            urls[name] = coco_url(name) if not url or "//mscoco.org" in url else re.sub(        # a host that is gone
-                "^https?://images.cocodataset.org/", COCO, url)
-        for note in content["annotations"]:
-            lost += note["image_id"] not in by_id
-            captions.get(by_id.get(note["image_id"]), []).append(" ".join(note["caption"].split()))
-    if lost:
-        notes.append(f"{lost} captions in {path.name} are of images that it does not list, and were left out")
-    split = re.search("train|val|test", path.stem)
-    return captions, dict.fromkeys(captions, split[0]) if split else {}
-
-
-def coco_url(name):
-    """Where COCO keeps val2014/COCO_val2014_000000000042.jpg, or None for a file that is not its own."""
-    return COCO + name if re.match(r"(train|val)20\d\d/", name) else None
+def _coco(path):
+    """Yields the same from COCO's captions_val2014.json, with the folder of the image in front: val2014/COCO_...jpg."""
+    content, subset = read_json(path), path.stem.removeprefix("captions_")
+    texts = {image["id"]: [] for image in content["images"]}
+    for note in content["annotations"]:
+        texts[note["image_id"]].append(note["caption"])
+    for image in content["images"]:
+        yield "/".join([subset, image["file_name"]]), texts[image["id"]], subset[:-4]

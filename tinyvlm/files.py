@@ -6,11 +6,13 @@ All that tinyvlm leaves on a disk goes through `atomic_write`: a kill at any mom
 """
 import contextlib
 import csv
+import glob
 import io
 import json
 import os
 import posixpath
 import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -18,15 +20,13 @@ from .config import UserError
 
 try:
     import fcntl
-except ImportError:                     # Windows has no flock; `locked` then only warns nobody
+except ImportError:                     # Windows
     fcntl = None
 
 # Cameras and phones write these. Pillow cannot open .heic by itself: such a file is named as broken, never overlooked.
 IMAGE_TYPES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic",
                ".heif")
 
-
-# ---- writing
 
 def atomic_write(path, write):
     """Call write(file) on a new binary file, then give it the name `path`: json, png, csv, pt and safetensors alike.
@@ -39,35 +39,22 @@ def atomic_write(path, write):
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no ordinary file; name another one to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")    # same folder: renames cannot cross file systems
     try:
+        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if time.time() - part.stat().st_mtime > 600:        # left by a process that was killed (-9)
+                part.unlink()
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())     # without it a power cut could leave the good name on bytes never written
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, str(temporary)):
-            error.filename = str(path)  # the name the user knows; a full disk comes without any
+        error.filename = str(path)      # the name the user knows; a full disk comes without any
         raise
     finally:
         with contextlib.suppress(OSError):                      # a read-only disk has a sentence already
             temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path):
-    """Remove what a killed process (kill -9) was writing when it died: .NAME.<its number>.part."""
-    for entry in os.scandir(path.parent) if os.name == "posix" else ():           # elsewhere signal 0 does harm
-        number = entry.name.removeprefix(f".{path.name}.").removesuffix(".part")
-        if number.isdecimal() and len(number) < 10 and entry.name == f".{path.name}.{number}.part":
-            try:
-                os.kill(int(number), 0)                         # nothing is sent; it fails where the process is gone
-            except ProcessLookupError:
-                with contextlib.suppress(OSError):
-                    os.unlink(entry)
-            except OSError:
-                pass
 
 
 def write_text(path, text):
@@ -98,27 +85,20 @@ def write_image(path, image):
 def locked(path, wait=True):
     """`with locked(path):` lets one process in at a time; the others wait, or with wait=False get a UserError.
 
-    The kernel drops a lock with its process, so a crash leaves none. The empty file stays: removing it would let in
-    two, one with the old file open and one with a new.
+    The kernel drops a lock with its process. The empty file stays: removing it would let in two, one with the old file
+    open and one with a new.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise UserError(f"{path.parent} is in use by another process; wait for it, or name another folder") \
-                    from None
-            except OSError:             # a network disk without locks: go on without
-                pass
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{path.parent} is in use by another process; wait, or name another folder") from None
+        except (OSError, AttributeError):       # a network disk without locks, or Windows: go on without
+            pass
         yield
-    finally:
-        os.close(handle)
 
-
-# ---- reading
 
 def read_json(path, error=UserError):
     """The content of a JSON file. Raises `error`, a UserError naming the file, when it is missing or broken."""
@@ -130,24 +110,17 @@ def read_json(path, error=UserError):
         raise error(f"{path} is not a readable JSON file: {str(fault)[:100]}; mend it or fetch it again") from fault
 
 
-def _walk(folder):
-    """Yields (subfolder or "", [its files]), each once, though links lead there again (large sets lie on other disks).
-
-    Passed over: hidden ones, a Mac's ._7.jpg and __MACOSX, which are no pictures, and what is being unpacked.
-    """
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX" and not f.endswith(".incomplete"))
-        if os.path.realpath(root) in seen:                      # a link back up would never end
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(root))
-        yield Path(root).relative_to(folder).as_posix().removeprefix("."), [f for f in files if f[0] != "."]
-
-
 def list_files(folder):
-    """["a/b.jpg", ..]: every file in a folder, shallow ones first. The 123,287 images of COCO take a second."""
-    found = [f"{inner}/{file}".removeprefix("/") for inner, files in _walk(folder) for file in files]
+    """["b.txt", "a/b.jpg", ..]: every file in a folder, shallow ones first; links are followed.
+
+    Passed over: hidden ones, a Mac's ._7.jpg and __MACOSX, which are no pictures; what is being unpacked; and copies
+    in a folder of the same name, as Kaggle has them (Images/7.jpg, Images/Images/7.jpg).
+    """
+    every = glob.glob("**", root_dir=folder, recursive=True)
+    sizes = {path: os.path.getsize(os.path.join(folder, path)) for path in every
+             if not re.search(r"(^|/)__MACOSX/|\.incomplete/", path) and os.path.isfile(os.path.join(folder, path))}
+    first = {path: re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path) for path in sizes}         # Images/Images/ -> Images/
+    found = [path for path in sizes if path == first[path] or sizes.get(first[path]) != sizes[path]]
     return sorted(found, key=lambda path: (path.count("/"), path))
 
 
@@ -164,46 +137,42 @@ def tidy_name(name):
 
 
 def _ends(path):
-    """The ends of a path's folders, longest first: "a/b/c.jpg" -> ["a/b", "b"]."""
-    parts = [part for part in path.split("/")[:-1] if part not in ("", "..")]
-    return ["/".join(parts[k:]) for k in range(len(parts))]
+    """"a/b/c.jpg" -> [("a/b", "a/b/c.jpg"), ("b", "b/c.jpg"), ("", "c.jpg")]: ends of its folders and of itself."""
+    parts = path.split("/")
+    return [("/".join(parts[k:-1]), "/".join(parts[k:])) for k in range(len(parts))]
 
 
 class ImageFinder:
     """Which image of a folder is meant by a name that somebody wrote.
 
-    It is a path from `base`, the subfolder whose file names it; or the longest end of its folders that exists decides:
-    data/pets/cats/8.jpg may be photos/cats/8.jpg, never dogs/8.jpg. Only where none exists does the file name stand in.
+    The longest end of the name whose folder exists decides: data/pets/cats/8.jpg may be photos/cats/8.jpg, and if that
+    is missing, nothing stands in, not dogs/8.jpg. Only where no name has a folder that exists do file names suffice.
     """
 
     def __init__(self, folder):
-        self.folder, self.root, every = Path(folder), Path(os.path.abspath(folder)).as_posix(), list_files(folder)
-        self.paths = [path for path in every if path.lower().endswith(IMAGE_TYPES)]
-        self.files = [path for path in every if not path.lower().endswith(IMAGE_TYPES)]         # captions and the like
-        self.at, self.called = {}, {}                           # {whole path: [path, ..]}, {file name: [path, ..]}
-        for path in self.paths:
-            whole = tidy_name(f"{self.root}/{path}")
-            self.at.setdefault(whole, []).append(path)
-            self.called.setdefault(posixpath.basename(whole), []).append(path)
-        self.folders = {end for inner, _ in _walk(folder) for end in _ends(tidy_name(f"{self.root}/{inner}/x"))}
+        self.folder, self.home, every = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
+        self.images = [path for path in every if path.lower().endswith(IMAGE_TYPES)]
+        self.files = sorted({*every} - {*self.images})          # captions and the like
+        self.ending, inner = {}, ["", *glob.glob("**/", root_dir=folder, recursive=True)]
+        self.places = {place for path in inner for place, _ in _ends(tidy_name(f"{self.home}/{path}x"))}
+        for path in self.images:
+            for _, end in _ends(tidy_name(f"{self.home}/{path}")):
+                self.ending.setdefault(end, []).append(path)    # {"cats/8.jpg": [the images whose paths end so]}
 
-    def folder_of(self, name):
-        """The longest end of the name's folders that exists: "data/pets/cats/8.jpg" -> "cats", or ""."""
-        return next((end for end in _ends(tidy_name(name)) if end in self.folders), "")
+    def find(self, names, base=""):
+        """{name: path} of those that are there: below `base`, the folder of the file that names them, else anywhere."""
+        by_name = not any(place in self.places for name in names for place, _ in _ends(tidy_name(name))[:-1])
+        for start in (base and base + "/", ""):
+            if found := {name: path for name in names if (path := self._find(tidy_name(name), start, by_name))}:
+                break
+        return found
 
-    def find(self, name, base="", by_name=True):
-        """Its path in the folder (and below base), or None. Raises UserError where several files fit."""
-        tidy = tidy_name(name)
-        fit = self.at.get(tidy_name(posixpath.join(self.root, base, tidy)), [])
-        if not fit and ((end := self.folder_of(name)) or by_name):
-            file = posixpath.basename(tidy)
-            fit = [path for path in self.called.get(file, []) if path.startswith(base and base + "/")
-                   and tidy_name(f"{self.root}/{path}").endswith(f"/{end}/{file}" if end else file)]
-        if len(fit) < 2:
-            return fit[0] if fit else None
-        if len({posixpath.dirname(path) for path in fit}) == 1:                   # 7.jpg beside 7.JPG: as it is spelled
-            fit = [path for path in fit if posixpath.basename(path) in name] or fit
-        copies = {re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path) for path in fit}   # Kaggle has Images/Images/7.jpg, too
-        if len(copies) > 1 or len({(self.folder / path).stat().st_size for path in fit}) > 1:
+    def _find(self, name, start, by_name):
+        whole = tidy_name(posixpath.join(self.home, start, name))
+        for place, end in [(None, whole), *_ends(name)[:None if by_name else -1]]:
+            fit = [path for path in self.ending.get(end, ()) if path.startswith(start)]
+            if fit or place in self.places:
+                break
+        if len(fit) > 1:
             raise UserError(f"{name} could be {fit[0]} or {fit[1]} in {self.folder}; keep one, or write its folder too")
-        return fit[0]
+        return fit[0] if fit else None

@@ -4,7 +4,6 @@ Every public checkpoint was trained on images prepared in one way; others give p
 the preparation is data, stored with each run and each checkpoint. Resizing is Pillow's, antialiased, as in torchvision.
 
     file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
-                                                 ^ cached, batched, augmented on the device
 """
 import contextlib
 import functools
@@ -26,15 +25,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")     # no other: Pillow would hand an EPS to Ghostscript
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-MAX_PIXELS = 100_000_000                    # a decoded image of 300 MB; larger "photos" are bombs or maps
-MAX_ASPECT = 50                             # a strip of 40000x1, its short side blown up to 224, would be gigabytes
+MAX_PIXELS, MAX_ASPECT = 100_000_000, 50    # above: bombs and maps; strips that become gigabytes when resized
 # Pillow's own limits come before ours and refuse good files: photographs of 90 megapixels, colour profiles above 1 MB.
 Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
 
 
 @dataclass
 class Recipe:
-    """How an image becomes (3, size, size) numbers. Raises ValueError where that is impossible.
+    """How an image becomes (3, size, size) numbers. Raises ValueError or TypeError where that is impossible.
 
     mode: "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`;
     "adaptive" pads long, thin images (short/long < 0.6) with black to a square, centre-crops the others, and squashes.
@@ -53,11 +51,11 @@ class Recipe:
             raise ValueError(f"{self.size!r} pixels cannot be cut out of an image resized to {side!r}")
         if self.mode not in ("squash", "crop", "adaptive") or self.interpolation not in tuple(FILTERS):
             raise ValueError(f"mode {self.mode!r} or interpolation {self.interpolation!r} is unknown")
-        for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, 0)):
-            if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(
-                    isinstance(v, (int, float)) and least < v < math.inf for v in values):
-                raise ValueError(f"{name} {values!r} is not three {'positive ' if name == 'std' else ''}numbers")
-        self.mean, self.std = tuple(self.mean), tuple(self.std)                   # json knows lists only
+        for name, least in (("mean", -math.inf), ("std", 0)):
+            values = getattr(self, name)
+            if type(values) not in (list, tuple) or len(values) != 3 or not all(least < v < math.inf for v in values):
+                raise ValueError(f"{name} {values!r} is not three numbers above {least}")
+            setattr(self, name, tuple(values))                                    # json knows lists only
 
 
 # What public checkpoints were trained with; and, last, a recipe for images from the web.
@@ -67,7 +65,6 @@ RECIPES = {
     "deit": Recipe(resize=248, mean=IMAGENET[0], std=IMAGENET[1]),                        # timm deit_*
     "clip": Recipe(mean=CLIP[0], std=CLIP[1]),
     "resnet50": Recipe(resize=256, mean=IMAGENET[0], std=IMAGENET[1]),                    # microsoft: 224 / 0.875
-    "resnet50-a1": Recipe(resize=235, mean=IMAGENET[0], std=IMAGENET[1]),                 # timm a1: 224 / 0.95
     "torchvision": Recipe(resize=256, interpolation="bilinear", mean=IMAGENET[0], std=IMAGENET[1]),   # tv weights, VGG
     "adaptive": Recipe(size=128, mode="adaptive"),                                        # web images
 }
@@ -80,20 +77,18 @@ def load_image(source, name=None):
     frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the file and the fault.
     """
     name = name or (source if not isinstance(source, bytes) else "the image")
-    Image.init()
-    formats = [kind for kind in FORMATS if kind in Image.OPEN]                    # an older Pillow has no AVIF
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
-            why = f"more than {MAX_PIXELS} in all" if w * h > MAX_PIXELS else "too long and thin to resize"
+            why = "too many" if w * h > MAX_PIXELS else "too long and thin to resize"
             raise UserError(f"{name} is {w}x{h} pixels, {why}; make it smaller, or crop it")
         depth = image.tile[0][3] if image.tile else None                          # load() forgets it
         image.load()
         with contextlib.suppress(Exception):    # a damaged EXIF costs the turning, not the picture
             image = ImageOps.exif_transpose(image)
         return to_rgb(image, depth)
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, KeyError):  # KeyError: an older Pillow has no AVIF
         raise UserError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}; convert it") from None
     except (UserError, MemoryError):
         raise
@@ -108,11 +103,12 @@ def to_rgb(image, depth=None):
     file's own depth, while the pixels have 8 bits by now.
     """
     clear = image.info.get("transparency")
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        grey = np.array(image, dtype=np.float32)                                # (H, W)
-        top = 65535.0 if image.mode != "F" else max(1.0, float(grey.max(initial=0)))
-        grey[grey == clear] = top                                                 # no pixel where clear is None
-        return Image.fromarray((grey.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        grey = np.array(image, dtype=np.float32)                                  # (H, W)
+        grey[grey == clear] = 65535                                               # no pixel where clear is None
+        return Image.fromarray((grey.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
     scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(depth))
     if scale and clear is not None:
         image.info["transparency"] = int(clear * scale) if depth[0] == "L" else tuple(int(v * scale) for v in clear)
@@ -144,16 +140,16 @@ def to_uint8(image, recipe):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                 # (3, H, W)
 
 
-def normalise(img, recipe):
-    """(..., 3, H, W) uint8, or floats in 0..1, -> floats the model was trained on."""
-    img = img.float() / 255 if img.dtype == torch.uint8 else img
-    return (img - _per_channel(recipe.mean, img.device)) / _per_channel(recipe.std, img.device)   # (..., 3, H, W)
-
-
 @functools.cache
 def _per_channel(values, device):
     """Three numbers as (3, 1, 1) on the device: copied there once, since each copy makes the host wait for a GPU."""
     return torch.tensor(values, device=device).view(3, 1, 1)
+
+
+def normalise(img, recipe):
+    """(..., 3, H, W) uint8, or floats in 0..1, -> floats the model was trained on."""
+    img = img.float() / 255 if img.dtype == torch.uint8 else img
+    return (img - _per_channel(recipe.mean, img.device)) / _per_channel(recipe.std, img.device)   # (..., 3, H, W)
 
 
 def preprocess(image, recipe):
@@ -162,10 +158,10 @@ def preprocess(image, recipe):
 
 
 def to_pil(img, recipe=None):
-    """A model's input back to a picture: undoes `normalise` when given the recipe. img (3, H, W)."""
-    if img.dtype != torch.uint8:
-        mean, std = (torch.tensor(t).view(3, 1, 1) for t in ((recipe.mean, recipe.std) if recipe else ((0,), (1,))))
-        img = ((img.cpu().float() * std + mean).clamp(0, 1) * 255).round().byte()
+    """A model's input (3, H, W) back to a picture: undoes `normalise`, or without a recipe takes uint8 pixels."""
+    if recipe:
+        img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)
+        img = (img.clamp(0, 1) * 255).round().byte()
     return Image.fromarray(img.permute(1, 2, 0).cpu().numpy())
 
 
@@ -204,23 +200,20 @@ def augment(img, how, draw):
     return img
 
 
-def open_batches(keys, open_one, batch_size=32, broken=None, label=None, threads=None):
+def open_batches(keys, open_one, batch_size, broken, label=None, threads=None):
     """The one loop over images: yields lists of (key, open_one(key)), a batch at a time, opened by all cores.
 
     What raises UserError is left out, and noted in the dict `broken`: {key: its sentence}. label: shows progress.
     """
-    broken = {} if broken is None else broken
-
     def attempt(key):
         try:
-            return open_one(key)
+            return key, open_one(key), None
         except UserError as error:
-            return error
+            return key, None, str(error)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:     # Pillow decodes outside Python's lock
         for start in range(0, len(keys), batch_size):
-            part = keys[start:start + batch_size]
-            opened = list(zip(part, pool.map(attempt, part)))
-            broken.update((key, str(found)) for key, found in opened if isinstance(found, UserError))
+            opened = list(pool.map(attempt, keys[start:start + batch_size]))
+            broken.update((key, why) for key, _, why in opened if why)
             if label:
-                progress(start + len(part), len(keys), label)
-            yield [(key, found) for key, found in opened if not isinstance(found, UserError)]
+                progress(start + len(opened), len(keys), label)
+            yield [(key, found) for key, found, why in opened if not why]
