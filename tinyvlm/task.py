@@ -128,7 +128,7 @@ def run_split(model, setup, split, limit, predict, loss=None, n_predict=None):
     train_mode(model)
     (true, shuffled, n), found = setup.device.total(*total), setup.device.merge(found)
     if not n:
-        raise UserError(f"the {split} split of {setup.dataset.name} has nothing to predict; see the lines above")
+        raise UserError(f"the {split} split of {setup.dataset.name} has no usable image to evaluate with, see above")
     members = [i for i in setup.store.usable(split) if i in found][:n_predict]
     return {i: found[i] for i in members}, true / n, shuffled / n, n
 
