@@ -5,7 +5,7 @@ gave (pseudo-labels: "Self-training with Noisy Student", Xie et al. 2020, arXiv:
 category; the heads are thrown away afterwards, the tower stays: train.py --vision RUN.
 """
 import csv
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -34,8 +34,8 @@ class Options:
 @dataclass
 class ClassifierConfig:
     """The tower's sizes, and the labels of every category: {"color": ["red", ..], "shape": [..]}; label 0 is "red"."""
-    vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
-    labels: dict = field(default_factory=dict)
+    vision: ViTConfig | ResNetConfig
+    labels: dict
 
 
 class Classifier(nn.Module):

@@ -101,8 +101,8 @@ def encode_rows(path, ids, open_one, encode, meta, batch_size, say):
             kept = [name for name in ids if name in done]
             save_safetensors({"features": torch.stack([done[name] for name in kept])}, path,
                              {**meta, "ids": json.dumps(kept)})
-    for reason in broken.values():
-        say(f"left out: {reason}")
+    for reason in list(broken.values())[:10]:
+        say(f"left out (1 of {len(broken)}): {reason}")
     kept = [name for name in ids if name in done]
     if not kept:
         raise UserError(f"none of the {len(ids)} can be read, so there is nothing for {path}")
