@@ -99,7 +99,7 @@ class CiderD:
 
     def _vector(self, counts):
         weights = {gram: count * self.weight.get(gram, self.log_images) for gram, count in counts.items()}
-        norm = [math.sqrt(sum(w * w for gram, w in weights.items() if len(gram) == n)) for n in (1, 2, 3, 4)]
+        norm = [sum(w * w for gram, w in weights.items() if len(gram) == n) for n in (1, 2, 3, 4)]
         length = sum(count for gram, count in counts.items() if len(gram) == 2)     # the official length counts bigrams
         return weights, norm, length
 
@@ -110,7 +110,7 @@ class CiderD:
             dots = [0.0] * 4
             for gram in weights.keys() & ref_weights.keys():
                 dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]
-            cosines = sum(dot / (a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
+            cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
             total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2))
         return total / len(self.references[i])
 
@@ -123,7 +123,7 @@ def cider(candidates, references):
 
 
 def score_captions(candidates, references):
-    """All caption scores from raw text: {"BLEU-1": .., ..., "BLEU-4": .., "ROUGE-L": .., "CIDEr-D": ..}, not times 100."""
+    """All caption scores from raw text: {"BLEU-1": .., .., "ROUGE-L": .., "CIDEr-D": ..}; papers print 100 times that."""
     _check_pairs(candidates, references)
     candidates = [" ".join(tokenize(caption)) for caption in candidates]
     references = [[" ".join(tokenize(caption)) for caption in refs] for refs in references]

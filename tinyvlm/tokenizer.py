@@ -34,7 +34,7 @@ CHAR_BYTE = {char: byte for byte, char in BYTE_CHAR.items()}
 
 
 def spell(word):
-    """Its UTF-8 bytes as characters: " café" -> ["Ġ", "c", "a", "f", "Ã", "©"]. Half of a UTF-16 pair reads as "?"."""
+    """Its UTF-8 bytes as characters: " café" -> ["Ġ", "c", "a", "f", "Ã", "©"]. Half a UTF-16 pair reads as "?"."""
     return [BYTE_CHAR[byte] for byte in word.encode("utf-8", errors="replace")]
 
 
@@ -148,13 +148,13 @@ def apply_merges(tokens, ranks):
 
 # ---- the two kinds, as parts of a tokenizer.json
 
-CLIP_START = "<|startoftext|>"
+CLIP_START, SPACES = "<|startoftext|>", regex.compile(r"\s+")
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"       # white space is dropped
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CLIP_CLEANING = {"type": "Sequence", "normalizers": [
-    {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]}
+    {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": SPACES.pattern}, "content": " "}, {"type": "Lowercase"}]}
 CLIP_SPLITS = [[{"type": "Split", "pattern": {"Regex": names + CLIP_WORDS}, "behavior": "Removed", "invert": True}]
-               for names in ("", r"<\|startoftext\|>|<\|endoftext\|>|")]                 # newer files cut at the two names
+               for names in ("", r"<\|startoftext\|>|<\|endoftext\|>|")]            # newer files cut at the two names
 
 
 class BPETokenizer(Tokenizer):
@@ -175,7 +175,7 @@ class BPETokenizer(Tokenizer):
         """
         n_merges = vocab_size - 256 - len(set(special_tokens))
         if n_merges < 0:
-            raise UserError(f"vocab_size {vocab_size} has no room for bytes and special tokens; add {-n_merges} or more")
+            raise UserError(f"vocab_size {vocab_size} has no room for bytes and special tokens; add {-n_merges}")
         cut = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or "(?!)")
         counts = collections.Counter()          # merges never cross words: distinct words with their counts are enough
         for text in texts:
@@ -206,24 +206,26 @@ class BPETokenizer(Tokenizer):
     def _setup(self, spec):
         model, split, vocab = spec["model"], spec["pre_tokenizer"] or {}, self._vocab
         settings = {key: value for key, value in model.items() if value and key not in ("vocab", "merges", "unk_token")}
-        require("model", settings, {"type": "BPE"}, {"type": "BPE", "end_of_word_suffix": "</w>"})
+        require("model", {"type": "BPE"} | settings, {"type": "BPE"}, {"type": "BPE", "end_of_word_suffix": "</w>"})
         self._suffix = model.get("end_of_word_suffix") or ""
         require("normalizer", spec["normalizer"], CLIP_CLEANING if self._suffix else None)
         *cuts, last = split.get("pretokenizers", [split])
         require("pre_tokenizer", cuts, *(CLIP_SPLITS if self._suffix else [[]]))
         require("pre_tokenizer", last, BYTE_LEVEL)
-        self._cut = regex.compile(cuts[0]["pattern"]["Regex"] if cuts else "(?s:.+)").findall
-        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]     # "a b" is old
+        self._clip_words = regex.compile(cuts[0]["pattern"]["Regex"]) if cuts else None
+        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]  # "a b" is old
         require("merges", [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocab][:1], [])
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         # A byte the vocabulary lacks becomes unk_token, or nothing without one, as in `tokenizers`.
         self._unk = model.get("unk_token") if model.get("unk_token") in vocab else None
 
     def _normalize(self, text):
-        return lower(regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text))) if self._suffix else text
+        return lower(SPACES.sub(" ", unicodedata.normalize("NFC", text))) if self._suffix else text
 
     def _words(self, text):
-        return [word for piece in self._cut(text) for word in _gpt2_words(piece)]
+        if not self._suffix:
+            return _gpt2_words(text)
+        return [word for piece in self._clip_words.findall(text) for word in _gpt2_words(piece)]
 
     def _word_ids(self, word):
         *chars, last = spell(word)

@@ -32,7 +32,7 @@ SETTINGS = {**dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space
 
 def require(place, part, *known):
     """Refuse a part of a tokenizer that is none of the known ones; a field that it leaves out counts as usual."""
-    if not any(part == form or isinstance(part, dict) and form and form | part == form for form in known):
+    if not any(part == form or type(part) is type(form) is dict and part and form | part == form for form in known):
         raise UserError(f"the tokenizer's {place} is not one tinyvlm reads ({str(part):.80}); use a GPT-2, CLIP or "
                         "uncased BERT kind")
 
@@ -46,7 +46,7 @@ def read_frame(spec):
         ids = [spec["special_tokens"][item["SpecialToken"]["id"]]["ids"] if "SpecialToken" in item else None
                for item in spec["single"]]
         return sum(ids[:ids.index(None)], []), sum(ids[ids.index(None) + 1:], [])
-    require("post_processor", kind, None, "ByteLevel")      # which only trims offsets
+    require("post_processor", kind, None, "ByteLevel")      # the latter only trims offsets
     return [], []
 
 
@@ -91,7 +91,7 @@ class Tokenizer:
                                 "added tokens agree")
         self.token_to_id, self.id_to_token, self.vocab_size = ids.get, names.get, max(names, default=-1) + 1
         for token in added:
-            require("added token", token, ADDED | {key: token[key] for key in ("id", "content", "normalized", "special")})
+            require("added token", {**token, "id": None, "content": "", "normalized": False, "special": True}, ADDED)
         added = sorted(added, key=lambda token: token["id"])
         self._spec = FILE | spec | {"added_tokens": added, "truncation": None, "padding": None}
         self._setup(self._spec)
@@ -100,7 +100,7 @@ class Tokenizer:
         self.special_ids = sorted({*before, *after, self.unk_id, *(t["id"] for t in added if t["special"])} - {None})
         self._finders = {(special, clean): self._finder([token for token in added if token["normalized"] == clean and (
             special or not token["special"])], clean) for special in (True, False) for clean in (True, False)}
-        self._cached_ids = functools.lru_cache(1 << 16)(self._word_ids)     # captions repeat the same few thousand words
+        self._cached_ids = functools.lru_cache(1 << 16)(self._word_ids)     # captions repeat a few thousand words
 
     def _finder(self, tokens, clean):
         """(pattern, {name: id}). Of names that start at one place the longest is found.

@@ -13,6 +13,7 @@ from .vocab import NOT_SPACE, SPECIAL_TOKENS, Tokenizer, read_beside, require
 # CJK ideographs, which BERT takes one by one (kana and hangul are cut like letters); 2b920, not 2b820, as `tokenizers`.
 IDEOGRAPH = re.compile("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
                        "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
+CONTROL = ("Cc", "Cf", "Co", "Cs")
 CLEANING = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
             "lowercase": True}
 MODEL = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
@@ -52,12 +53,12 @@ class WordPieceTokenizer(Tokenizer):
         """
         if text.isascii() and text.isprintable():
             return text.lower()
-        text = "".join(c for c in text if c in "\t\n\r" or c != "\ufffd" and category(c) not in ("Cc", "Cf", "Co", "Cs"))
+        text = "".join(c for c in text if c in "\t\n\r" or c != "\ufffd" and category(c) not in CONTROL)
         text = lower(normalize("NFC", IDEOGRAPH.sub(r" \g<0> ", text)))
         return "".join(c for c in normalize("NFD", text) if category(c) != "Mn")
 
     def _word_ids(self, word):
-        """"cafe!" -> the ids of "cafe" and of "!": punctuation stands apart, all of ASCII's symbols and Unicode's P*."""
+        """"cafe!" -> the ids of "cafe" and of "!": ASCII's symbols and Unicode's punctuation (P*) stand apart."""
         apart = [f" {c} " if category(c)[0] == "P" or c.isascii() and not c.isalnum() else c for c in word]
         return [i for part in "".join(apart).split() for i in self._pieces(part)]
 
