@@ -62,7 +62,7 @@ def test_encodes_as_the_tokenizers_library_does(case, tmp_path):
 
 def test_trainer_learns_the_merges_of_the_rust_trainer(tmp_path):
     """The library learned 64 merges from the same corpus: ours must be the same, ties included."""
-    BPETokenizer.train(CORPUS, 320, special_tokens=()).save(tmp_path)
+    BPETokenizer.train(CORPUS[::-1], 320, special_tokens=()).save(tmp_path)        # nor does the order of texts matter
     saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     theirs = REFERENCE["base"]["model"]
     assert [tuple(m.split(" ")) for m in saved["merges"]] == [tuple(m) for m in theirs["merges"]]
@@ -95,18 +95,16 @@ def test_the_fast_way_is_the_naive_way():
 def test_one_long_word_without_spaces_is_not_quadratic(tok):
     """8 times the length makes about 8 times the look-ups of merges, where a plain loop makes 64 times (no clock)."""
     class Counting(dict):
-        n = 0
-
         def __contains__(self, pair):
-            self.n += 1
+            counts.append(pair)
             return super().__contains__(pair)
 
-    counts = []
+    lookups, counts, tok._ranks = [], [], Counting(tok._ranks)
     for length in (100, 800):
-        tok._ranks = Counting(tok._ranks)
+        counts.clear()
         tok.encode("thedog" * length)
-        counts.append(tok._ranks.n)
-    assert 0 < counts[1] < 8.5 * counts[0]
+        lookups.append(len(counts))
+    assert 0 < lookups[1] < 8.5 * lookups[0]
 
 
 def test_round_trip_of_any_string(tok):
@@ -152,16 +150,8 @@ def test_training_cuts_special_tokens_out_and_may_run_out_of_pairs():
     tokenizer = BPETokenizer.train(["<image>ab"] * 5, 1000, special_tokens=("<image>",))
     assert tokenizer.vocab_size == 256 + 1 + 1, "ab is the only pair: nothing was learned from the letters of <image>"
     assert tokenizer.encode("ab<image>") == [256, 257]
-    tokenizer = BPETokenizer.train(["a dog", "a dog runs"], vocab_size=256 + 3 + 1, special_tokens=["<image>"])
-    assert tokenizer.encode("<image>a dog") == [259, 64, 258], "the example of the docstring"
     with pytest.raises(UserError, match="vocab_size 200 has no room.*add 61"):
         BPETokenizer.train(CORPUS, 200)
-
-
-def test_training_does_not_depend_on_the_order_of_the_texts(tok, tmp_path):
-    BPETokenizer.train(CORPUS[::-1], 320).save(tmp_path / "b.json")
-    tok.save(tmp_path / "a.json")
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
 def test_vocab_json_and_merges_txt(tmp_path):

@@ -123,7 +123,7 @@ def cider(candidates, references):
 
 
 def score_captions(candidates, references):
-    """All caption scores from raw text: {"BLEU-1": .., .., "ROUGE-L": .., "CIDEr-D": ..}; papers print 100 times that."""
+    """All caption scores from raw text: {"BLEU-1": .., .., "ROUGE-L": .., "CIDEr-D": ..}, as fractions."""
     _check_pairs(candidates, references)
     candidates = [" ".join(tokenize(caption)) for caption in candidates]
     references = [[" ".join(tokenize(caption)) for caption in refs] for refs in references]
