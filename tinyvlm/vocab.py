@@ -98,8 +98,9 @@ class Tokenizer:
         self.frame_ids = before, after = read_frame(self._spec["post_processor"])
         require("post_processor", [i for i in before + after if i not in names], [])
         self.special_ids = sorted({*before, *after, self.unk_id, *(t["id"] for t in added if t["special"])} - {None})
-        self._finders = {(special, clean): self._finder([token for token in added if bool(token["normalized"]) == clean and (
-            special or not token["special"])], clean) for special in (True, False) for clean in (True, False)}
+        self._finders = {(special, clean): self._finder([
+            token for token in added if bool(token["normalized"]) == clean and (special or not token["special"])], clean)
+            for special in (True, False) for clean in (True, False)}
         self._cached_ids = functools.lru_cache(1 << 16)(self._word_ids)     # captions repeat a few thousand words
 
     def _finder(self, tokens, clean):
