@@ -29,7 +29,7 @@ def pad_rows(rows):
 
 
 class Rows:
-    """All texts of a run as two padded tensors; image i owns rows first[i] .. first[i] + count[i] - 1; `empty` is empty.
+    """All texts of a run as two padded tensors; image i owns rows first[i] .. first[i] + count[i] - 1. One is empty.
 
     fixed: batches keep the padding of the longest row of all, so that a GPU sees one shape; else that of their longest.
     """
