@@ -22,7 +22,7 @@ from tinyvlm.classifying import write_pseudo_labels
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.device import check_device
 from tinyvlm.draw import caption_sheet
-from tinyvlm.features import FeatureFile, write_features, write_text_embeddings
+from tinyvlm.features import write_features, write_text_embeddings
 from tinyvlm.files import write_image
 from tinyvlm.image import open_batches, to_uint8
 from tinyvlm.layouts import MAX_LOST, open_photos, photos, report
