@@ -246,7 +246,7 @@ def test_revisions_and_short_names(hub, host, home):
     (404, {"X_Error_Code": "RevisionNotFound"}, "RevisionNotFound"), (429, {"Retry_After": "9"}, "HTTP 429;"),
     (200, {}, "is no hub"), (200, {"X_Repo_Commit": COMMIT}, "is no hub"),
     (200, {"X_Repo_Commit": COMMIT, "ETag": '"../../../evil"'}, "is no hub"),
-    (200, {"X_Repo_Commit": "../../evil", "ETag": '"a"'}, "is no hub")])
+    (200, {"X_Repo_Commit": "../../evil", "ETag": f'"{SHA}"'}, "is no hub")])
 def test_hub_refusals_also_where_a_file_may_be_missing(hub, host, naps, code, head, match):
     """And answers without commit and ETag, or with either leading out of the cache. A missing file alone is None."""
     host.pages["/org/gone/resolve/v1/f"] = send(status=code, **head)
@@ -254,12 +254,6 @@ def test_hub_refusals_also_where_a_file_may_be_missing(hub, host, naps, code, he
     assert naps == ([9] * 4 if code == 429 else [])
     assert hf_file("org/name", "none", missing_ok=True) is None
     fails("HTTP 404 EntryNotFound", hf_file, "org/name", "none")
-
-
-def test_a_second_name_where_links_fail(hub, monkeypatch):
-    """Windows without the privilege for links."""
-    monkeypatch.setattr(module.Path, "symlink_to", lambda *args: os.stat("no such file"))
-    assert hf_file("org/name", "sub/dir/model.bin").read_bytes() == BODY
 
 
 def test_hub_content_is_verified(hub, host, mirror):
@@ -292,7 +286,8 @@ def test_zip_appears_whole_and_nothing_leaves_its_folder(tmp_path):
         archive.writestr(link, "/etc/passwd")
     (tmp_path / "in" / "out.incomplete").mkdir(parents=True)
     (tmp_path / "in" / "out.incomplete" / "old").write_text("of a killed run")
-    out = extract_zip(tmp_path / "a.zip", tmp_path / "in" / "out")
+    out = tmp_path / "in" / "out"
+    extract_zip(tmp_path / "a.zip", out)
     assert (out / "d/1.txt").read_bytes() == b"one" and (out / "link").read_bytes() == b"/etc/passwd"
     assert not (out / "link").is_symlink() and not (out / "old").exists()
     assert files(tmp_path) == ["a.zip", "in"] and files(tmp_path / "in") == ["out"]
