@@ -59,7 +59,7 @@ def test_json_and_csv_come_back(tmp_path):
 
 
 def test_a_second_process_is_told_or_waits(tmp_path):
-    code = "import sys; from tinyvlm.files import locked\nwith locked(sys.argv[1], wait=False): print('in')"
+    code = "from tinyvlm.files import *\nwith locked(Path(os.sys.argv[1]), wait=False): print('in')"
 
     def other():
         return subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], cwd=ROOT, capture_output=True, text=True)

@@ -135,15 +135,15 @@ def download(url, path, sha256=None, headers=HEADERS, max_bytes=10**11, max_seco
         ranged = {**headers, "Range": f"bytes={start}-"} if start else headers
         with request(session, "GET", url, ranged, accept=(200, 206, 416)) as answer:
             start = 0 if answer.status_code == 200 else start
-            done, total = start, start + (answer.raw.length_remaining or 0)
+            total = start + (answer.raw.length_remaining or 0)
             if answer.status_code > 200 and answer.headers.get("Content-Range") != f"bytes {start}-{total - 1}/{total}":
                 part.unlink(missing_ok=True)                    # Guard: another part than we want, or none (416)
                 raise DownloadError(url, "wrong range", transient=True)
             with open(part, "ab" if start else "wb") as file:
                 for piece in body(url, answer, max_bytes - start):
-                    done += file.write(piece)
+                    file.write(piece)
                     if total > 1 << 20:
-                        progress(done, total, f"bytes of {path.name}")
+                        progress(file.tell(), total, f"bytes of {path.name}")
                     if monotonic() > deadline:                  # Guard: one byte a second never times out
                         raise DownloadError(url, f"not done within {max_seconds:.0f} s")
                 file.flush()

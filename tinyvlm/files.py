@@ -82,7 +82,6 @@ def locked(path, wait=True):
 
     The kernel drops a lock with its process. The empty file stays: with old and new file open, two would be in.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:
         try:
@@ -108,12 +107,12 @@ def list_files(folder):
     Passed over: hidden ones and a Mac's ._7.jpg and __MACOSX; what is being unpacked; and copies in a folder of the
     same name, as Kaggle has them (Images/7.jpg, Images/Images/7.jpg).
     """
-    every = [path for path in glob.glob("**", root_dir=folder, recursive=True)
-             if not re.search(r"(^|/)__MACOSX/|\.incomplete/", path) and os.path.isfile(os.path.join(folder, path))]
-    sizes = {path: os.path.getsize(os.path.join(folder, path)) for path in every}
-    first = {path: re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path) for path in every}         # Images/Images/ -> Images/
-    found = [path for path in every if path == first[path] or sizes.get(first[path]) != sizes[path]]
-    return sorted(found, key=lambda path: (path.count("/"), path))
+    first = {}
+    for path in sorted(glob.glob("**", root_dir=folder, recursive=True), key=lambda path: (path.count("/"), path)):
+        file = os.path.join(folder, path)
+        if os.path.isfile(file) and not re.search(r"(^|/)__MACOSX/|\.incomplete/", path):
+            first.setdefault((re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path), os.path.getsize(file)), path)
+    return [*first.values()]
 
 
 def list_images(folder):
@@ -142,22 +141,23 @@ class ImageFinder:
     """
 
     def __init__(self, folder):
-        self.folder, self.home, every = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
-        self.images = [path for path in every if path.lower().endswith(IMAGE_TYPES)]
-        self.files = sorted({*every} - {*self.images})          # captions and the like
+        self.folder, self.home, self.files = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
         self.ending, inner = {}, ["", *glob.glob("**/", root_dir=folder, recursive=True)]
         self.places = {place for path in inner for place, _ in _ends(tidy_name(f"{self.home}/{path}x"))}
+        self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)]
         for path in self.images:
             for _, end in _ends(tidy_name(f"{self.home}/{path}")):
                 self.ending.setdefault(end, []).append(path)    # {"cats/8.jpg": [the images whose paths end so]}
 
     def find(self, names, base=""):
         """{name: path} of those that are there: below `base`, the folder of the file that names them, else anywhere."""
-        by_name = not any(place in self.places for name in names for place, _ in _ends(tidy_name(name))[:-1])
+        tidy = {name: tidy_name(name) for name in names}
+        by_name = not any(place in self.places for name in tidy.values() for place, _ in _ends(name)[:-1])
         for start in (base and base + "/", ""):
-            if found := {name: path for name in names if (path := self._find(tidy_name(name), start, by_name))}:
+            found = {name: self._find(tidy[name], start, by_name) for name in names}
+            if any(found.values()):
                 break
-        return found
+        return {name: path for name, path in found.items() if path}
 
     def _find(self, name, start, by_name):
         whole = tidy_name(posixpath.join(self.home, start, name))

@@ -181,7 +181,7 @@ def photos(name, folder, seed=0, allow_broken=False, stream=False):
 
 # ---- downloads
 
-def fetch(name, folder, stream=False):
+def fetch(name, folder, stream):
     """Download a public data set, or with stream only its captions, and unpack each zip as folder/NAME.
 
     As long as `zips` is in the folder, pieces are to come. Without it the folder is whole, or its owner filled it.
@@ -205,7 +205,7 @@ def fetch(name, folder, stream=False):
 
 def open_photos(config):
     """A config with dataset, data_dir, seed, allow_broken and stream -> Dataset, downloaded if there is no data_dir."""
-    name, folder = config.dataset, Path(config.data_dir or f"data/{config.dataset}")
-    if name in DOWNLOADS and not config.data_dir:
-        fetch(name, folder, config.stream)
-    return photos(name, folder, config.seed, config.allow_broken, config.stream)
+    folder = Path(config.data_dir or f"data/{config.dataset}")
+    if config.dataset in DOWNLOADS and not config.data_dir:
+        fetch(config.dataset, folder, config.stream)
+    return photos(config.dataset, folder, config.seed, config.allow_broken, config.stream)
