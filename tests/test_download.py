@@ -45,11 +45,7 @@ def host():
         yield made
 
 
-@pytest.fixture
-def mirror():
-    """A second port: to a browser, and to a token, another host."""
-    with Host("HTTP/1.0") as made:
-        yield made
+mirror = host                           # a second port: to a browser, and to a token, another host
 
 
 @pytest.fixture(autouse=True)
@@ -293,10 +289,13 @@ def test_zip_appears_whole_and_nothing_leaves_its_folder(tmp_path):
     assert files(tmp_path) == ["a.zip", "in"] and files(tmp_path / "in") == ["out"]
 
 
-def test_damaged_zip_leaves_nothing_behind(tmp_path):
-    """One flipped bit fails the CRC after other members were written: nothing may look finished."""
-    data = bytearray(zipped())
-    for damaged, why in ((data[:3000], "not a zip file"), (data[:2500] + b"!" + data[2501:], "CRC")):
+def test_damaged_zips_and_bombs_leave_nothing_behind(tmp_path):
+    """One flipped bit fails the CRC after other members were written; 3 MB of zeros have 3 kB."""
+    data, bomb = bytearray(zipped()), io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(3_000_000))
+    for damaged, why in ((data[:3000], "not a zip file"), (data[:2500] + b"!" + data[2501:], "CRC"),
+                         (bomb.getvalue(), "would become 3000000")):
         (tmp_path / "a.zip").write_bytes(damaged)
         assert str(tmp_path / "a.zip") in fails(f"{why}.*run again", extract_zip, tmp_path / "a.zip", tmp_path / "out")
         assert files(tmp_path) == ["a.zip"]

@@ -182,7 +182,8 @@ def test_folder_report_and_captions(host, tmp_path):
     assert len(data.names) == 7 and [['a "red", square thing']] == [c for c in data.captions if "thing" in c[0]]
 
 
-@pytest.mark.parametrize("size, black", [((200, 118), (0, 64)), ((118, 200), (64, 0)), ((200, 120), None), ((9, 9), None)])
+@pytest.mark.parametrize("size, black", [((200, 118), (0, 64)), ((118, 200), (64, 0)), ((200, 120), None),
+                                         ((9, 9), None)])
 def test_squares_are_cut_from_the_middle_or_padded_with_black(host, tmp_path, size, black):
     """Black where the short side ends if it is below 0.6 of the long one; a red square in the middle stays one."""
     image, side, file = Image.new("RGB", size, "white"), min(size) // 3, io.BytesIO()

@@ -177,7 +177,8 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
         raise DownloadError(url, "no plain names of a hub repository, a file in it and a revision")
     home = Path(get("HF_HOME") or "~/.cache/huggingface").expanduser()
     folder = Path(get("HF_HUB_CACHE") or home / "hub").expanduser() / f"models--{repo_id.replace('/', '--')}"
-    ref, login, offline = folder / "refs" / revision, home / "token", get("HF_HUB_OFFLINE", "0") not in ("0", "")
+    offline = get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    ref, login = folder / "refs" / revision, home / "token"
     link = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision) / filename
     if link.is_file():
         return link

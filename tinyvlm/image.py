@@ -145,7 +145,7 @@ def preprocess(image, recipe):
 
 
 def to_pil(img, recipe):
-    """A model's input (3, H, W) back to a picture: undoes `normalise`."""
+    """A model's input (3, H, W) back to a picture."""
     img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)
     return Image.fromarray((img.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 

@@ -127,9 +127,9 @@ def _pairs(rows, known):
             if url and caption and url not in known:
                 known.add(url)
                 yield url, caption
-    except (ValueError, TypeError, LookupError, csv.Error) as error:
-        raise UserError(f"the rows cannot be read ({str(error)[:99]}); each needs image_url (or url) and capsfusion (or "
-                        "caption, or text), in json lines or in a csv with a header") from None
+    except (ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
+        raise UserError(f"the rows cannot be read ({str(error)[:99]}); each needs image_url (or url) and capsfusion "
+                        "(or caption, or text), in json lines or in a csv with a header") from None
 
 
 def download_images(rows, folder, size=128, limit=1000, allow_private=False):
@@ -154,10 +154,10 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
         return [name, caption, "ok", url]
 
     with locked(table.with_name(".lock")):      # two runs in one folder would overwrite each other's table
-        lines = list(csv.reader(table.read_text("utf-8").splitlines())) if table.exists() else [HEADER]
+        lines = [*csv.reader(table.read_text("utf-8", "replace").splitlines())] if table.exists() else [HEADER]
         if lines[:1] != [HEADER]:
             raise UserError(f"{table} was not made by this program; choose another folder")
-        done = {line[3]: line for line in lines[1:] if line}
+        done = {line[3]: line for line in lines[1:] if len(line) == 4}
         pairs = _pairs(rows, set(done))
         try:
             while jobs:
@@ -194,18 +194,16 @@ def table_rows(path):
         yield from map(json.loads, filter(str.strip, file)) if is_jsonl else csv.DictReader(file)
 
 
-# ---- training while downloading
-
 class ImageFolderCache:
-    """Images by address: from a folder, else fetched, and kept there as long as it has less than max_bytes.
+    """For training while downloading: images from a folder, else fetched, and kept while it has less than max_bytes.
 
     What came first stays: in epochs over more than fits, the least recently used image is the one needed next.
     """
 
-    def __init__(self, folder, max_bytes, allow_private=False):
-        self.folder, self.allow_private = Path(folder), allow_private
-        self.folder.mkdir(parents=True, exist_ok=True)
-        room = max_bytes - sum(file.stat().st_size for file in self.folder.iterdir())
+    def __init__(self, folder, max_bytes, allow_private):
+        self.folder, self.allow_private = folder, allow_private
+        folder.mkdir(parents=True, exist_ok=True)
+        room = max_bytes - sum(file.stat().st_size for file in folder.iterdir())
         self.room = room / int(os.environ.get("WORLD_SIZE", 1))                   # torchrun's processes share it
 
     def open(self, url):
