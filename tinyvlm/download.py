@@ -6,7 +6,7 @@
 A file gets its final name only when it is whole and checked, so "the file is there" always means "the file is good".
 The cache is huggingface_hub's own: what transformers downloaded is found without a request, and the reverse. Unlike
 that library we do NOT ask whether `main` has moved on once a copy is cached. Left out: Xet, uploads, parallel parts.
-`Guard:` marks what protects against a bad server. `retry`, `request` and `body` serve web.py, too.
+`Guard:` stands at what protects against a bad server. `retry`, `request` and `body` serve web.py, too.
 """
 import contextlib
 import hashlib
