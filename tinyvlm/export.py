@@ -7,12 +7,13 @@ in their words), generation_config.json (how a caption begins and ends) and prep
 Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here.
 """
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from .config import UserError, run_script
-from .families import ACT_NAMES
+from .families import ACT_NAMES, SETTINGS
 from .files import write_json
 from .names import NAMINGS, outward
 from .pretrained import load_run
@@ -20,21 +21,12 @@ from .recipes import to_transformers
 from .vlm import CrossCaptioner
 from .weights import save_safetensors
 
-THEIRS = {ours: theirs for theirs, ours in ACT_NAMES.items()}
 
-
-def _gpt2_config(c):
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-            "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-            "n_inner": c.n_hidden, "activation_function": THEIRS[c.activation], "layer_norm_epsilon": c.eps,
-            "tie_word_embeddings": True, "add_cross_attention": True, "is_decoder": True}
-
-
-def _vit_config(c):
-    return {"model_type": "vit", "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
-            "num_attention_heads": c.n_head, "intermediate_size": c.n_hidden or 4 * c.n_embd,
-            "hidden_act": THEIRS[c.activation], "layer_norm_eps": c.eps, "image_size": c.image_size,
-            "patch_size": c.patch_size}
+def _config(c, kind):
+    """Our GPTConfig or ViTConfig -> the sizes and settings of their config.json, in its words."""
+    theirs = {ours: theirs for theirs, ours in ACT_NAMES.items()}
+    ours = asdict(c) | {"n_hidden": c.n_hidden or 4 * c.n_embd, "activation": theirs[c.activation]}
+    return {"model_type": kind} | {word: ours[field] for field, word in SETTINGS[kind].items() if field in ours}
 
 
 def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=None, max_tokens=None):
@@ -58,7 +50,8 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
     files["config"] = {
         "model_type": "vision-encoder-decoder", "architectures": ["VisionEncoderDecoderModel"], **ids,
         "is_encoder_decoder": True, "tie_word_embeddings": True, "torch_dtype": "float32",
-        "encoder": _vit_config(c.vision), "decoder": _gpt2_config(c.text)}
+        "encoder": _config(c.vision, "vit"), "decoder": _config(c.text, "gpt2") | {
+            "architectures": ["GPT2LMHeadModel"], "add_cross_attention": True, "is_decoder": True}}
     if tokenizer:
         tokenizer.save(folder)
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.id_to_token(end))

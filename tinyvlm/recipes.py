@@ -85,14 +85,11 @@ def read_recipe(ck, family, size=None):
 
 
 def to_transformers(recipe):
-    """Recipe -> preprocessor_config.json: CLIP's class crops, ViT's only squashes."""
+    """Recipe -> preprocessor_config.json of CLIP's class, which resizes, then crops."""
     if recipe.mode == "adaptive":
         raise UserError("adaptive padding of images is unknown to transformers; export with no recipe")
-    square, side = {"height": recipe.size, "width": recipe.size}, recipe.resize or recipe.size
-    how = {"image_processor_type": "ViTImageProcessor", "size": square}
-    if recipe.mode == "crop" or recipe.resize:
-        size = {"shortest_edge": side} if recipe.mode == "crop" else {"height": side, "width": side}
-        how = {"image_processor_type": "CLIPImageProcessor", "size": size, "do_center_crop": True, "crop_size": square}
-    return {**how, "do_resize": True, "resample": {"bilinear": 2, "bicubic": 3}[recipe.interpolation],
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(recipe.mean),
-            "image_std": list(recipe.std)}
+    side, crop = recipe.resize or recipe.size, {"height": recipe.size, "width": recipe.size}
+    return {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True, "crop_size": crop,
+            "size": {"shortest_edge": side} if recipe.mode == "crop" else {"height": side, "width": side},
+            "resample": {"bilinear": 2, "bicubic": 3}[recipe.interpolation], "do_rescale": True,
+            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": recipe.mean, "image_std": recipe.std}
