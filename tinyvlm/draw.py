@@ -69,7 +69,7 @@ def curves(series, title):
         pen.line([at(x, y0), at(x, y1)], GRID, 2)
         pen.text((at(x, y0)[0], bottom + 16), f"{x:,.10g}", INK, font, "mt")
     pen.text((left, 20), title + ", log scale" * log, INK, ImageFont.load_default(30))
-    start = left                        # of the legend, "-- training  -- validation": above the plot it covers no line
+    start = left                        # of the legend, above the plot: "-- training  -- validation"
     for (name, line), hue in zip(lines.items(), HUES):
         line = [at(x, y) for x, y in line]
         pen.line(line, hue, 4, "curve")

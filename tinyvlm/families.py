@@ -47,40 +47,37 @@ def agree(told, **computed):
             raise ValueError(f"{word} = {told[word]!r:.60} in config.json, but the weights or tinyvlm have {value!r}")
 
 
+def _part(shapes, prefix):
+    """The shapes of one tower: {"vision.pos": ..} -> {"pos": ..}."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
 def _transformer(ck, shapes, told, kind, **shown):
-    """The fields that a ViTConfig and a GPTConfig share. kind: its model_type in transformers; shown: further sizes."""
-    told = {word: value for word, value in told.items() if value is not None}
+    """The fields that a ViTConfig and a GPTConfig share. told: its part of config.json, or None, all of it; kind: its
+    model_type in transformers; shown: further sizes."""
+    told = {word: value for word, value in (told or ck.config).items() if value is not None}
     shown |= {"n_embd": shapes["ln_f.weight"][0], "n_hidden": shapes["blocks.0.mlp.fc.weight"][0],
               "n_layer": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})}
     agree(told, model_type=kind, **COMPUTED, **{w: shown[field] for w, field in WORDS.items() if field in shown})
-    usual = dict(USUAL[kind])
-    if "model_type" not in ck.config:
-        usual["n_head"] = HEADS.get(shown["n_embd"])
-        usual["eps"] = 1e-6 if "pos_embed" in ck.tensors else usual["eps"]
-    fields = usual | {WORDS[word]: value for word, value in told.items() if word in WORDS} | shown
+    usual = {"n_head": HEADS.get(shown["n_embd"])} if "model_type" not in ck.config else {}
+    usual |= {"eps": 1e-6} if "pos_embed" in ck.tensors else {}
+    fields = USUAL[kind] | usual | {WORDS[word]: value for word, value in told.items() if word in WORDS} | shown
     return fields | {"activation": ACT_NAMES.get(str(fields["activation"]), fields["activation"])}
 
 
 def _gpt(ck, shapes, told=None, kind="gpt2"):
-    """GPT-2, a captioner's decoder, CLIP's text tower. told: its part of config.json, or all of it."""
-    sizes = {"vocab_size": shapes["wte.weight"][0], "block_size": shapes["wpe.weight"][0]}
-    return GPTConfig(**_transformer(ck, shapes, told or ck.config, kind, **sizes),
-                     cross="blocks.0.cross.qkv.weight" in shapes)
+    """GPT-2, a captioner's decoder, CLIP's text tower."""
+    sizes = _transformer(ck, shapes, told, kind, vocab_size=shapes["wte.weight"][0], block_size=shapes["wpe.weight"][0])
+    return GPTConfig(**sizes, cross="blocks.0.cross.qkv.weight" in shapes)
 
 
 def _vit(ck, shapes, told=None, kind="vit"):
     """ViT, a captioner's encoder, CLIP's image tower. timm's may pool otherwise than by the class token."""
-    told = told or ck.config
-    agree(told, global_pool="token")
+    agree(told or ck.config, global_pool="token")
     P, n = shapes["patch.weight"][2], math.isqrt(shapes["pos"][1] - 1)      # one row for the class token, n * n patches
     sizes = _transformer(ck, shapes, told, kind, patch_size=P, image_size=n * P)
     return ViTConfig(**sizes, patch_bias="patch.bias" in shapes, n_class=shapes.get("head.weight", [0])[0],
                      pre_norm="ln_pre.weight" in shapes)
-
-
-def _part(shapes, prefix):
-    """The shapes of one tower: {"vision.pos": ..} -> {"pos": ..}."""
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _clip(ck, shapes):
@@ -90,9 +87,8 @@ def _clip(ck, shapes):
                         for side in ("vision", "text"))
     else:
         told, usual = ck.read("open_clip_config.json"), RECIPES["clip"]
-        model = told["model_cfg"]
-        act = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-        vision, text = act | model["vision_cfg"], act | model["text_cfg"]
+        act = {"hidden_act": "quick_gelu" if told["model_cfg"].get("quick_gelu") else "gelu"}
+        vision, text = (act | told["model_cfg"][f"{side}_cfg"] for side in ("vision", "text"))
         agree(vision | text, **dict.fromkeys((vision | text).keys() - WORDS.keys()))
         agree(told.get("preprocess_cfg") or {}, mean=[*usual.mean], std=[*usual.std], resize_mode="shortest",
               interpolation="bicubic")
@@ -117,9 +113,8 @@ def _resnet50(ck, shapes):
 
 
 def _vgg16(ck, shapes):
-    first = (0, 5, 10, 17, 24)                  # the numbers of each stage's first convolution
-    return VGGConfig(widths=tuple(shapes[f"feature_map.{k}.weight"][0] for k in first),
-                     n_hidden=shapes["fc1.weight"][0], n_class=shapes.get("head.weight", [0])[0])
+    widths = tuple(shapes[f"feature_map.{k}.weight"][0] for k in (0, 5, 10, 17, 24))        # of each stage's first
+    return VGGConfig(widths, n_hidden=shapes["fc1.weight"][0], n_class=shapes.get("head.weight", [0])[0])
 
 
 def _vit_gpt2(ck, shapes):

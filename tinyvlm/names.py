@@ -1,9 +1,9 @@
 """Whose weight is whose: the name tables of public checkpoints.
 
-A checkpoint is a bag of named arrays. Whoever trained it chose the names and, here and there, the layout: GPT-2 keeps
-its matrices transposed, Hugging Face's ViT keeps q, k and v apart. Below, the first column holds our name and each
-other one the same weight in another dialect, as transformers, timm, torchvision or OpenAI save it. To load, read a line
-from right to left: their tensor becomes ours. To export, from left to right.
+Whoever trained a checkpoint chose the names of its arrays and, here and there, the layout: GPT-2 keeps its matrices
+transposed, Hugging Face's ViT keeps q, k and v apart. Below, the first column holds our name, each other one the same
+weight as transformers, timm, torchvision or OpenAI save it. To load, read a line from right to left; to export, from
+left to right.
 
     ln_f.                   a dot at the end: the pair ln_f.weight and ln_f.bias; bn1.* adds running_mean and _var
     blocks.{i}.             {i} is a layer's number; blocks.{i}. on its own: the six lines of BLOCK, in every layer
@@ -16,7 +16,6 @@ Worked example. GPT-2's cross-attention, q from the text and k, v from the image
     ours    blocks.{i}.cross.qkv.                   theirs  h.{i}.crossattention.[q+c]_attn.^T
     blocks.0.cross.qkv.weight (2304, 768)  =  h.0.crossattention.q_attn.weight (768, 768), transposed,
                                     on top of h.0.crossattention.c_attn.weight (768, 1536), transposed
-    blocks.0.cross.qkv.bias   (2304,)      =  q_attn.bias (768,) on top of c_attn.bias (1536,)
 """
 import re
 from typing import NamedTuple
