@@ -2,9 +2,8 @@
 
     python -m tinyvlm.export out/mine my-captioner          # a run's folder, then the folder to write
 
-The same name tables, read from left to right (names.outward), and three small files around them: config.json (sizes,
-in their words), generation_config.json (how a caption begins and ends) and preprocessor_config.json (the Recipe).
-Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here.
+The same tables, read from left to right (names.outward, families.SETTINGS), and how captions begin and end, and images
+are prepared. Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here.
 """
 import sys
 from dataclasses import asdict
@@ -55,8 +54,7 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
     if tokenizer:
         tokenizer.save(folder)
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.id_to_token(end))
-        files["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names,
-                                     "clean_up_tokenization_spaces": False}
+        files["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     for name, content in files.items():
         write_json(folder / f"{name}.json", content)
 
@@ -66,8 +64,8 @@ def main():
     if len(sys.argv) != 3:
         raise UserError("usage: python -m tinyvlm.export RUN FOLDER")
     run = load_run(sys.argv[1])
-    export_vit_gpt2(run.model, sys.argv[2], run.recipe, run.tokenizer,
-                    *(run.config.get(key) for key in ("first", "end", "max_tokens")))
+    ids = (run.config.get(key) for key in ("first", "end", "max_tokens"))
+    export_vit_gpt2(run.model, sys.argv[2], run.recipe, run.tokenizer, *ids)
     print(f"wrote {sys.argv[2]}; open it with transformers: VisionEncoderDecoderModel.from_pretrained")
 
 

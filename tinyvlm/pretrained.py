@@ -108,16 +108,14 @@ def pretrained_tokenizer(source, missing_ok=False):
 
 def _check(config, model, tokenizer):
     """What config.json tells beside the sizes is refused here: where it is used, no error could name the file."""
-    text = getattr(model.config, "text", model.config)
-    V, room = getattr(text, "vocab_size", 10**9), range(1, getattr(text, "block_size", 10**6) + 1)
-    if tokenizer and tokenizer.vocab_size > V:                  # fewer are well: padded tables
+    sizes = vars(getattr(model.config, "text", model.config) or model.config)
+    V, room = sizes.get("vocab_size", 0), range(1, sizes.get("block_size", 10**6) + 1)
+    if tokenizer and tokenizer.vocab_size > V > 0:              # fewer are well: padded tables
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {V} rows")
     allowed = {"clean": CLEAN, "options": [dict(config["options"])]}                # TypeError where it is none
     if config["task"] in ("caption", "vqa"):
         allowed |= {"model": [model.config.model], "first": range(V), "end": range(V), "max_tokens": room}
-    if config["task"] == "vqa":
-        allowed["longest"] = room
-    for key, values in allowed.items():
+    for key, values in (allowed | ({"longest": room} if config["task"] == "vqa" else {})).items():
         if config[key] not in values:
             raise ValueError(f"{key} is {config[key]!r:.99}")
 

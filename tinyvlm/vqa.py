@@ -143,14 +143,13 @@ def encode_dialogue(tokenizer, turns):
     Trained are the assistant's words and the end tag of each answer. No text from outside ever becomes a tag.
     """
     end, image, begin, user, assistant = map(tokenizer.token_to_id, TAGS)
-    ids = [begin, *tokenizer.encode_plain(SYSTEM), user, image]
-    trained = [False] * len(ids)
-    for k, (question, answer) in enumerate(turns):
-        masked = [user] * (k > 0) + [*tokenizer.encode_plain(" ".join(question.split())), assistant]
+    start, row = [begin, *tokenizer.encode_plain(SYSTEM), user, image], []
+    for question, answer in turns:
+        masked = [*start, *tokenizer.encode_plain(" ".join(question.split())), assistant]
         reply = [] if answer is None else [*tokenizer.encode_plain(answer), end]
-        ids += masked + reply
-        trained += [False] * len(masked) + [True] * len(reply)
-    return ids, trained
+        row += [(i, False) for i in masked] + [(i, True) for i in reply]
+        start = [user]
+    return [i for i, _ in row], [on for _, on in row]
 
 
 def rows_of(questions, tokenizer, max_len, turns, left_out):
@@ -179,10 +178,9 @@ def show_tokens(tokenizer, idx, targets, n_image_tokens, color=True):
     follows the last target is padding and not shown.
     """
     image, lines = tokenizer.token_to_id(IMAGE), []
+    n = max(k for k, target in enumerate(targets, 1) if target != IGNORE)
     tokens = [("trained", 32, target) if target != IGNORE else ("image", 34, i) if i == image else ("masked", 90, i)
-              for i, target in zip(idx + [None], [IGNORE] + targets)]             # each token, or what stands for it
-    while tokens[-1][0] != "trained":
-        tokens.pop()
+              for i, target in zip([*idx[:n], None], [IGNORE, *targets[:n]])]     # each token, or what stands for it
     for (kind, hue), run in groupby(tokens, key=lambda token: token[:2]):
         times = f" x {n_image_tokens}" * (kind == "image")
         line = f"{kind:8}|" + "".join(f"{repr(tokenizer.decode([i]))[1:-1]}{times}|" for *_, i in run)
