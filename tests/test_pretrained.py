@@ -274,7 +274,7 @@ def test_resnet_in_both_namings(tmp_path, naming):
     assert model.recipe == (Recipe(resize=235, **public.DEIT) if naming == "torchvision" else RECIPES["resnet50"])
 
 
-@pytest.mark.parametrize("naming", ["timm, convolutions", "timm, linear", "torchvision"])
+@pytest.mark.parametrize("naming", ["timm", "torchvision"])
 def test_vgg_with_its_linear_layers_stored_either_way(tmp_path, naming):
     """The oracle is written out here with torch's own functions. A pool stands before each stage but the first."""
     torch.manual_seed(0)
@@ -290,9 +290,8 @@ def test_vgg_with_its_linear_layers_stored_either_way(tmp_path, naming):
     for name in ("pre_logits.fc1", "pre_logits.fc2"):
         x = F.relu(F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"]))
     logits = F.linear(x.flatten(1), w["head.fc.weight"], w["head.fc.bias"])
-    if naming != "timm, convolutions":
-        w = {name: t.flatten(1) if name.startswith("pre_logits") and t.dim() > 1 else t for name, t in w.items()}
     if naming == "torchvision":
+        w = {name: t.flatten(1) if name.startswith("pre_logits") and t.dim() > 1 else t for name, t in w.items()}
         w = renamed(w, (r"pre_logits\.fc1", "classifier.0"), (r"pre_logits\.fc2", "classifier.3"),
                     (r"head\.fc", "classifier.6"))
     model = load_vgg16(folder(tmp_path / "vgg", w))
