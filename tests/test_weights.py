@@ -261,6 +261,3 @@ def test_a_file_of_another_width_is_one_short_sentence_that_shows_the_cause():
     text = str(caught.value)
     assert "the first (64, 48) where ours is (64, 32): layer0.weight, layer1.weight" in text
     assert "layer4.weight" in text and "layer5.weight" not in text and "(30 in all)" in text and len(text) <= 300
-    with pytest.raises(UserError) as caught:
-        copy_weights(ours, {}, rules, source="/long" * 40)
-    assert len(str(caught.value)) <= 300 and "layer0.bias" in str(caught.value)
