@@ -30,7 +30,8 @@ def from_transformers(p, kind):
     {"size": 224}                                   in old files: a square for ViT, else the short side
     """
     sizes = [p["size"], p["crop_size"] if p.get("do_center_crop") else None]
-    sizes = [size if isinstance(size, dict) else {"height" if kind == "ViT" else "shortest_edge": size} for size in sizes]
+    word = "height" if kind == "ViT" else "shortest_edge"
+    sizes = [size if isinstance(size, dict) else {word: size} for size in sizes]
     (side, *odd), (crop, *odder) = (set(size.values()) for size in sizes)                   # odd: not square
     squash = "height" in sizes[0]
     if kind == "ConvNext" and side < 384:                       # it crops by itself
