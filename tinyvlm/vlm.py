@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .config import UserError, check_sizes
 from .gpt import GPT, GPTConfig, next_token_loss
 from .lstm import LSTM
-from .transformer import Attention
+from .transformer import Attention, init_weights
 from .vit import ViT, ViTConfig
 
 
@@ -45,7 +45,7 @@ class VLMConfig:
 
 class Captioner(nn.Module):
     """What all three share. Each adds a `connector`; `encode(img)`, what its decoder gets of an image; and `read(img,
-    idx)`, the decoder's last hidden state at every token."""
+    idx)`, the logits at every token."""
     def __init__(self, config):
         super().__init__()
         check_sizes(config, wiring=("final", "lockstep"))
@@ -57,20 +57,15 @@ class Captioner(nn.Module):
     def forward(self, img, idx, targets=None):
         """idx (B * K, T): the K captions of each of B images, side by side; the vision tower runs once for all of them.
         targets[:, t] is the token that follows idx[:, :t+1]. Returns logits (B * K, T, V), and the loss or None."""
-        logits = self.head(self.read(img, idx))                                   # (B * K, T, V)
+        logits = self.read(img, idx)                                              # (B * K, T, V)
         return logits, None if targets is None else next_token_loss(logits, targets)
-
-    def head(self, x):
-        return self.text.head(x)                                                  # (B, T, C) -> (B, T, V)
 
     def step(self, idx, state):
         return self.text.step(idx, state)                                         # (R,) -> (R, V): one more token a row
 
     def features(self, img):
-        """Pixels (B, 3, H, W) -> (B, N, C) of the vision tower; ready-made features (B, N, C) or (B, C) stay."""
-        if img.dim() == 4:
-            return self.vision(img)
-        return img if img.dim() == 3 else img[:, None]
+        """Pixels (B, 3, H, W), or ready-made features (B, N, C) or (B, C), of one token -> (B, N, C)."""
+        return self.vision(img) if img.dim() == 4 else img.reshape(len(img), -1, img.size(-1))
 
     def parts(self):
         """{"connector" | "decoder" | "vision": parameters}, for per-part learning rates and staged unfreezing."""
@@ -82,10 +77,9 @@ class Captioner(nn.Module):
 
 
 class CrossCaptioner(Captioner):
-    """ViT + GPT, joined by cross-attention in every decoder block. wiring "final": all blocks read the ViT's normalised
-    output. "lockstep": block i reads the output of ViT block i, of as many, through a norm of its own (the last through
-    the ViT's), so shallow blocks see edges and deep ones objects. One linear map brings features of another width to
-    the decoder's."""
+    """ViT + GPT, joined by cross-attention in every decoder block. wiring "final": all read the ViT's normalised output.
+    "lockstep": block i reads the output of ViT block i, of as many, through a norm of its own (the last through the
+    ViT's), so shallow blocks see edges and deep ones objects."""
     def __init__(self, config):
         config.text.cross = True
         super().__init__(config)
@@ -102,7 +96,7 @@ class CrossCaptioner(Captioner):
         return [self.connector["proj"](norm(x)) for norm, x in zip(norms, self.vision.layers(img), strict=True)]
 
     def read(self, img, idx):
-        return self.text.hidden(idx, self.encode(img))                            # (B * K, T, C)
+        return self.text(idx, feats=self.encode(img))[0]                          # (B * K, T, V)
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         return self.text.prefill(self.encode(img), idx, lengths, max_new_tokens)
@@ -127,9 +121,7 @@ class PrefixVLM(Captioner):
         n_embd, width = config.text.n_embd, self.width * config.shuffle ** 2
         self.connector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_embd), nn.GELU(),
                                        nn.Linear(n_embd, n_embd))
-        for layer in (self.connector[1], self.connector[3]):                      # start as small as word embeddings
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        init_weights(self.connector, n_layer=1)                                   # as small as word embeddings
 
     def encode(self, img):
         """img (B, 3, H, W) or features -> image tokens (B, N, C), or (B, N / shuffle^2, C)."""
@@ -148,21 +140,17 @@ class PrefixVLM(Captioner):
         at = before.sum(dim=1, keepdim=True)                                      # (B * K, 1) its place; T if missing
         slot = torch.arange(T + N - 1, device=idx.device)                         # (L,)
         place = torch.where(slot < at + N, T + slot - at, slot - N + 1)           # (B * K, L) image tokens, words after
-        return pick(table, torch.where(slot < at, slot, place)), slot[:T] + (N - 1) * ~before
+        x = table.take_along_dim(torch.where(slot < at, slot, place)[:, :, None], dim=1)         # (B * K, L, C)
+        return x, slot[:T] + (N - 1) * ~before
 
     def read(self, img, idx):
         """At text positions only, as no image position is trained on; <image> stands for its last image token."""
         x, last = self.splice(img, idx)
-        return pick(self.text.hidden(x), last)                                    # (B * K, T, C)
+        return self.text.head(self.text.hidden(x).take_along_dim(last[:, :, None], dim=1))       # (B * K, T, V)
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         x, last = self.splice(img, idx)
         return self.text.prefill(None, x, 1 + last.gather(1, lengths[:, None] - 1)[:, 0], max_new_tokens)
-
-
-def pick(x, places):
-    """The vectors of x (B, L, C) at `places` (B, T) of each row: (B, T, C)."""
-    return x.gather(1, places[:, :, None].expand(-1, -1, x.size(2)))
 
 
 class LSTMState:
@@ -170,16 +158,15 @@ class LSTMState:
     def __init__(self, h, c, image_kv):
         self.h, self.c, self.image_kv = h, c, image_kv
 
-    def reorder(self, rows):
-        """Row i continues what was row rows[i]. image_kv stays: beams never leave their image."""
+    def reorder(self, rows):                    # image_kv stays: beams never leave their image
         self.h, self.c = self.h[:, rows], self.c[:, rows]
 
 
 class LSTMCaptioner(Captioner):
     """Features -> the LSTM's first state; then a word in, a word out, and nothing but the state in between.
-    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the image in the first state, through tanh, as in
-    "Show, attend and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also attends to
-    the features: after the recurrence (Luong et al. 2015), so that all steps of the LSTM still run as one pass."""
+    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the image in the first state, as in "Show, attend
+    and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also attends to the features:
+    after the recurrence (Luong et al. 2015), so that all steps of the LSTM still run as one pass."""
     def __init__(self, config):
         super().__init__(config)
         c = config.text
@@ -216,7 +203,7 @@ class LSTMCaptioner(Captioner):
     def read(self, img, idx):
         state = self.encode(img)
         state.reorder(torch.arange(len(idx), device=idx.device) * state.h.size(1) // len(idx))   # K captions an image
-        return self.advance(self.drop(self.wte(idx)), state)                      # (B * K, T, H)
+        return self.head(self.advance(self.drop(self.wte(idx)), state))           # (B * K, T, V)
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         state, last = self.encode(img), 0
