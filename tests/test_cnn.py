@@ -63,17 +63,17 @@ def test_resnet_equals_transformers():
 
 
 def test_vgg_equals_bare_convolutions():
-    """conv-ReLU, pool, conv-ReLU twice, pool, then the MLP: features stop after fc2's ReLU, so none is negative. At
+    """Twice conv-ReLU, pool, the same again, then the MLP: features stop after fc2's ReLU, so none is negative. At
     twice the size each of the 7 x 7 places is the mean of 2 x 2, and smaller images pass too."""
     torch.manual_seed(0)
-    model, img = VGG16(VGGConfig(widths=(4, 6), convs=(1, 2), n_hidden=10, n_class=3)).eval(), torch.randn(2, 3, 28, 28)
+    model, img = VGG16(VGGConfig(widths=(4, 6), n_hidden=10, n_class=3)).eval(), torch.randn(2, 3, 28, 28)
     w = {name: torch.nn.init.normal_(p.data, std=0.3) for name, p in model.named_parameters()}
 
     def layer(x, k):
         return F.conv2d(x, w[f"feature_map.{k}.weight"], w[f"feature_map.{k}.bias"], padding=1).clamp(min=0)
 
-    x = F.max_pool2d(layer(img, 0), 2)
-    x = F.max_pool2d(layer(layer(x, 3), 5), 2)                          # (2, 6, 7, 7): no averaging at this size
+    x = F.max_pool2d(layer(layer(img, 0), 2), 2)
+    x = F.max_pool2d(layer(layer(x, 5), 7), 2)                          # (2, 6, 7, 7): no averaging at this size
     hidden = (x.reshape(2, -1) @ w["fc1.weight"].T + w["fc1.bias"]).clamp(min=0)
     feats = (hidden @ w["fc2.weight"].T + w["fc2.bias"]).clamp(min=0)
     assert feats.min() == 0 < feats.max()                               # the ReLU did act

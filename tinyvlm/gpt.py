@@ -1,8 +1,7 @@
 """GPT-2: a stack of causal blocks that predicts the next token.
 
 From "Language models are unsupervised multitask learners" (Radford et al. 2019) and, as code, nanoGPT's model.py. Two
-additions serve images: blocks may attend to their features, and vectors may stand in place of words. See vlm.py.
-"""
+additions serve images: blocks may attend to their features, and vectors may stand in place of words. See vlm.py."""
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +50,8 @@ class GPT(nn.Module):
         init_weights(self, c.n_layer)
 
     def forward(self, idx, targets=None, feats=None, cache=None):
-        """idx (B, T) -> logits (B, T, V) and, given targets, the loss: targets[b, t] is what should FOLLOW idx[b, :t+1],
-        or IGNORE. feats: image features (B or B/K, N, C) for all blocks, or a list of them, one per block."""
+        """idx (B, T) -> logits (B, T, V) and, given targets, the loss: targets[b, t] should FOLLOW idx[b, :t+1], or is
+        IGNORE. feats: image features (B or B/K, N, C) for all blocks, or a list of them, one per block."""
         logits = self.head(self.hidden(idx, feats, cache))                        # (B, T, V)
         return logits, None if targets is None else next_token_loss(logits, targets)
 
@@ -71,8 +70,7 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight)                                       # (B, T, C) -> logits (B, T, V)
 
     def prefill(self, feats, x, lengths, max_new_tokens):
-        """Read the prompts x, as in `hidden`, row b ending at lengths[b] (B,): see generate.py. There is room for all
-        new tokens but the last, which is never read."""
+        """Read the prompts x, as in `hidden`, row b ending at lengths[b]. (The last new token will not be read.)"""
         cache = KVCache(self.config.n_layer, len(x), x.size(1) + max_new_tokens - 1, x.device)
         x = self.hidden(x, feats, cache)                                          # (B, T, C)
         cache.lengths = lengths

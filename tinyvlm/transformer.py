@@ -5,8 +5,7 @@ transform, add; rotary positions are left out. The ViT, the GPT and CLIP's text 
 
     self-attention    q, k, v all come from x                      ViT: every patch attends to every patch
     causal            mask [[1 0 0], [1 1 0], [1 1 1]]             GPT: token t attends to tokens 0..t only
-    cross-attention   q from x, but k and v from image features    captioner: every word attends to all patches
-"""
+    cross-attention   q from x, but k and v from image features    captioner: every word attends to all patches"""
 import math
 
 import torch

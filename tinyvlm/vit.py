@@ -2,8 +2,7 @@
 
 From "An image is worth 16x16 words" (Dosovitskiy et al. 2020, arXiv:2010.11929); also DeiT and CLIP's vision tower.
 The patch projection is a convolution whose stride is its size, P. Its windows do not overlap, so it is the same as
-cutting the image into P x P squares, each a row of 3 P^2 numbers, and applying one linear map to every row.
-"""
+cutting the image into P x P squares, each a row of 3 P^2 numbers, and applying one linear map to every row."""
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +47,8 @@ def conv_stem(patch_size, n_embd):
 
 
 def wave_positions(n_side, n_embd, class_token=False):
-    """First values of the position table (1, [1 +] n_side^2, C): waves along x and y of ever longer period (Beyer et al.
-    2022, there fixed). From little data a random table does not learn what is left of what; waves know it."""
+    """First values of the position table (1, [1 +] n_side^2, C): waves along x and y of ever longer period, as in Beyer
+    et al. 2022. From little data a random table does not learn what is left of what; waves know it."""
     quarter = (n_embd + 3) // 4                                                   # sin and cos, of x and of y
     angle = torch.arange(n_side)[:, None] * 1e4 ** -(torch.arange(quarter) / quarter)       # (n_side, C/4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)                           # (n_side, C/2)
@@ -64,10 +63,9 @@ class ViT(VisionTower):
         c = self.config = config
         check_sizes(c, activation=ACTIVATIONS, stem=("patch", "conv"))
         if c.image_size % c.patch_size or c.stem == "conv" and c.patch_size.bit_count() > 1:
-            raise UserError(f"patch_size {c.patch_size} must divide image_size {c.image_size} (and, for a conv stem, be "
-                            "a power of 2)")
-        self.patch = (conv_stem(c.patch_size, c.n_embd) if c.stem == "conv" else
-                      nn.Conv2d(3, c.n_embd, c.patch_size, stride=c.patch_size, bias=c.patch_bias))
+            raise UserError(f"patch_size {c.patch_size} must divide image_size {c.image_size}; stem conv: a power of 2")
+        P = c.patch_size
+        self.patch = conv_stem(P, c.n_embd) if c.stem == "conv" else nn.Conv2d(3, c.n_embd, P, P, bias=c.patch_bias)
         self.cls = nn.Parameter(torch.zeros(1, 1, c.n_embd)) if c.class_token else None
         self.pos = nn.Parameter(wave_positions(c.image_size // c.patch_size, c.n_embd, c.class_token))
         self.ln_pre = nn.LayerNorm(c.n_embd, eps=c.eps) if c.pre_norm else nn.Identity()

@@ -5,8 +5,7 @@
     lstm     image features set the first state of an LSTM, which writes from memory        Show and Tell, NIC
 
 Each is `forward(img_or_feats, idx, targets) -> (logits (B, T, V), loss)` for training and `prefill` / `step` for
-generate.py. Sequences are `[start] a dog runs [end]` for cross and lstm, `<image> a dog runs [end]` for prefix.
-"""
+generate.py. Sequences are `[start] a dog runs [end]` for cross and lstm, `<image> a dog runs [end]` for prefix."""
 from dataclasses import dataclass, field
 
 import torch
@@ -77,8 +76,8 @@ class Captioner(nn.Module):
 
 
 class CrossCaptioner(Captioner):
-    """ViT + GPT, joined by cross-attention in every decoder block. wiring "final": all read the ViT's normalised output.
-    "lockstep": block i reads the output of ViT block i, of as many, through a norm of its own (the last through the
+    """ViT + GPT, joined by cross-attention in every decoder block. wiring "final": all read the ViT's last output,
+    normalised. "lockstep": block i reads the output of ViT block i, of as many, through a norm of its own (the last through the
     ViT's), so shallow blocks see edges and deep ones objects."""
     def __init__(self, config):
         config.text.cross = True
@@ -96,7 +95,7 @@ class CrossCaptioner(Captioner):
         return [self.connector["proj"](norm(x)) for norm, x in zip(norms, self.vision.layers(img), strict=True)]
 
     def read(self, img, idx):
-        return self.text(idx, feats=self.encode(img))[0]                          # (B * K, T, V)
+        return self.text(idx, feats=self.encode(img))[0]
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         return self.text.prefill(self.encode(img), idx, lengths, max_new_tokens)
@@ -111,9 +110,8 @@ def pixel_shuffle(feats, k):
 
 
 class PrefixVLM(Captioner):
-    """ViT -> two-layer projector -> image tokens spliced into the text where `<image>` stands -> GPT. To the decoder
-    the projected patches (N = 196 for a ViT-B/16 at 224 pixels) are words of a language it has to learn. The class
-    token, if any, stays out: it has no place in the image."""
+    """ViT -> two-layer projector -> image tokens spliced into the text where `<image>` stands -> GPT: to that, patches
+    become words of a language it has to learn. The class token, if any, stays out: it has no place in the image."""
     def __init__(self, config):
         super().__init__(config)
         if config.image_token is None or config.image_token >= config.text.vocab_size:
@@ -129,8 +127,8 @@ class PrefixVLM(Captioner):
         return self.connector(pixel_shuffle(feats, self.config.shuffle) if self.config.shuffle > 1 else feats)
 
     def splice(self, img, idx):
-        """Replace the one <image> of each row of idx (B * K, T) by the N image tokens of its image: x (B * K, L, C), L =
-        T + N - 1, and `last` (B * K, T), where in x token t ends. No shape depends on where <image> stands, so nothing
+        """Replace the one <image> of each row of idx (B * K, T) by the N image tokens of its image: x (B * K, L, C),
+        L = T + N - 1, and `last` (B * K, T), where in x token t ends. No shape depends on where <image> stands, so nothing
         waits for the device: x picks from a table of the row's words and then its image tokens. With N = 3:
             idx [a <image> dog]    table [a <image> dog | i0 i1 i2]    x = table[0 3 4 5 2]    last [0 3 4]"""
         tokens, T = self.encode(img), idx.size(1)                                 # (B, N, C)
@@ -144,9 +142,8 @@ class PrefixVLM(Captioner):
         return x, slot[:T] + (N - 1) * ~before
 
     def read(self, img, idx):
-        """At text positions only, as no image position is trained on; <image> stands for its last image token."""
         x, last = self.splice(img, idx)
-        return self.text.head(self.text.hidden(x).take_along_dim(last[:, :, None], dim=1))       # (B * K, T, V)
+        return self.text.head(self.text.hidden(x).take_along_dim(last[:, :, None], dim=1))       # at text places only
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         x, last = self.splice(img, idx)
@@ -193,28 +190,27 @@ class LSTMCaptioner(Captioner):
         return LSTMState(h, c, attends and self.connector["attn"].keys_values(self.connector["feats"](feats)))
 
     def advance(self, x, state):
-        """Read words x (R, T, C), moving the state on -> hidden states (R, T, H), plus what each finds in the image."""
+        """Read words x (R, T, C), moving the state on -> logits (R, T, V)."""
         x, (state.h, state.c) = self.lstm(x, (state.h, state.c))                  # (R, T, H)
-        return x + self.connector["attn"](x, state.image_kv) if state.image_kv else x
-
-    def head(self, x):
-        return F.linear(self.drop(self.out(x)), self.wte.weight, self.head_bias)            # (R, T, H) -> (R, T, V)
+        if state.image_kv:
+            x = x + self.connector["attn"](x, state.image_kv)                     # plus what each finds in the image
+        return F.linear(self.drop(self.out(x)), self.wte.weight, self.head_bias)
 
     def read(self, img, idx):
         state = self.encode(img)
         state.reorder(torch.arange(len(idx), device=idx.device) * state.h.size(1) // len(idx))   # K captions an image
-        return self.head(self.advance(self.drop(self.wte(idx)), state))           # (B * K, T, V)
+        return self.advance(self.drop(self.wte(idx)), state)                      # (B * K, T, V)
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         state, last = self.encode(img), 0
         for t, words in enumerate(self.wte(idx).split(1, dim=1)):                 # prompts are short, and may differ
             h, c, going = state.h, state.c, t < lengths[:, None]                  # (L, B, H) both, (B, 1)
-            last = torch.where(going[:, :, None], self.advance(words, state), last)         # (B, 1, H)
+            last = torch.where(going[:, :, None], self.advance(words, state), last)         # (B, 1, V)
             state.h, state.c = torch.where(going, state.h, h), torch.where(going, state.c, c)
-        return self.head(last)[:, -1], state                                      # (B, V)
+        return last[:, -1], state                                                 # (B, V)
 
     def step(self, idx, state):
-        return self.head(self.advance(self.wte(idx[:, None]), state))[:, -1]      # (R, V)
+        return self.advance(self.wte(idx[:, None]), state)[:, -1]                 # (R, V)
 
 
 MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM, "lstm": LSTMCaptioner}
