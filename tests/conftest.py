@@ -1,5 +1,6 @@
 """Tests run from any folder, see the scripts beside the package, and never touch the network or the user's caches."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,3 +26,15 @@ def host():
     """A web server for this test alone."""
     with Host() as made:
         yield made
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(n): in this test, Ctrl-C in the middle of train.py's step n; None: no more."""
+    import train
+    real = train.one_cycle
+
+    def stop(n):
+        monkeypatch.setattr(train, "one_cycle", lambda step, *args, **how: (
+            signal.raise_signal(signal.SIGINT) if step + 1 == n else None, real(step, *args, **how))[1])
+    return stop

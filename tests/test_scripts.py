@@ -19,6 +19,7 @@ from conftest import REFERENCE, ROOT
 from helpers import TEXT, TINY, Training, album, from_folder, losses, one_sentence, run, same_run, same_state
 from servers import send
 from tinyvlm.config import UserError
+from tinyvlm.files import locked
 from tinyvlm.runs import RUN_FILES, read_state
 from tinyvlm.weights import load_safetensors
 
@@ -38,17 +39,6 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def copy(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "copy")
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """stop_at(n): Ctrl-C in the middle of step n."""
-    real = train.one_cycle
-
-    def stop(n):
-        monkeypatch.setattr(train, "one_cycle", lambda step, *args, **how: (
-            signal.raise_signal(signal.SIGINT) if step + 1 == n else None, real(step, *args, **how))[1])
-    return stop
 
 
 # ---- what a run leaves, and what is said at its end
@@ -71,6 +61,8 @@ def test_the_printed_command_works_whatever_the_folder_is_called(tmp_path):
     printed = process.printed()
     for words in ("held-out examples", "truth", "test split: ", "prediction"):
         assert words in printed
+    steps = [line for line in printed.splitlines() if re.match(r"step \d+/", line)]
+    assert len(steps) == 3 and max(map(len, steps)) <= 100 and steps[1].endswith(" min left")
     command = printed.splitlines()[-1].strip().replace(f"{tmp_path}/", "").removeprefix("python sample.py")
     (tmp_path / "sample.py").symlink_to(ROOT / "sample.py")
     shown = subprocess.run(os.fsencode(f"{sys.executable} sample.py{command}"), shell=True, cwd=tmp_path, timeout=60,
@@ -356,27 +348,30 @@ def test_a_signal_to_the_group_saves_and_leaves(trained, tmp_path, capsys, sign)
     same_run(trained, out)
 
 
-def test_two_processes_give_the_same_curve_as_one(tmp_path):
-    """As torchrun starts them. The best model is that of the last step: the second process once read the file for the
-    report at the end before the first had written it."""
-    argv = [*RUN, "--dropout", "0", "--stem", "patch", "--accum", "2", "--epochs", "1", "--eval-interval", "99"]
-    run(train, *argv, "--out-dir", tmp_path / "one")
+def two(tmp_path, *argv):
+    """train.py as torchrun starts it twice -> exit codes, what each has printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [Training(tmp_path / f"log{rank}", *argv, "--out-dir", tmp_path / "two", rank=rank, port=port)
-            for rank in (0, 1)]
-    assert [process.wait() for process in both] == [0, 0], both[0].printed() + both[1].printed()
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert [*two] == [*one] == [*range(1, 7)] and [*two.values()] == pytest.approx([*one.values()], rel=2e-4)
-    one, two = (json.loads((tmp_path / name / "config.json").read_text())["scores"] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=2e-3)
-    assert "test split" in both[0].printed() and "test split" not in both[1].printed()
+    both = [Training(tmp_path / f"log{rank}", *argv, rank=rank, port=port) for rank in (0, 1)]
+    return [process.wait() for process in both], [process.printed() for process in both]
 
 
-def test_a_process_that_fails_takes_no_other_along_in_a_traceback(tmp_path):
-    """One of two meets a taken folder; the other one waits for it in vain."""
-    pytest.skip("TODO")
+def test_two_processes_give_the_same_curve_as_one(tmp_path, capsys):
+    """The best model is that of the last step: the second process once read the file for the report before the first
+    had written it. And where one of them ends with a mistake, the other one ends, too, without a traceback."""
+    argv, out = [*RUN, "--dropout", "0", "--stem", "patch", "--epochs", "1", "--eval-interval", "99"], tmp_path / "two"
+    run(train, *argv, "--accum", "2", "--out-dir", tmp_path / "one")
+    codes, printed = two(tmp_path, *argv, "--accum", "2", "--out-dir", out)
+    assert codes == [0, 0] and "test split" in printed[0] and "test split" not in printed[1], "".join(printed)
+    mine, theirs = losses(tmp_path / "one"), losses(out)
+    assert [*theirs] == [*mine] == [*range(1, 7)] and [*theirs.values()] == pytest.approx([*mine.values()], rel=2e-4)
+    mine, theirs = (json.loads((folder / "config.json").read_text())["scores"] for folder in (tmp_path / "one", out))
+    assert theirs == pytest.approx(mine, rel=2e-3)
+    with locked(out / ".lock"):
+        codes, printed = two(tmp_path / "one", *argv, "--out-dir", out)
+    assert codes == [2, 2] and "in use by another process" in printed[0] and "Traceback" not in "".join(printed)
+    assert "error: another process of this run has ended" in printed[1], printed[1]
 
 
 # ---- what a machine can refuse
