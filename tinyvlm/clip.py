@@ -26,7 +26,6 @@ from .vit import ViTConfig, build_vision
 
 MAX_LOG_SCALE = math.log(100)   # sharper than a factor of 100, training becomes unstable (section 2.5 of the paper)
 chance = math.log               # chance(B): the loss of a model that cannot tell B candidates apart: 4.852 for 128
-# ViT-B/32 with a norm before its blocks; GPT-2's blocks, narrower, over CLIP's own vocabulary
 VISION = dict(patch_size=32, activation="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False)
 TEXT = dict(block_size=77, vocab_size=49408, n_head=8, n_embd=512, activation="quick_gelu")
 
@@ -34,8 +33,8 @@ TEXT = dict(block_size=77, vocab_size=49408, n_head=8, n_embd=512, activation="q
 @dataclass
 class CLIPConfig:
     """The defaults are OpenAI's ViT-B/32. With the wrong activation nothing fails, the features are only worse."""
-    vision: ViTConfig | ResNetConfig | None = field(default_factory=lambda: ViTConfig(**VISION))  # None: features come
-    text: GPTConfig | None = field(default_factory=lambda: GPTConfig(**TEXT))       # None: embeddings come
+    vision: ViTConfig | ResNetConfig | None = field(default_factory=lambda: ViTConfig(**VISION))  # None: given features
+    text: GPTConfig | None = field(default_factory=lambda: GPTConfig(**TEXT))       # None: given embeddings
     n_joint: int = 512              # D, width of the space that both towers meet in
     head: str = "linear"            # on the image side: "linear" as published; "mlp": two layers, GELU between
     end_token: int | None = None    # a text is read at the first of these; None: at its largest id, as OpenAI's CLIP
@@ -58,8 +57,7 @@ def info_nce(image_emb, text_emb, logit_scale):
 
 
 class CLIP(nn.Module):
-    """Two towers and two projections into one space of D numbers, with a learned temperature between them. Without a
-    tower (None), ready-made features, or text embeddings made once by a frozen tower, take its place."""
+    """Two towers and two projections into one space of D numbers, with a learned temperature between them."""
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -78,8 +76,7 @@ class CLIP(nn.Module):
                 nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
         if getattr(self.vision, "cls", None) is not None:       # as zeros, its gradient through the norm in front would
             nn.init.normal_(self.vision.cls, std=width ** -0.5)                   # be 1 / sqrt(eps) = 316 times larger
-        # a log, so that the optimizer's equal steps are equal factors and the factor stays positive
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))         # a log: equal steps, equal factors
 
     def forward(self, img, idx):
         """img (B, 3, H, W), idx (B, T), pair by pair -> what info_nce takes."""

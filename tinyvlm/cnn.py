@@ -20,14 +20,11 @@ class AllReduce(torch.autograd.Function):
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllReduce.apply(grad)
+    backward = staticmethod(lambda ctx, grad: AllReduce.apply(grad))
 
 
 class BatchNorm2d(nn.Module):
-    """Ioffe & Szegedy 2015: give every channel mean 0 and variance 1, then a learned scale and shift. Its statistics are
+    """Ioffe & Szegedy 2015: give every channel mean 0 and variance 1, then a learned scale and shift. Statistics are
     the batch's own in training, and their running average in eval, where no image shall depend on its neighbours."""
     def __init__(self, n_channel):
         super().__init__()

@@ -77,8 +77,8 @@ class Captioner(nn.Module):
 
 class CrossCaptioner(Captioner):
     """ViT + GPT, joined by cross-attention in every decoder block. wiring "final": all read the ViT's last output,
-    normalised. "lockstep": block i reads the output of ViT block i, of as many, through a norm of its own (the last through the
-    ViT's), so shallow blocks see edges and deep ones objects."""
+    normalised. "lockstep": block i reads that of ViT block i, of as many, through a norm of its own (the last through
+    the ViT's), so shallow blocks see edges and deep ones objects."""
     def __init__(self, config):
         config.text.cross = True
         super().__init__(config)
@@ -122,13 +122,14 @@ class PrefixVLM(Captioner):
         init_weights(self.connector, n_layer=1)                                   # as small as word embeddings
 
     def encode(self, img):
-        """img (B, 3, H, W) or features -> image tokens (B, N, C), or (B, N / shuffle^2, C)."""
         feats = self.vision.grid(img) if img.dim() == 4 else self.features(img)   # (B, N, C)
-        return self.connector(pixel_shuffle(feats, self.config.shuffle) if self.config.shuffle > 1 else feats)
+        if self.config.shuffle > 1:
+            feats = pixel_shuffle(feats, self.config.shuffle)                     # (B, N / k^2, k^2 C)
+        return self.connector(feats)                                              # image tokens
 
     def splice(self, img, idx):
         """Replace the one <image> of each row of idx (B * K, T) by the N image tokens of its image: x (B * K, L, C),
-        L = T + N - 1, and `last` (B * K, T), where in x token t ends. No shape depends on where <image> stands, so nothing
+        L = T + N - 1, and `last` (B * K, T), where in x token t ends. No shape depends on where <image> stands, nothing
         waits for the device: x picks from a table of the row's words and then its image tokens. With N = 3:
             idx [a <image> dog]    table [a <image> dog | i0 i1 i2]    x = table[0 3 4 5 2]    last [0 3 4]"""
         tokens, T = self.encode(img), idx.size(1)                                 # (B, N, C)
@@ -181,7 +182,6 @@ class LSTMCaptioner(Captioner):
         self.head_bias = nn.Parameter(torch.zeros(c.vocab_size))
 
     def encode(self, img):
-        """img (B, 3, H, W) or features -> the state before the first word."""
         feats = self.drop(self.connector["norm"](self.features(img)))             # (B, N, C_img)
         vector = self.vision.pool(feats) if self.vision else feats.mean(dim=1)    # (B, C_img)
         state = torch.tanh(self.connector["state"](vector))                       # (B, 2 L H)
