@@ -104,5 +104,5 @@ def test_a_fresh_block_is_the_identity():
     model, x = ResNet50(ResNetConfig(width=4, blocks=(2,), n_class=0)).eval(), torch.rand(1, 16, 5, 5)
     torch.testing.assert_close(model.stages[0][1](x), x)
     assert model.head is None and model(torch.rand(1, 3, 32, 32)).shape == (1, model.n_feat)
-    with pytest.raises(UserError, match="raise --batch-size"):                    # one value a channel, which eval takes
+    with pytest.raises(UserError, match="raise --batch-size"):                    # one value a channel: eval takes it
         model.train()(torch.rand(1, 3, 4, 4))

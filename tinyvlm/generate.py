@@ -68,11 +68,11 @@ def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=No
 
 def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
     """Keep the K best unfinished sentences of each image; remember the K best finished ones. Returns ids (B, T_new).
-    Of the K * V ways to extend the beams by a token the 2K best are taken, so that K unfinished ones remain.
-    One that ends (or is cut off) among the first K is finished, with score sum / length ** length_penalty, its end
-    token counted. An image stops when its best open beam, at the length so far, is below the worst of K finished ones:
-    as in transformers. K=2 after "a", with log p: "dog" -.2, "cat" -1.9; then "dog" -> "." -.1, "runs" -2.4; "cat" ->
-    "." -.3: the sums are "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open)."""
+    Of the K * V ways to extend the beams by a token the 2K best are taken, so that K unfinished ones remain. One that
+    ends (or is cut off) among the first K is finished, with score sum / length ** length_penalty, its end token
+    counted. An image stops when its best open beam, at the length so far, is below the worst of K finished ones: as in
+    transformers. K=2 after "a", with log p: "dog" -.2, "cat" -1.9; then "dog" -> "." -.1, "runs" -2.4; "cat" -> "."
+    -.3: the sums are "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open)."""
     (B, V), device = logits.shape, logits.device
     total = torch.full((B, K), NEVER, device=device)          # sums of open beams
     total[:, 0] = 0.0                                         # all beams start equal: extend only one of them
