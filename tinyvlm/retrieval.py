@@ -51,6 +51,8 @@ def prepare(config, dataset, features=None, run=None):
     vision = load_vision(config.vision) if config.vision and not run else None
     reader = load_clip(config.text) if config.text and not run else None
     ready = TextEmbeddings(config.text_embeddings, dataset) if config.text_embeddings else None
+    if features and features.data.dim() == 3:
+        raise UserError(f"{config.features} holds a grid of vectors for each image, and a CLIP takes one; make another")
     if vision and features or reader and ready:
         raise UserError("a tower has made --features or --text-embeddings: drop --vision or --text, or the file")
     texts = [[clean_caption(text, config.clean) for text in captions] for captions in dataset.captions]
@@ -71,7 +73,7 @@ def prepare(config, dataset, features=None, run=None):
     rows = ready.rows if ready else [
         [(row, [0]) for row in text_rows(tokenizer, captions, sizes).tolist()] if captions else [] for captions in texts]
     recipe = run.recipe if run else vision.recipe if vision else Recipe(size=config.image_size)
-    return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
+    return Prepared(recipe, rows, tokenizer, {"clean": "none" if ready else config.clean, "text_embeddings": ready and ready.source},
                     SimpleNamespace(vision=vision, reader=reader, ready=ready, sizes=sizes))
 
 

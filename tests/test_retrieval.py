@@ -1,0 +1,169 @@
+"""--task clip after its model: labels in words, and a folder of photographs that is embedded once, whatever becomes of it."""
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from helpers import TEXT, TINY, losses, run
+from public import tiny_clip
+from tinyvlm import retrieval
+from tinyvlm.clip import CLIP, CLIPConfig
+from tinyvlm.config import UserError
+from tinyvlm.features import text_embeddings, text_rows
+from tinyvlm.gpt import GPTConfig
+from tinyvlm.image import Recipe, load_image, preprocess
+from tinyvlm.pretrained import load_clip
+from tinyvlm.retrieval import TEMPLATES, classify, embed_folder, fill, label_embeddings, search
+from tinyvlm.tokenizer import BPETokenizer
+from tinyvlm.vit import ViTConfig
+from tinyvlm.weights import load_safetensors
+
+RECIPE = Recipe(size=16, mode="squash")
+TOKENIZER = BPETokenizer.train(["a photo of a dog", "two boats"], 300)
+END = TOKENIZER.token_to_id("<|endoftext|>")
+CLIP_RUN = [*TINY, *TEXT, "--task", "clip", "--n-joint", "16", "--stem", "patch", "--dropout", "0", "--crop", "0", "--jitter", "0"]
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    vision = ViTConfig(image_size=16, patch_size=8, n_layer=1, n_head=2, n_embd=12, class_token=False)
+    text = GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=12, n_layer=1, n_head=2, n_embd=16)
+    model = CLIP(CLIPConfig(**{"vision": vision, "text": text, "n_joint": 8, "end_token": END, **more})).eval()
+    if model.vision:
+        model.vision.patch.weight.data.mul_(20)                 # untrained, it would hardly tell one image from another
+    return model
+
+
+# ---- labels
+
+@pytest.mark.parametrize("template, label, sentence", [
+    ("a photo of a {}.", "dog", "a photo of a dog."), ("a photo of a {}.", " the sea ", "a photo of the sea."),
+    ("a {} and an {}", "two dogs", "two dogs and two dogs"), ("a {}", "theatre", "a theatre"), ("a {}", "{}", "a {}")])
+def test_labels_with_an_article_get_no_second_one(template, label, sentence):
+    assert fill(template, label) == sentence and all("{}" in t for t in TEMPLATES)
+
+
+def test_text_rows_end_where_the_model_reads():
+    """Our tokenizer frames nothing: the end is added, once, also to what was cut; what spells it stays text."""
+    model = tiny()
+    rows = text_rows(TOKENIZER, ["dog", "a photo of a dog " * 9, "<|endoftext|>"], model.config)
+    assert rows.shape == (3, 12) and rows[1, -1] == END and (rows == END).sum(dim=1).tolist() == [1, 1, 1]
+    assert rows[0].tolist()[:rows[0].tolist().index(END)] == TOKENIZER.encode("dog") and rows[0, -1] == 0
+    model.config.end_token = None                               # read at the largest id, so that one must be the end
+    assert text_rows(TOKENIZER, ["dog", "two boats"], model.config).amax(dim=1).tolist() == [TOKENIZER.vocab_size - 1] * 2
+
+
+def test_label_embeddings_are_means_of_sentences():
+    emb = label_embeddings(tiny(), TOKENIZER, ["dog", "two boats"], clean=str.upper)
+    each = text_embeddings(tiny(), TOKENIZER, [fill(t, "two boats").upper() for t in TEMPLATES], batch_size=1)
+    torch.testing.assert_close(emb[1], torch.nn.functional.normalize(each.mean(dim=0), dim=-1))
+
+
+def test_classify_and_search_by_arithmetic():
+    """Cosines 0.8 and 0.6 at a factor of 10: odds of e^2."""
+    probs = classify(torch.tensor([[0.8, 0.6, 0.0]]), torch.eye(3)[:2], torch.tensor(10.0).log())
+    assert probs[0].tolist() == pytest.approx([0.880797, 0.119203], abs=1e-5)
+    scores, best = search(torch.tensor([[0.0, 1], [1, 0], [0.6, 0.8]]), torch.tensor([1.0, 0]), k=2)
+    assert best.tolist() == [1, 2] and scores.tolist() == pytest.approx([1, 0.6])
+
+
+# ---- training
+
+def test_public_towers_are_where_training_starts(tmp_path, monkeypatch):
+    """--vision and --text from one CLIP: before any step the new model is that CLIP, its way into the space included."""
+    clip, states = tiny_clip(tmp_path / "clip"), []
+    real = train.unfreeze
+    monkeypatch.setattr(train, "unfreeze", lambda model, *args: (
+        states.append({name: p.clone() for name, p in model.state_dict().items()}), real(model, *args))[1])
+    run(train, *CLIP_RUN, "--vision", clip, "--text", clip, "--epochs", "0.2", "--out-dir", tmp_path / "out")
+    theirs = load_clip(clip).state_dict()
+    assert states[0].keys() == theirs.keys() and all(torch.equal(states[0][name], p) for name, p in theirs.items())
+
+
+def test_micro_batches_do_not_change_a_contrastive_run(tmp_path):
+    """All pairs of a step are each other's wrong answers, however the step is cut up."""
+    for accum in (1, 2):
+        run(train, *CLIP_RUN, "--epochs", "1", "--accum", accum, "--out-dir", tmp_path / str(accum))
+    a, b = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(a) == 6 and [*a.values()] == pytest.approx([*b.values()], abs=2e-4)
+
+
+# ---- a folder
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """Five images, one of them below, a broken one, a hidden one; `opened` collects the names of those that are decoded."""
+    folder, opened = tmp_path / "album", []
+    (folder / "below").mkdir(parents=True)
+    for k, name in enumerate(("a.png", "b.png", "c.JPG", "d.png", "below/e.png", ".hidden.png")):
+        Image.new("RGB", (20, 20), (40 * k, 90, 250 - 40 * k)).save(folder / name, format="PNG")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    monkeypatch.setattr(retrieval, "load_image", lambda path: (opened.append(os.path.relpath(path, folder)),
+                                                               load_image(path))[1])
+    return folder, tmp_path / "cache.safetensors", opened
+
+
+def test_a_folder_is_embedded_once(album):
+    """The second time only what is new, changed or broken is opened; each row is its own image's; what has gone goes."""
+    folder, cache, opened = album
+    model, notes = tiny(), []
+    names, emb = embed_folder(model, RECIPE, folder, cache, "key", batch_size=2, say=notes.append)
+    assert names == ["a.png", "b.png", "below/e.png", "c.JPG", "d.png"]
+    for name, row in zip(names, emb):
+        want = model.encode_image(preprocess(load_image(folder / name), RECIPE)[None])[0]
+        torch.testing.assert_close(row, want, atol=1e-3, rtol=0)                  # float16 on disk
+    assert torch.pdist(emb).min() > 0.02, "the images must be told apart, or the check above says nothing"
+    assert len(notes) == 1 and "broken.jpg" in notes[0] and load_safetensors(cache)["emb"].dtype == torch.float16
+    opened.clear()
+    again = embed_folder(model, RECIPE, folder, cache, "key", say=notes.append)
+    assert opened == ["broken.jpg"] and again[0] == names and torch.equal(again[1], emb)
+    opened.clear()
+    for name in ("a.png", "broken.jpg"):
+        (folder / name).unlink()
+    for name in ("new.png", "b.png"):
+        Image.new("RGB", (20, 20), "white").save(folder / name)
+    os.utime(folder / "c.JPG", (1, 1))                          # the same bytes, another time: who knows
+    later, new = embed_folder(model, RECIPE, folder, cache, "key")
+    assert sorted(opened) == ["b.png", "c.JPG", "new.png"]
+    assert later == ["b.png", "below/e.png", "c.JPG", "d.png", "new.png"]
+    old, rows = dict(zip(names, emb)), dict(zip(later, new))
+    assert all(torch.allclose(rows[name], old[name], atol=1e-3) == (name != "b.png") for name in later if name in old)
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-20], lambda data: b"", lambda data: data.replace(b'\\"a.png', b'\\"\xff.png'),
+                                   lambda data: data.replace(b'"images"', b'"pictures"')])
+def test_a_damaged_cache_is_made_anew(album, spoil):
+    folder, cache, _ = album
+    names, emb = embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
+    whole, notes = cache.read_bytes(), []
+    cache.write_bytes(spoil(whole))
+    assert cache.read_bytes() != whole
+    again = embed_folder(tiny(), RECIPE, folder, cache, "key", say=notes.append)
+    assert again[0] == names and torch.equal(again[1], emb) and cache.read_bytes() == whole
+    assert f"{cache} is damaged" in notes[0]
+
+
+def test_a_cache_of_other_weights_is_made_anew(album):
+    """A search among mixed embeddings gives plausible nonsense; and it once failed until the user removed the file."""
+    folder, cache, opened = album
+    embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
+    other = tiny()
+    other.vision.blocks[0].mlp.fc.weight.data.mul_(2)
+    opened.clear()
+    emb = embed_folder(other, RECIPE, folder, cache, "other key", say=str)[1]
+    want = other.encode_image(preprocess(load_image(folder / "a.png"), RECIPE)[None])[0]
+    assert len(opened) == 6
+    torch.testing.assert_close(emb[0], want, atol=1e-3, rtol=0)
+
+
+def test_folders_that_are_of_no_use(tmp_path):
+    with pytest.raises(UserError, match="no vision tower"):
+        embed_folder(tiny(vision=None, feat_dim=4), RECIPE, tmp_path, tmp_path / "c", "key")
+    with pytest.raises(UserError, match="holds no images"):
+        embed_folder(tiny(), RECIPE, tmp_path, tmp_path / "c", "key")
+    (tmp_path / "x.jpg").write_bytes(b"no")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        embed_folder(tiny(), RECIPE, tmp_path, tmp_path / "c", "key", say=str)
+    assert not (tmp_path / "c").exists()
