@@ -387,18 +387,15 @@ def test_eval_only_scores_a_whole_split(trained, copy, tmp_path, capsys):
         one_sentence(capsys, words)
 
 
-def test_staged_unfreezing_opens_the_parts_in_their_epochs(tmp_path, monkeypatch):
+def test_staged_unfreezing_opens_the_parts_in_their_epochs(tmp_path, steps):
     """Decoder from epoch 1, vision from epoch 1.5: until then their weights are the initial ones, bit for bit."""
-    states, real = [], train.unfreeze
-    monkeypatch.setattr(train, "unfreeze", lambda model, *args: (
-        states.append({name: p.clone() for name, p in model.named_parameters()}), real(model, *args))[1])
     run(train, *RUN, "--unfreeze-decoder", "1", "--unfreeze-vision", "1.5", "--out-dir", tmp_path / "r",
         "--eval-interval", "99")
 
     def moved(a, b):
         return {"vision" if name.startswith("vision") else "connector" if "cross" in name or "connector" in name else
-                "decoder" for name in states[a] if not torch.equal(states[a][name], states[b][name])}
-    assert moved(0, 6) == {"connector"}                         # 6 steps an epoch; states[k] is the one before step k
+                "decoder" for name in steps[a] if not torch.equal(steps[a][name], steps[b][name])}
+    assert moved(0, 6) == {"connector"}                         # 6 steps an epoch; steps[k] is what step k began with
     assert moved(6, 9) == {"connector", "decoder"} and moved(9, 10) == {"connector", "decoder", "vision"}
 
 
