@@ -22,7 +22,7 @@ from tinyvlm.classifying import write_pseudo_labels
 from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.device import check_device
 from tinyvlm.draw import caption_sheet
-from tinyvlm.features import FeatureFile, write_features, write_text_embeddings
+from tinyvlm.features import write_features, write_text_embeddings
 from tinyvlm.files import write_image
 from tinyvlm.image import open_batches, to_uint8
 from tinyvlm.layouts import MAX_LOST, open_photos, photos, report
@@ -39,8 +39,7 @@ class DataConfig:
     dataset: str = option("shapes", "which data set", ("shapes", "flickr8k", "flickr30k", "coco", "capsfusion", "vqav2",
                                                        "folder"), group="the data")
     data_dir: str | None = option(None, "folder that holds it; default data/NAME, downloaded if it is not there")
-    seed: int = option(0, "decides the scenes of `shapes`, any split that is not official, and the training", least=0,
-                       below=2 ** 32)
+    seed: int = option(0, "decides drawn scenes, unofficial splits, and the training", least=0, below=2 ** 32)
     n_objects: int = option(2, "shapes: scenes hold one to this many objects (1, 2 or 3)", above=0, below=4)
     n_scenes: int = option(20000, "shapes: training scenes; a tenth as many, at most 1000, are held out twice", above=0)
     stream: bool = option(False, "coco: fetch only the captions, and each image when it is needed")
@@ -52,12 +51,9 @@ class DataConfig:
 class PrepareConfig(DataConfig):
     """.. and of what data.py makes: a contact sheet, a feature file, labels."""
     sheet: str = option("out/sheet.png", "where to write the contact sheet", group="what to make")
-    features: str | None = option(None, "encode all images by this frozen network, once: vgg16, resnet50, vit, clip, or "
-                                        "a Hub id or folder; for train.py --features")
-    text_embeddings: str | None = option(None, "encode all captions by this frozen CLIP text tower, once: clip, or a "
-                                               "Hub id or folder; for train.py --task clip --text-embeddings")
-    label: str | None = option(None, "give each image its best label of every category in this json file, by CLIP; for "
-                                     "train.py --task classify --labels (tinyvlm/labels.json is one to start from)")
+    features: str | None = option(None, "encode all images once by vgg16, resnet50, vit, clip, a Hub id or a folder")
+    text_embeddings: str | None = option(None, "encode all captions once by this CLIP: clip, a Hub id or a folder")
+    label: str | None = option(None, "give each image its best label of every category in this json file, by CLIP")
     labeler: str = option("clip", "with --label: the CLIP that decides: a Hub id, a folder, or a run of --task clip")
     margin: float = option(0.1, "with --label: leave out labels whose probability is not this much above the next")
     export: str | None = option(None, "data sets with questions: write them as dialogues to this csv (image_id,text)")
@@ -70,18 +66,17 @@ class PrepareConfig(DataConfig):
 
 def load_dataset(config):
     """DataConfig (or any object with its fields) -> Dataset. Raises UserError where the files are missing or unfit."""
-    folder = Path(config.data_dir or f"data/{config.dataset}")
+    folder, seed = Path(config.data_dir or f"data/{config.dataset}"), config.seed
     if config.stream and config.dataset != "coco":
         raise UserError(f"--stream fetches the images of coco one by one; leave it out for {config.dataset}")
     if config.dataset == "shapes":
-        return Shapes(config.n_objects, config.n_scenes, config.seed)
+        return Shapes(config.n_objects, config.n_scenes, seed)
     if config.dataset == "vqav2":
-        return vqav2(folder, config.seed, config.allow_broken)
+        return vqav2(folder, seed, config.allow_broken)
     if config.dataset == "capsfusion":
         if not (folder / "captions.csv").exists():
-            raise UserError(f"{folder} holds no images yet; fetch some with: "
-                            "python data.py --dataset capsfusion --limit 1000")
-        return photos("capsfusion", folder, config.seed, config.allow_broken)
+            raise UserError(f"{folder} holds no images; first: python data.py --dataset capsfusion --limit 1000")
+        return photos("capsfusion", folder, seed, config.allow_broken)
     dataset = open_photos(config)
     if dataset.urls:
         cache = ImageFolderCache(folder / "stream", STREAM_CACHE, config.allow_private)
@@ -93,9 +88,6 @@ def open_streamed(cache, urls, i):
     """Image i from its address. (No lambda: macOS pickles it for the processes of the loader.)"""
     return cache.open(urls[i])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images as tensors.
 
 class ImageStore:
     """The images of a data set by number, as tensors: pixels in memory where they fit, else decoded when needed.
@@ -129,9 +121,11 @@ class ImageStore:
 
     def to(self, device):
         """Whether the images are on the device now: on a GPU those in memory are, if they take less than half of it."""
-        if device.type == "cuda" and self.data is not None and self.data.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        if self.data is None:
+            return False
+        if device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.data = self.data.to(device)
-        return self.data is not None and self.data.device.type == device.type
+        return self.data.device.type == device.type
 
     def usable(self, split):
         return [i for i in self.dataset.splits[split] if i not in self.broken and (self.row is None or i in self.row)]
@@ -145,15 +139,15 @@ class ImageStore:
         if self.data is not None:
             images = self.data[torch.tensor([self.row[i] for i in members], device=self.data.device)]
             return (images.float() if self.is_features else images), list(range(len(members)))
-        broken, found = {}, {}
-        for part in open_batches(list(dict.fromkeys(members)), lambda i: to_uint8(self.dataset.open(i), self.recipe),
-                                 len(members), broken, threads=16):
-            found.update(part)
-        if broken and (not found or not self.dataset.urls):
+        broken, wanted = {}, list(dict.fromkeys(members))
+        [pairs] = open_batches(wanted, lambda i: to_uint8(self.dataset.open(i), self.recipe), len(wanted), broken,
+                               threads=16)
+        found = dict(pairs)                                     # {image: (3, S, S)}
+        if broken and not (found and self.dataset.urls):
             raise UserError(next(iter(broken.values())))
         self.lost.update(broken)
         if len(self.lost) >= self.next_report:                  # each time that their number has doubled
-            print(f"{len(self.lost)} images could not be fetched so far, the latest: {list(self.lost.values())[-1]}")
+            print(f"{len(self.lost)} images could not be fetched so far, the latest: {[*self.lost.values()][-1]}")
             self.next_report = 2 * len(self.lost)
         good = [k for k, i in enumerate(members) if i in found]
         places = [k if i in found else good[k % len(good)] for k, i in enumerate(members)]
@@ -177,8 +171,6 @@ def report_broken(dataset, broken, n, allow_broken, say=print):
         raise UserError(f"{len(broken)} of {n} images are broken, first {dataset.names[min(broken)]}; mend the data "
                         "set, or go on without them with --allow-broken")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def fetch_capsfusion(config):
     """Images and their captions from the web into the data folder; goes on where an earlier call was cut off."""
@@ -208,22 +200,24 @@ def main():
     drawn = [pair for part in open_batches(some, dataset.open, 12, broken) for pair in part]
     if not drawn:
         raise UserError(f"none of the images of {dataset.name} can be opened: {[*broken.values()][:1]}")
-    write_image(config.sheet, caption_sheet([image for _, image in drawn],
-                                            ["\n".join(dataset.captions[i][:2]) for i, _ in drawn]))
+    texts = ["\n".join(dataset.captions[i][:2]) for i, _ in drawn]
+    write_image(config.sheet, caption_sheet([image for _, image in drawn], texts))
     print(f"wrote {config.sheet}")
     folder = Path(config.data_dir or f"data/{config.dataset}")
-    where = f"--dataset {config.dataset}" + (f" --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else "")
+
+    def now_train(task, flag, path):
+        where = f"{config.dataset} --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else config.dataset
+        print(f"now train on it: python train.py {task}--dataset {where} --{flag}={shlex.quote(str(path))}")
     if config.features:
         path = folder / f"features-{Path(config.features).name}.safetensors"
         write_features(config.features, dataset, path, config.batch_size, config.device)
-        print(f"now train on it: python train.py {where} --features={shlex.quote(str(path))}")
+        now_train("", "features", path)
     if config.text_embeddings:
         path = folder / f"text-embeddings-{Path(config.text_embeddings).name}.safetensors"
         write_text_embeddings(config.text_embeddings, dataset, path, config.device)
-        print(f"now train on it: python train.py --task clip {where} --text-embeddings={shlex.quote(str(path))}")
+        now_train("--task clip ", "text-embeddings", path)
     if config.label:
-        path = write_pseudo_labels(config, dataset, folder / "labels.csv")
-        print(f"now learn them: python train.py --task classify {where} --labels={shlex.quote(str(path))}")
+        now_train("--task classify ", "labels", write_pseudo_labels(config, dataset, folder / "labels.csv"))
     if config.export:
         if not hasattr(dataset, "questions"):
             raise UserError(f"{dataset.name} holds no questions to export; --export is for shapes and vqav2")

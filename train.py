@@ -3,13 +3,12 @@
     python train.py                                           drawn scenes, a few minutes on a laptop, no download
     python train.py --task caption --dataset flickr8k         real photographs
     python train.py --resume                                  go on where the last run stopped
-    torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve (without dropout, which
+    torchrun --nproc_per_node=2 train.py ...                  several processes, the same curve (but for dropout, which
                                                               each of them draws for itself)
 
-First the options that every task has (a task's own stand in its module: tinyvlm/captioning.py, answering.py,
-retrieval.py, classifying.py; `python train.py --task clip -h` shows both). Then the run is built in one direction:
-options, data set, tokenizer and rows, images, model, optimizer. Then the loop: rate, forward, backward, clip, step, log,
-evaluate, save. What a run leaves in --out-dir (README, "A run's folder") is all that sample.py needs.
+First the options of every task (a task's own stand in its module, in tinyvlm/). Then a run is built in one direction:
+options, data set, tokenizer and rows, images, model, optimizer. Then the loop: rate, forward, backward, clip, step,
+log, evaluate, save. What it leaves in --out-dir (README, "A run's folder") is all that sample.py needs.
 """
 import json
 import math
@@ -20,17 +19,16 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from data import DataConfig, ImageStore, load_dataset
 from tinyvlm import answering, captioning, classifying, retrieval
 from tinyvlm.batches import Batches, Rows, eval_batches, load_steps
 from tinyvlm.clip import contrastive_step
-from tinyvlm.config import UserError, check_ranges, flag_name, option, parse_config, peek, run_script
+from tinyvlm.config import UserError, flag_name, option, parse_config, peek, run_script
 from tinyvlm.device import Device, compile_blocks
 from tinyvlm.features import FeatureFile
 from tinyvlm.files import locked, write_json, write_text
@@ -39,7 +37,8 @@ from tinyvlm.layouts import report
 from tinyvlm.optimizer import make_optimizer, unfreeze
 from tinyvlm.presets import PRESETS, choose
 from tinyvlm.pretrained import load_run
-from tinyvlm.runs import (fingerprint, load_state, old_files, read_state, report_test, save_model, save_state, write_log)
+from tinyvlm.runs import (fingerprint, load_state, old_files, read_state, report_test, save_model, save_state,
+                          show_example, write_log)
 from tinyvlm.schedule import one_cycle
 from tinyvlm.task import Setup, show, train_mode
 from tinyvlm.vqa import show_tokens
@@ -50,111 +49,89 @@ TASKS = {"caption": captioning, "clip": retrieval, "classify": classifying, "vqa
 @dataclass
 class TrainConfig(DataConfig):
     """The options of every task; those of the data set (--dataset, --data-dir, ..) are in DataConfig, in data.py."""
-    task: str = option("caption", "what to learn; `--task clip -h` shows that task's own options", tuple(TASKS),
-                       group="the run")
+    task: str = option("caption", "what to learn; `--task clip -h` shows its own options, too", tuple(TASKS), "the run")
     out_dir: str = option("out", "the run's folder")
     resume: bool = option(False, "continue the run in --out-dir, exactly")
     eval_only: bool = option(False, "train nothing: score the run in --out-dir on --split")
     split: str = option("test", "with --eval-only: the split to score", ("train", "val", "test"))
-    # the vision tower, and the sizes of a text model made from scratch
-    vision: str | None = option(None, "start from this vision tower: a Hub id, a folder, or a run; else from scratch",
-                                group="the model")
-    image_size: int = option(64, "pixels a side; more shows more and costs its square (a public tower brings its own)",
-                             above=0)
+    vision: str | None = option(None, "start from this vision tower: a Hub id, a folder, or a run", group="the model")
+    image_size: int = option(64, "pixels a side; more shows more and costs its square; public towers fix it", above=0)
     patch_size: int = option(16, "pixels a side of one image token", above=0)
-    stem: str = option("conv", "patches: as in the paper, or by small convolutions that learn faster from little data",
-                       ("patch", "conv"))
-    class_token: bool = option(False, "give the ViT its extra token; public ViTs have it, the captioners do without")
+    stem: str = option("conv", "how patches are cut: as in the paper, or by small convolutions", ("patch", "conv"))
+    class_token: bool = option(False, "give the ViT its extra token; public ViTs have it, captioners do without")
     n_layer: int = option(2, "blocks in each tower", above=0)
     n_head: int = option(4, "attention heads", above=0)
     n_embd: int = option(128, "channels", above=0)
-    dropout: float = option(0.0, "raise it (0.1) when the training loss falls and the validation loss does not", least=0,
-                            below=1)
-    # the training
+    dropout: float = option(0.0, "raise it (0.1) when only the training loss still falls", least=0, below=1)
     epochs: float = option(4, "passes over the training images", above=0, group="the training")
     batch_size: int = option(32, "images a step, over all processes and micro-batches", above=0)
     accum: int = option(1, "split each step into this many micro-batches; raise it when memory runs out", above=0)
-    lr: float = option(2e-3, "peak learning rate; lower it for larger models, much lower for public weights", above=0)
+    lr: float = option(2e-3, "peak learning rate; lower for larger models, much lower for public weights", above=0)
     lr_vision: float = option(1.0, "the vision tower's rate, as a factor of --lr", least=0)
     unfreeze_vision: float = option(0, "epoch from which the vision tower learns", least=0)
     warmup: float = option(0.2, "share of the steps in which the rate climbs (OneCycle)", least=0, below=1)
-    optimizer: str = option("muon", "muon: for the matrices of blocks and connector, AdamW for the rest; adamw: for all",
-                            ("muon", "adamw"))
+    optimizer: str = option("muon", "muon: for the matrices of the blocks, AdamW for the rest", ("muon", "adamw"))
     weight_decay: float = option(0.05, "pull of matrices (not of norms, biases, embeddings) towards zero", least=0)
     grad_clip: float = option(1.0, "largest gradient norm; 0 for no limit", least=0)
-    crop: float = option(0.0, "augment: random windows, leaving out at most this share of the area", least=0, below=1)
-    jitter: float = option(0.0, "augment: brightness, contrast, saturation each by up to this factor", least=0, below=1)
+    crop: float = option(0.0, "augment: random windows, leaving out up to this share of the area", least=0, below=1)
+    jitter: float = option(0.0, "augment: brightness, contrast, saturation, up to this factor", least=0, below=1)
     flip: bool = option(True, "augment: mirror half of the images, but none whose captions say left or right")
-    # the machine
     device: str = option("auto", "cpu, cuda, mps or auto", group="the machine")
-    dtype: str = option("auto", "number format of products; auto: bfloat16 or else float16 on cuda, float32 elsewhere",
-                        ("auto", "float32", "bfloat16", "float16"))
-    compile: bool | None = option(None, "torch.compile the blocks; default: on cuda, for models of 10 million weights")
+    dtype: str = option("auto", "of products; auto: 16 bits on cuda", ("auto", "float32", "bfloat16", "float16"))
+    compile: bool | None = option(None, "torch.compile the blocks; default: on cuda, from 10 million weights on")
     workers: int = option(2, "processes that decode images where they do not fit into memory", least=0)
-    # how often to report
     eval_interval: int = option(1000, "steps between evaluations (and saves)", above=0, group="reports")
     eval_images: int = option(500, "validation images of each evaluation", above=0)
     test_images: int = option(1000, "test images scored at the end", above=0)
     log_interval: int = option(25, "steps between log lines", above=0)
 
 
-def read_options(argv):
-    """The command line -> options of the task it names; with --resume or --eval-only those of the run in --out-dir.
+# what may be given anew to a run that is continued; and what else to one that is only scored
+FREE = {"resume", "eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "workers", "data_dir",
+        "features", "log_interval"}
+FREE_TO_SCORE = FREE | {"dtype", "batch_size", "allow_broken"}
 
-    Also the state to resume from, or None. What would contradict the run is refused.
-    """
+
+def read_options(argv):
+    """The command line -> options of the task it names; with --resume or --eval-only those of the run in --out-dir, and
+    what would contradict them is refused. Also the state to resume from, or None."""
     out, state = Path(str(peek(argv, "out_dir", "out"))), None
     if peek(argv, "eval_only"):
-        saved = load_run(out).config["options"]
-        free = {"eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "dtype", "data_dir", "features",
-                "allow_broken", "batch_size", "task"}
+        saved, free = load_run(out).config["options"], FREE_TO_SCORE
     elif peek(argv, "resume") and (out / "state.pt").exists():
         state = read_state(out)
-        saved, free = state["options"], {"resume", "out_dir", "device", "workers", "data_dir", "features", "log_interval"}
+        saved, free = state["options"], FREE
+    elif peek(argv, "resume") and old_files(out):
+        raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its weights "
+                        f"with --init {out} (or --vision) in another --out-dir")
     else:
-        if peek(argv, "resume") and old_files(out):
-            raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its weights "
-                            f"with --init {out} (or --vision) in another --out-dir")
         task, preset = choose(argv)
-        return parse_config(config_class(task), argv, PRESETS_OF[task] if task in TASKS else {},
-                            __doc__.partition("\n")[0], preset), None
+        presets = {name: values for name, values in PRESETS.items() if values.get("task", "caption") == task}
+        return parse_config(config_class(task), argv, presets, __doc__.partition("\n")[0], preset), None
     cls = config_class(saved.get("task"))
-    config = parse_config(cls, argv)
-    try:
-        then = cls(**saved)
-    except TypeError as error:
-        raise UserError(f"the run in {out} is not of this version ({str(error)[-100:]}); train again") from None
-    for name in sorted(config.given):
-        if name in free:
-            setattr(then, name, getattr(config, name))
-        elif getattr(config, name) != getattr(then, name):
-            raise UserError(f"the run in {out} was made with {flag_name(name)} {getattr(then, name)}, not "
+    unknown = saved.keys() - cls.__dataclass_fields__.keys()
+    if unknown or saved.get("task") not in TASKS:
+        raise UserError(f"the run in {out} is not of this version (its options: {sorted(unknown)[:3]}); train again")
+    config = parse_config(cls, argv, {"run": saved}, default_preset="run")
+    for name in sorted(config.given - free):
+        if getattr(config, name) != saved.get(name):
+            raise UserError(f"the run in {out} was made with {flag_name(name)} {saved.get(name)}, not "
                             f"{getattr(config, name)}; drop the flag, or train another run")
-    then.given, then.preset = config.given, None
-    check_ranges(then)
-    return then, state
+    return config, state
 
 
 def config_class(task):
     """The options of a task: everybody's, then its own."""
     own = (TASKS[task].Options,) if task in TASKS else ()
-    return dataclass(type("Options", (*own, TrainConfig), {"__doc__": TrainConfig.__doc__}))
+    return dataclass(type("Options", (*own, TrainConfig), {}))
 
-
-PRESETS_OF = {task: {name: values for name, values in PRESETS.items() if values.get("task", "caption") == task}
-              for task in TASKS}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Building a run, in one direction.
 
 def build_setup(config, device, run=None):
     """Options -> Setup and FeatureFile (or None): data set, then tokenizer and rows, then images. run: to evaluate."""
-    task, dataset = TASKS[config.task], load_dataset(config)
+    dataset, path = load_dataset(config), getattr(config, "features", None)
     device.say(report(dataset))
-    path = getattr(config, "features", None)
     features = FeatureFile(path, dataset, device.say) if path else None
-    prepared = task.prepare(config, dataset, features, run)
+    prepared = TASKS[config.task].prepare(config, dataset, features, run)
     for note in prepared.notes:
         device.say(note)
     if features:
@@ -165,10 +142,10 @@ def build_setup(config, device, run=None):
     rows = Rows(prepared.rows, fixed=device.cuda)
     if store.to(device.torch) and device.cuda:                  # batches are then made on the GPU, from a few numbers
         rows.idx, rows.targets = rows.idx.to(device.torch), rows.targets.to(device.torch)
-    each = partial(eval_batches, store, rows, batch_size=max(2, min(64, config.batch_size)), rank=device.rank,
-                   world=device.world)
-    return Setup(config, device, dataset, prepared, store, rows, lambda split, limit=None: each(split, limit=limit)), \
-        features
+
+    def batches_of(split, limit=None):
+        return eval_batches(store, rows, split, max(2, min(64, config.batch_size)), limit, device.rank, device.world)
+    return Setup(config, device, dataset, prepared, store, rows, batches_of), features
 
 
 @contextmanager
@@ -185,50 +162,44 @@ def catch_signals(stop):
             signal.signal(sign, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
 def train(config, setup, features, state=None):
     """The loop. Returns the trained model, or None when it was stopped before the end. state: to resume from."""
-    task, device, out, data = TASKS[config.task], setup.device, Path(config.out_dir), None
+    task, device, out = TASKS[config.task], setup.device, Path(config.out_dir)
     torch.manual_seed(config.seed)
     model = task.build(config, setup.prepared, features).to(device.torch)
     optimizer = make_optimizer(model, config)
-    batches = Batches(setup.store, setup.rows, config.batch_size, getattr(config, "captions_per_image", 1), config.accum,
-                      config.seed, device.rank, device.world, whole=config.task == "clip")
-    steps_per_epoch = len(batches.members) / config.batch_size
-    total = max(1, round(config.epochs * steps_per_epoch))
-    step, best, log, augment = 0, math.inf, [], Augment(config.crop, config.jitter, config.flip)
-    if device.main or state:
-        data = fingerprint(setup.dataset, setup.prepared)
+    batches = Batches(setup.store, setup.rows, config.batch_size, getattr(config, "captions_per_image", 1),
+                      config.accum, config.seed, device.rank, device.world, whole=config.task == "clip")
+    steps_per_epoch, n_params = len(batches.members) / config.batch_size, sum(p.numel() for p in model.parameters())
+    total, augment = max(1, round(config.epochs * steps_per_epoch)), Augment(config.crop, config.jitter, config.flip)
+    step, best, log, data = 0, math.inf, [], fingerprint(setup.dataset, setup.prepared)
     if state:
         load_state(out, state, model, optimizer, device, data)
         step, best, log = state["step"], state["best"], state["log"]
-    n_params = sum(p.numel() for p in model.parameters())
-    device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K} "
-               f"texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
-    first, fast, losses, stop, mark, timed = step, None, [], [], time.perf_counter(), None
+    device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K}"
+               f" texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
+    if device.cuda and n_params > 1e7 if config.compile is None else config.compile:
+        compile_blocks(model, device)
+    first, losses, stop, mark, since = step, [], [], time.perf_counter(), None
 
     def save():
         save_state(out, model, optimizer, device, step=step, best=best, log=log, options=asdict(config), data=data)
 
     with locked(out / ".lock", wait=False) if device.main else nullcontext(), catch_signals(stop):
         for micro_batches in load_steps(batches, step, total, device, config.workers):
-            if isinstance(micro_batches, Exception):
-                raise micro_batches
             # The rate of this step, and the parts of the model that may learn by now.
             lr = one_cycle(step, total, config.lr, pct_start=config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            ready = [batch.to(device.torch, setup.prepared.recipe, augment) for batch in micro_batches]
-            if unfreeze(model, config, step / steps_per_epoch) or fast is None:
+            if unfreeze(model, config, step / steps_per_epoch) or step == first:
                 train_mode(model)
-                if fast is None and (device.cuda and n_params > 1e7 if config.compile is None else config.compile):
-                    compile_blocks(model, device)
-                fast = device.spread(model)
+                # what several processes train together; checkpoints are taken from the model itself
+                fast = DistributedDataParallel(model) if device.world > 1 else model
 
             # Forward and backward, micro-batch by micro-batch. Each counts by its share of the step's targets, so the
             # gradients add up to those of the mean over all. DDP takes the mean over processes where the sum is
             # needed, hence the factor `world`. The loss stays a tensor: .item() would make the host wait for the GPU.
+            ready = [batch.to(device.torch, setup.prepared.recipe, augment) for batch in micro_batches]
             if config.task == "clip" and len(ready) > 1:        # each pair needs all the others as wrong answers
                 pairs = [(batch.img, retrieval.texts_of(batch, setup)) for batch in ready]
                 loss = contrastive_step(fast, pairs, device.autocast, device.scaler.scale) / device.world
@@ -251,27 +222,26 @@ def train(config, setup, features, state=None):
             step += 1
             if step == first + 1 and not state and device.main:     # all works: now a new run may replace an old one
                 save()                                          # half of each would be a model nobody trained
-                for path in old_files(out):
-                    path.unlink() if path.name != "state.pt" else None
+                for path in old_files(out)[1:]:                 # the first is the state.pt just saved
+                    path.unlink()
 
             # Log. Only here are numbers read off the device, so only here can a bad one be seen.
-            end = step == total
-            evaluating, leaving = end or step % config.eval_interval == 0, bool(stop) and device.world == 1
+            evaluating = step == total or step % config.eval_interval == 0
+            leaving = bool(stop) and device.world == 1          # several processes agree on it below, when they log
             if evaluating or leaving or step % config.log_interval == 0:
                 *values, stops = device.total(*torch.stack(losses).tolist(), len(stop))
-                leaving = stops > 0
                 if not all(map(math.isfinite, values)):
-                    raise UserError(f"the loss is not finite within the {len(values)} steps before step {step}; lower --lr "
-                                    "and start again (the weights of the last good evaluation are kept)")
-                now, n, mean = time.perf_counter(), len(losses), sum(values) / len(losses)
-                ms = 1000 * (now - mark) / n
-                log.append({"step": step, "train_loss": mean, "lr": lr, "grad_norm": norm.item(), "ms": ms,
-                            "images_per_s": 1000 * config.batch_size / ms})
-                timed = timed or (step, now)                    # the steps before held compilation: none of them counts
-                left = (now - timed[1]) / (step - timed[0]) * (total - step) / 60 if step > timed[0] else None
-                device.say(f"step {step}/{total}  loss {mean:.3f}  lr {lr:.1e}  norm {norm.item():.2f}  {ms:.0f} ms  "
-                           f"{1000 * config.batch_size / ms:.0f} images/s" + (f"  {left:.1f} min left" if left else ""))
-                losses, mark = [], now
+                    raise UserError(f"the loss is not finite within the {len(values)} steps before step {step}; lower "
+                                    "--lr and start again (the weights of the last good evaluation are kept)")
+                leaving, losses, before, mark = stops > 0, [], mark, time.perf_counter()
+                seconds, since = (mark - before) / len(values), since or (step, mark)
+                log.append({"step": step, "train_loss": sum(values) / len(values), "lr": lr, "grad_norm": norm.item(),
+                            "ms": 1000 * seconds, "images_per_s": config.batch_size / seconds})
+                # the steps before the first line held compilation: none of them counts for the time left
+                left = (mark - since[1]) / max(1, step - since[0]) * (total - step) / 60
+                device.say("step {step}/{total}  loss {train_loss:.3f}  lr {lr:.1e}  norm {grad_norm:.2f}  {ms:.0f} ms"
+                           "  {images_per_s:.0f} images/s".format(total=total, **log[-1]) +
+                           (f"  {left:.1f} min left" if left else ""))
 
             # Evaluate, save, leave.
             if evaluating:
@@ -280,7 +250,7 @@ def train(config, setup, features, state=None):
             if (evaluating or leaving) and device.main:
                 save()
                 write_log(out, log, f"{setup.dataset.name}, {getattr(config, 'model', config.task)}")
-            if leaving and not end:
+            if leaving and step < total:
                 device.say(f"stopped after step {step}; go on with: python train.py --resume "
                            f"--out-dir={shlex.quote(str(out))}")
                 return None
@@ -289,28 +259,21 @@ def train(config, setup, features, state=None):
 
 def validate(model, setup, features, step, best, row):
     """Evaluate, print, keep the best model so far. Returns the new best cost; row: the log line to complete."""
-    config, device = setup.config, setup.device
-    scores, examples = TASKS[config.task].evaluate(model, setup, "val", config.eval_images, n_predict=24)
-    name = next(iter(scores))
-    cost = scores[name] if name == "loss" else -scores[name]
+    scores, examples = TASKS[setup.config.task].evaluate(model, setup, "val", setup.config.eval_images, n_predict=24)
+    name, first = next(iter(scores.items()))
+    cost = first if name == "loss" else -first
     if not math.isfinite(cost):
         raise UserError(f"the validation {name} at step {step} is not finite; lower --lr and start again")
-    device.say(f"step {step}: validation " + show(scores))
-    for example in examples[:3]:
-        device.say("    " + "   ".join(f"{key}: {example[key]!r}" for key in ("question", "prediction", "truth")
-                                       if key in example))
+    setup.device.say("\n".join([f"step {step}: validation {show(scores)}", *map(show_example, examples[:3])]))
     row.update(val_loss=scores["loss"], shuffled_loss=scores["shuffled loss"])
-    if cost < best and device.main:
-        save_model(config.out_dir, model, setup, features, {f"val {key}": value for key, value in scores.items()} |
-                   {"step": step})
+    if cost < best and setup.device.main:
+        save_model(model, setup, features, {"step": step, **{f"val {key}": value for key, value in scores.items()}})
     return min(cost, best)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
 def evaluate_run(config, device):
     """--eval-only: score a finished run on a whole split; leaves scores.json and predictions.jsonl."""
-    run = load_run(config.out_dir)
+    run, out = load_run(config.out_dir), Path(config.out_dir)
     setup, _ = build_setup(config, device, run)
     how = {name: getattr(config, name) for name in ("num_beams", "length_penalty") if hasattr(config, name)}
     scores, examples = TASKS[config.task].evaluate(run.model.to(device.torch), setup, config.split, **how)
@@ -318,9 +281,8 @@ def evaluate_run(config, device):
     if device.main:
         rows = [{**example, "image": setup.dataset.names[example["image"]],
                  "references": setup.dataset.captions[example["image"]]} for example in examples]
-        write_text(Path(config.out_dir) / "predictions.jsonl",
-                   "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(Path(config.out_dir) / "scores.json", {"split": config.split, **how, **scores})
+        write_text(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json(out / "scores.json", {"split": config.split, **how, **scores})
 
 
 def show_batch(config, setup, features):
@@ -328,9 +290,9 @@ def show_batch(config, setup, features):
     batches = Batches(setup.store, setup.rows, config.batch_size, config.captions_per_image, seed=config.seed)
     model = TASKS[config.task].build(config, setup.prepared, features)
     n_image = captioning.n_image_tokens(config.model, model.config.vision, model.config.shuffle, features) or 1
-    for batch in batches.make(0)[:1]:
-        for idx, targets in list(zip(batch.idx.tolist(), batch.targets.tolist()))[:8]:
-            print(show_tokens(setup.prepared.tokenizer, idx, targets, n_image, color=sys.stdout.isatty()) + "\n")
+    batch = next(load_steps(batches, 0, 1, setup.device, 0))[0]
+    for idx, targets in zip(batch.idx[:8].tolist(), batch.targets[:8].tolist()):
+        print(show_tokens(setup.prepared.tokenizer, idx, targets, n_image, color=sys.stdout.isatty()) + "\n")
 
 
 def main():
@@ -339,21 +301,17 @@ def main():
     for source in ("init", "vision", "text"):
         path = getattr(config, source, None)
         if path and not state and Path(path).resolve() == Path(config.out_dir).resolve():
-            raise UserError(f"--{source} {path} would be replaced by the run that starts from it; give another --out-dir")
+            raise UserError(f"--{source} {path} would be replaced by the run that begins so; give another --out-dir")
     device = Device(config.device, config.dtype)
     if config.eval_only:
         return evaluate_run(config, device)
     if getattr(config, "show_batch", False):
         return show_batch(config, *build_setup(config, device))
-    old_files(config.out_dir)                                   # a folder that is not a run's is refused before all work
-    try:
-        setup, features = build_setup(config, device)
-        model = train(config, setup, features, state)
-        if model is not None:
-            report_test(model, setup, features, TASKS[config.task].evaluate)
-    finally:
-        if device.world > 1:
-            dist.destroy_process_group()
+    old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work
+    setup, features = build_setup(config, device)
+    model = train(config, setup, features, state)
+    if model is not None:
+        report_test(model, setup, features, TASKS[config.task].evaluate)
 
 
 if __name__ == "__main__":

@@ -63,12 +63,10 @@ def main():
     bert.add_special_tokens(["<SOS>"])
     bert.add_tokens([AddedToken("<mark>", normalized=True)])
     cases = {"gpt2": gpt, "clip": make_clip(byte_level, options), "bert": bert}
-    for name, base in ("prefix_space", gpt), ("framed", gpt), ("bert_framed", bert):
+    for name, base in ("framed", gpt), ("bert_framed", bert):
         cases[name] = Tokenizer.from_str(base.to_str())
-    cases["prefix_space"].pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    frame = processors.TemplateProcessing(single="<image> $A <|user|> <|endoftext|>", special_tokens=[
-        (name, gpt.token_to_id(name)) for name in TAGS])
-    cases["framed"].post_processor = processors.Sequence([processors.ByteLevel(), frame])
+    cases["framed"].post_processor = processors.TemplateProcessing(
+        single="<image> $A <|user|> <|endoftext|>", special_tokens=[(name, gpt.token_to_id(name)) for name in TAGS])
     cases["bert_framed"].post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
 
     base, texts = json.loads(gpt.to_str()), make_texts()

@@ -4,11 +4,10 @@ import json
 import pytest
 import torch
 
-import data
 import sample
 import train
 from conftest import REFERENCE
-from helpers import TEXT, TINY, album, from_folder, one_sentence, run
+from helpers import TEXT, TINY, album, from_folder, refused, run
 from public import tiny_clip
 from tinyvlm import features
 from tinyvlm.config import UserError
@@ -18,7 +17,6 @@ from tinyvlm.weights import load_safetensors, read_metadata, save_safetensors
 
 VIT = str(REFERENCE / "vit")
 NAMES = json.dumps([f"{k}.jpg" for k in range(20)])
-SMALL = [*TINY, *TEXT, "--epochs", "1", "--tokenizer", "bpe", "--accum", "1", "--n-hidden", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +79,13 @@ def test_broken_images_and_other_encoders(tmp_path):
 
 
 @pytest.mark.parametrize("shape, metadata, words", [
-    ((20, 4), {}, "in its metadata, `ids`"), ((20, 4), {"ids": "{"}, "`ids`"), ((20, 4), {"ids": "7"}, "`ids`"),
-    ((20, 4), {"ids": '["0.jpg"]'}, "a name for each"), ((20,), {"ids": NAMES}, "of shape"), ((20, 0), {"ids": NAMES}, r"\(20, 0\)"),
-    ((20, 4), {"ids": NAMES, "recipe": "{}x"}, "no feature file"), ((1, 4), {"ids": '["other.jpg"]'}, "lacks 20 of the 20"),
-    ((20, 4), {"ids": NAMES, "dataset": "coco"}, "is of coco"), ("nan", {"ids": NAMES}, "finite"), ("name", {"ids": NAMES}, "`features`")])
+    ((20, 4), {"ids": None}, "in its metadata, `ids`"), ((20, 4), {"ids": "{"}, "`ids`"), ((20, 4), {"ids": "7"}, "`ids`"),
+    ((20, 4), {"ids": '["0.jpg"]'}, "a name for each"), ((20,), {}, "of shape"), ((20, 0), {}, r"\(20, 0\)"),
+    ((20, 4), {"recipe": "{}x"}, "no feature file"), ((1, 4), {"ids": '["x.jpg"]'}, "lacks 20 of the 20"),
+    ((20, 4), {"dataset": "coco"}, "is of coco"), ("nan", {}, "finite"), ("name", {}, "`features`")])
 def test_files_that_do_not_fit_are_refused(made, tmp_path, shape, metadata, words):
     tensor = torch.full((20, 4), torch.nan) if isinstance(shape, str) else torch.zeros(shape)
+    metadata = {key: value for key, value in {"ids": NAMES, **metadata}.items() if value}
     save_safetensors({"feats" if shape == "name" else "features": tensor}, tmp_path / "f.safetensors", metadata)
     with pytest.raises(UserError, match=words) as error:
         FeatureFile(tmp_path / "f.safetensors", photos("folder", made))
@@ -106,21 +105,23 @@ def test_embeddings_of_other_captions_are_refused(made, tmp_path):
 
 
 @pytest.mark.parametrize("shape, how", [
-    ((20, 6), ["--model", "lstm"]), ((20, 9, 6), ["--model", "lstm", "--soft-attention"]), ((20, 9, 6), ["--model", "cross"]),
-    ((20, 9, 6), ["--model", "prefix", "--shuffle", "3"]), ((20, 6), ["--task", "clip"]), ((20, 9, 6), ["--task", "clip"])])
+    ((20, 6), ["--model", "lstm"]), ((20, 9, 6), ["--model", "lstm", "--soft-attention"]), ((20, 6), ["--task", "clip"]),
+    ((20, 9, 6), ["--model", "cross"]), ((20, 9, 6), ["--model", "prefix", "--shuffle", "3"])])
 def test_a_run_on_somebody_elses_features(made, tmp_path, capsys, shape, how):
-    """Features, or grids of them, of a network that we do not have: pictures are known by name, and a sentence says how."""
-    theirs, out, clip = tmp_path / "their's.safetensors", tmp_path / "out", "clip" in how
+    """Features, or grids of them, of a network that is not at hand: pictures go by name, and a sentence says how."""
+    theirs, out = tmp_path / "their's.safetensors", tmp_path / "out"
     save_safetensors({"features": torch.randn(shape).half()}, theirs, {"ids": NAMES, "encoder": "their network"})
-    argv = [*from_folder(made), *(SMALL if "lstm" in how else SMALL[:-2]), *how, "--features", theirs, "--out-dir", out]
-    run(train, *argv, code=2 if clip and len(shape) == 3 else 0)
-    if clip and len(shape) == 3:
-        return one_sentence(capsys, "a grid of vectors for each image, and a CLIP takes one")
+    argv = [*from_folder(made), *TINY, *TEXT, "--epochs", "1", "--accum", "1", "--tokenizer", "bpe", "--features", theirs]
+    run(train, *argv, *how, "--out-dir", out)
     assert f"--features='{tmp_path}/their'\"'\"'s.safetensors'" in capsys.readouterr().out.splitlines()[-1]
-    more = ["--labels", "a dog", "a cat", "--out-dir", out] if clip else ["--out-dir", out]
-    run(sample, "--image", "5.jpg", *more, "--features", theirs)
+    argv = [sample, "--out-dir", out, *(["--labels", "a dog", "a cat"] if "clip" in how else [])]
+    run(*argv, "--image", "5.jpg", "--features", theirs)
     assert "5.jpg: " in capsys.readouterr().out
-    for image, known, words in ((made / "Images" / "5.jpg", [], "features of 'their network', a network that is not at hand"),
-                                ("nobody.jpg", ["--features", theirs], "holds nothing for nobody.jpg")):
-        run(sample, "--image", image, *more, *known, code=2)
-        one_sentence(capsys, words)
+    refused(capsys, "features of 'their network', a network that is not at hand", *argv, "--image", made / "5.jpg")
+    refused(capsys, "holds nothing for nobody.jpg", *argv, "--image", "nobody.jpg", "--features", theirs)
+
+
+def test_a_grid_of_features_is_not_for_clip(made, tmp_path, capsys):
+    save_safetensors({"features": torch.randn(20, 9, 6)}, tmp_path / "f.safetensors", {"ids": NAMES})
+    refused(capsys, "--task clip takes one vector for each image", train, *from_folder(made), *TINY, *TEXT, "--task", "clip",
+            "--features", tmp_path / "f.safetensors", "--out-dir", tmp_path / "out")

@@ -127,8 +127,8 @@ def test_only_what_is_new_changed_or_broken_is_opened(album):
     assert names == ["b.png", "below/e.png", "c.JPG", "d.png", "new.png"] and is_of(model, folder, names, emb)
 
 
-@pytest.mark.parametrize("spoil", [lambda file: file[:-20], lambda file: b"", lambda file: file.replace(b"a.png", b"\xff.png"),
-                                   lambda file: file.replace(b'"images"', b'"pictures"')])
+@pytest.mark.parametrize("spoil", [lambda file: file[:-20], lambda file: b"", lambda file: file.replace(b"a.png", b"\xff"),
+                                   lambda file: file.replace(b'"ids"', b'"sid"')])
 def test_a_damaged_cache_is_made_anew(album, spoil):
     (folder, cache, _), notes = album, []
     names, emb = embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)

@@ -15,7 +15,7 @@ import data
 import public
 import sample
 import train
-from helpers import TEXT, TINY, album, from_folder, one_sentence, png, run, table
+from helpers import TEXT, TINY, album, from_folder, png, refused, run, table
 from servers import send
 from tinyvlm import layouts
 from tinyvlm.batches import Batches
@@ -129,8 +129,7 @@ def test_a_server_without_images_is_one_sentence(streamed, host, tmp_path, capsy
     host.pages.clear()
     for there, words in (((), "HTTP 404; try again"), (range(20), "no usable image to evaluate with")):
         host.pages.update({page(k): send(png(k)) for k in there})
-        run(train, *streamed, *SMALL, *TEXT, "--out-dir", tmp_path / "r", code=2)
-        one_sentence(capsys, words)
+        refused(capsys, words, train, *streamed, *SMALL, *TEXT, "--out-dir", tmp_path / "r")
 
 
 def test_3_vgg16_features_wordpiece_and_lstm(pub, tmp_path, capsys):
@@ -201,8 +200,7 @@ def test_5_from_addresses_to_answers(pub, host, tmp_path, steps, capsys):
         assert {*load_run(tmp_path / tower).config["labels"]} == {"kind", "place"}
     begins_as(steps[2], "vision", load_resnet50(pub["resnet"]))
     argv = [*where, *STEPS, *SIZES, *TEXT, "--model", "prefix", "--epochs", "0.5"]
-    run(train, *argv, "--vision", tmp_path / "resnet", "--out-dir", tmp_path / "x", code=2)
-    one_sentence(capsys, "a captioner takes a ViT")
+    refused(capsys, "a captioner takes a ViT", train, *argv, "--vision", tmp_path / "resnet", "--out-dir", tmp_path / "x")
     run(train, *argv, "--vision", tmp_path / "own", "--out-dir", tmp_path / "captions")
     begins_as(steps[6], "vision", load_run(tmp_path / "own").model.vision)
     questions, out = public.vqav2(tmp_path / "q", png), tmp_path / "vqa"
@@ -261,16 +259,18 @@ def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp
     if text:
         argv += ["--text-embeddings", scenes / "text-embeddings-clip.safetensors"] if text == "embeddings" else \
             ["--text", pub["clip" if task == "clip" else "gpt2"]]
-    run(train, *argv, code=2 if words else 0)
     if words:
+        refused(capsys, words, train, *argv)
         assert not out.exists()
-        return one_sentence(capsys, words)
+        return
+    run(train, *argv)
     printed = capsys.readouterr().out
     assert "step 2/2" in printed and "test split: " in printed
     how = {"vqa": ["--prompt", "Is it red?"], "clip": ["--labels", "a dog", "a cat"]}.get(task, [])
-    run(sample, "--image", out / "example.png", *how, "--out-dir", out, code=2 if task == "classify" else 0)
+    argv = [sample, "--image", out / "example.png", *how, "--out-dir", out]
     if task == "classify":
-        return one_sentence(capsys, "train.py --vision")
+        return refused(capsys, "train.py --vision", *argv)
+    run(*argv)
     assert f"{out}/example.png: " in capsys.readouterr().out
 
 

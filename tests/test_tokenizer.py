@@ -58,12 +58,11 @@ def test_encodes_as_the_tokenizers_library_does(case, tmp_path):
     assert {key: saved[key] for key in saved if key != "added_tokens"}.items() <= spec_of(case).items()
     assert type(again) is type(first) and again.vocab_size == first.vocab_size == again.special_ids[-1] + 1
     assert again.encode("a<new>") == first.encode("a<new>") and first.encode("") == sum(first.frame_ids, [])
-    assert first.encode_plain("the dog", max_length=1) == first.encode_plain("the dog")[:1]
 
 
 def test_trainer_learns_the_merges_of_the_rust_trainer(tmp_path):
     """The library learned 64 merges from the same corpus: ours must be the same, ties included."""
-    BPETokenizer.train(CORPUS, 320, special_tokens=()).save(tmp_path)
+    BPETokenizer.train(CORPUS[::-1], 320, special_tokens=()).save(tmp_path)        # nor does the order of texts matter
     saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     theirs = REFERENCE["base"]["model"]
     assert [tuple(m.split(" ")) for m in saved["merges"]] == [tuple(m) for m in theirs["merges"]]
@@ -76,7 +75,7 @@ def test_merges_by_hand():
     vocab, merges = learn_merges(words, 258)
     assert merges == [("u", "g"), ("h", "ug")] == naive_merges(words, 2) and vocab["hug"] == 257
     assert naive_encode("hugs", merges) == ["hug", "s"] and naive_encode("mug", merges) == ["m", "ug"]
-    assert apply_merges([0, 1, 2], {(1, 2): (0, 3), (0, 3): (1, 4)}) == [4]
+    assert apply_merges([*"hugs"], {("u", "g"): 0, ("h", "ug"): 1}) == ["hug", "s"]
     assert learn_merges({"ab": 1, "cd": 1, "xa": 1}, 257)[1] == [("a", "b")], "of pairs seen equally often, the lowest"
 
 
@@ -84,31 +83,28 @@ def test_the_fast_way_is_the_naive_way():
     """Words of few letters have overlaps ("aaa") and ties; with shuffled merges early ones may come up late."""
     rng = random.Random(1)
     words = {"".join(rng.choices("abc", k=rng.randint(1, 12))): rng.randint(1, 5) for _ in range(150)}
-    vocab, merges = learn_merges(words, 256 + 80)
+    merges = learn_merges(words, 256 + 80)[1]
     assert merges == naive_merges(words, 80) and len(merges) == 80
     for merges in (merges, rng.sample(merges, 80)):
-        table = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+        ranks = {pair: rank for rank, pair in enumerate(merges)}
         for _ in range(200):
             word = "".join(rng.choices("abcd", k=rng.randint(1, 30)))
-            ids = apply_merges([vocab[char] for char in word], table)
-            assert ids == [vocab[token] for token in naive_encode(word, merges)]
+            assert apply_merges([*word], ranks) == naive_encode(word, merges)
 
 
 def test_one_long_word_without_spaces_is_not_quadratic(tok):
     """8 times the length makes about 8 times the look-ups of merges, where a plain loop makes 64 times (no clock)."""
     class Counting(dict):
-        n = 0
-
         def __contains__(self, pair):
-            self.n += 1
+            counts.append(pair)
             return super().__contains__(pair)
 
-    counts = []
+    lookups, counts, tok._ranks = [], [], Counting(tok._ranks)
     for length in (100, 800):
-        tok._merges = Counting(tok._merges)
+        counts.clear()
         tok.encode("thedog" * length)
-        counts.append(tok._merges.n)
-    assert 0 < counts[1] < 8.5 * counts[0]
+        lookups.append(len(counts))
+    assert 0 < lookups[1] < 8.5 * lookups[0]
 
 
 def test_round_trip_of_any_string(tok):
@@ -130,8 +126,9 @@ def test_special_tokens_take_the_last_ids_and_are_cut_out_first(tok):
     assert tok.special_ids == [*range(315, 320)] and tok.unk_id is None and tok.frame_ids == ([], [])
     assert tok.encode("<image>a")[0] == 316 and tok.id_to_token(316) == "<image>"
     assert tok.token_to_id("<nothing>") is None and tok.id_to_token(320) is None
-    assert tok.add_special_tokens(["<image>", "<image><image>", "<pad>", "<pad>"]) == 2
+    tok.add_special_tokens(["<image>", "<image><image>", "<pad>", "<pad>"])
     assert tok.encode("<image><image><image>") == [320, 316], "of two that start at one place, the longer"
+    assert tok.vocab_size == 322
 
 
 def test_user_text_never_becomes_a_tag(tok, tmp_path):
@@ -145,23 +142,16 @@ def test_user_text_never_becomes_a_tag(tok, tmp_path):
     added = [token | {"special": False} for token in spec_of("gpt2")["added_tokens"]]
     loose = load_tokenizer(write(tmp_path / "t.json", spec_of("gpt2") | {"added_tokens": added}))
     assert loose.encode_plain("<image>") == [321] and loose.special_ids == []
-    assert loose.add_special_tokens(["<image>"]) == 0 and 321 not in loose.encode_plain("<image>")
+    loose.add_special_tokens(["<image>"])
+    assert loose.special_ids == [321] and 321 not in loose.encode_plain("<image>")
 
 
 def test_training_cuts_special_tokens_out_and_may_run_out_of_pairs():
     tokenizer = BPETokenizer.train(["<image>ab"] * 5, 1000, special_tokens=("<image>",))
     assert tokenizer.vocab_size == 256 + 1 + 1, "ab is the only pair: nothing was learned from the letters of <image>"
     assert tokenizer.encode("ab<image>") == [256, 257]
-    tokenizer = BPETokenizer.train(["a dog", "a dog runs"], vocab_size=256 + 3 + 1, special_tokens=["<image>"])
-    assert tokenizer.encode("<image>a dog") == [259, 64, 258], "the example of the docstring"
-    with pytest.raises(UserError, match="vocab_size 200 is too small.*261"):
+    with pytest.raises(UserError, match="vocab_size 200 has no room.*add 61"):
         BPETokenizer.train(CORPUS, 200)
-
-
-def test_training_does_not_depend_on_the_order_of_the_texts(tok, tmp_path):
-    BPETokenizer.train(CORPUS[::-1], 320).save(tmp_path / "b.json")
-    tok.save(tmp_path / "a.json")
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
 def test_vocab_json_and_merges_txt(tmp_path):
@@ -169,10 +159,6 @@ def test_vocab_json_and_merges_txt(tmp_path):
     tokenizer = load_tokenizer(write_vocab(tmp_path))
     tokenizer.add_special_tokens(["<image>", "<|user|>"])
     assert [tokenizer.encode(text) for text in TEXTS] == CASES["gpt2"]["ids"]
-    tokenizer = load_tokenizer(write_vocab(tmp_path, tokenizer_config={"add_prefix_space": True}))
-    tokenizer.add_special_tokens(["<image>", "<|user|>"])
-    assert [tokenizer.encode(text) for text in TEXTS] == CASES["prefix_space"]["ids"]
-    (tmp_path / "tokenizer_config.json").unlink()
     model = spec_of("clip")["model"]
     write(tmp_path / "vocab.json", model["vocab"])
     (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]), encoding="utf-8")
@@ -185,7 +171,7 @@ def test_vocab_json_and_merges_txt(tmp_path):
     {"added_tokens": {"<image>": 321, "<pad>": 322},
      "special_tokens_map": {"pad_token": "<pad>", "additional_special_tokens": ["<image>"]}},
     {"added_tokens": {"<image>": 321, "<pad>": 322}, "tokenizer_config": {
-        "extra_special_tokens": {"image_token": "<image>"}, "pad_token": {"__type": "AddedToken", "content": "<pad>"}}},
+        "additional_special_tokens": ["<image>"], "pad_token": {"__type": "AddedToken", "content": "<pad>"}}},
     {"tokenizer_config": {"tokenizer_class": "GPT2TokenizerFast", "model_max_length": 77, "add_bos_token": False,
                           "added_tokens_decoder": {"321": {"content": "<image>", "special": True, "lstrip": False},
                                                    "322": {"content": "<pad>", "special": True}}}}])
@@ -199,11 +185,10 @@ def test_special_tokens_of_the_files_beside_a_vocabulary(beside, tmp_path):
 
 
 @pytest.mark.parametrize("beside, name", [
-    ({"special_tokens_map": {"pad_token": "<pad>"}}, "<pad>"), ({"added_tokens": {"<image>": 5}}, "<image>"),
-    ({"added_tokens": {"e": 321}}, "token 'e'"), ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token"),
-    ({"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}, "RobertaTokenizer"),
-    ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens"),
-    ({"tokenizer_config": {"added_tokens_decoder": {"321": {"content": "<x>", "lstrip": True}}}}, "lstrip")])
+    ({"special_tokens_map": {"pad_token": "<pad>"}}, "<pad>"), ({"added_tokens": {"<image>": 5}}, "has the id 5"),
+    ({"added_tokens": {"e": 321}}, "token 'e'"), ({"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}, "Roberta"),
+    *[({"tokenizer_config": {key: True}}, key) for key in ("add_bos_token", "add_prefix_space", "split_special_tokens")],
+    ({"tokenizer_config": {"added_tokens_decoder": {"321": {"content": "<x>", "lstrip": True}}}}, "added token")])
 def test_what_lies_beside_and_cannot_be_read_is_refused_by_name(beside, name, tmp_path):
     with pytest.raises(UserError, match=name):
         load_tokenizer(write_vocab(tmp_path, **beside))
@@ -219,48 +204,39 @@ def test_older_files_and_far_ids(tmp_path):
     assert tokenizer.vocab_size == 401 and tokenizer.encode("<mask>") == [400] and tokenizer.id_to_token(399) is None
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+BYTES, MODEL = REFERENCE["base"]["pre_tokenizer"], REFERENCE["base"]["model"]
 
 
 @pytest.mark.parametrize("change, name", [
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"), ({"pre_tokenizer": None}, "pre_tokenizer"),
-    ({"pre_tokenizer": BYTES}, "use_regex"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}]}}, "Digits"),
-    ({"normalizer": {"type": "NFC"}}, "NFC"),
-    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}}, "Lowercase"),
-    ({"post_processor": {"type": "Strange"}}, "Strange"), ({"model": None}, "broken"),
-    ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"), ({"model": {"type": "BPE", "merges": []}}, "vocab"),
-    *[({"model": REFERENCE["base"]["model"] | {option: value}}, option) for option, value in (
-        ("dropout", 0.1), ("byte_fallback", True), ("ignore_merges", True), ("fuse_unk", True), ("new_option", 1),
-        ("continuing_subword_prefix", "##"))],
-    ({"model": REFERENCE["base"]["model"] | {"merges": [["q", "qq"]]}}, "qq"),
-    *[({"added_tokens": [ADDED | {flag: True}]}, flag) for flag in ("single_word", "lstrip", "rstrip")],
-    *[({"added_tokens": [ADDED | {"id": i}]}, "broken") for i in (1.5, -1, "1", 2**24)],
-    ({"added_tokens": [ADDED | {"content": "\u0301", "normalized": True}]} | {
-        "normalizer": CASES["bert"]["changes"]["normalizer"], "model": CASES["bert"]["changes"]["model"],
-        "pre_tokenizer": {"type": "BertPreTokenizer"}}, "leaves nothing"),
-    *[({"added_tokens": [ADDED | wrong]}, "another's") for wrong in ({"content": ""}, {"content": "e"}, {"id": 5})],
-    ({"added_tokens": [ADDED | {"special": "no"}]}, "special"),
-    ({"post_processor": {"type": "BertProcessing", "cls": ["a", 1e30], "sep": ["b", 1]}}, "whole number")])
+    *[({"pre_tokenizer": part}, "pre_tokenizer") for part in (
+        None, {}, {"type": "Metaspace"}, BYTES | {"use_regex": False}, BYTES | {"add_prefix_space": True},
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]})],
+    ({"normalizer": {"type": "NFC"}}, "normalizer"), ({"post_processor": {"type": "Strange"}}, "post_processor"),
+    ({"post_processor": {"type": "BertProcessing", "cls": ["a", 900], "sep": ["b", 1]}}, "post_processor.*900"),
+    ({"model": None}, "broken"), ({"model": {"type": "BPE", "merges": []}}, "vocab"),
+    *[({"model": MODEL | {option: value}}, f"model.*{option}") for option, value in (
+        ("type", "Unigram"), ("dropout", 0.1), ("byte_fallback", True), ("ignore_merges", True), ("fuse_unk", True),
+        ("new_option", 1), ("continuing_subword_prefix", "##"))],
+    *[({"model": MODEL | {"merges": [merge]}}, "merges") for merge in (["q", "qq"], "a b c")],
+    *[({"added_tokens": [ADDED | {flag: True}]}, "added token") for flag in ("single_word", "lstrip", "rstrip")],
+    *[({"added_tokens": [ADDED | wrong]}, "has the id") for wrong in (
+        {"id": 1.5}, {"id": -1}, {"id": "1"}, {"id": 2**24}, {"id": None}, {"content": "e"}, {"id": 5})]])
 def test_what_is_not_known_is_refused_by_name(change, name, tmp_path):
     """A wrong guess would train a model on wrong ids without anyone noticing."""
-    with pytest.raises(UserError, match=name) as error:
+    with pytest.raises(UserError, match=name if name != "model.*type" else "Unigram") as error:
         load_tokenizer(write(tmp_path / "odd.json", REFERENCE["base"] | change))
-    assert "odd.json" in str(error.value) and len(str(error.value)) - len(str(tmp_path)) < 250
+    assert "odd.json" in str(error.value) and len(str(error.value)) - len(str(tmp_path)) < 280
 
 
 def test_missing_and_broken_files_name_themselves(tmp_path):
     (tmp_path / "broken.json").write_text('{"model": ', encoding="utf-8")
     (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
-    for name in ("none.json", "broken.json", "deep.json", "bytes.json", "none.txt"):
+    for name in ("none.json", "broken.json", "deep.json", "bytes.json", "vocab.txt", "tokenizer.json"):
         with pytest.raises(UserError, match=name):
-            load_tokenizer(tmp_path / name)
-    with pytest.raises(UserError, match="holds no tokenizer.json"):
-        load_tokenizer(tmp_path)
+            load_tokenizer(tmp_path if name == "tokenizer.json" else tmp_path / name)
     write(tmp_path / "vocab.json", {"a": 0})
     with pytest.raises(UserError, match="merges.txt"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="BPE tokenizer, not WordPiece"):
+    with pytest.raises(UserError, match="BPE"):
         WordPieceTokenizer.load(write(tmp_path / "bpe.json", REFERENCE["base"]))

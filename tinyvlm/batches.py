@@ -29,7 +29,7 @@ def pad_rows(rows):
 
 
 class Rows:
-    """All texts of a run as two padded tensors; image i owns rows first[i] .. first[i] + count[i] - 1, the last is empty.
+    """All texts of a run as two padded tensors; image i owns rows first[i] .. first[i] + count[i] - 1. One is empty.
 
     fixed: batches keep the padding of the longest row of all, so that a GPU sees one shape; else that of their longest.
     """
@@ -63,14 +63,9 @@ def step_order(n, batch_size, step, seed, whole=False):
     [(3, 0), (1, 0)], [(4, 0), (0, 0)], [(2, 0), (2, 1)], [(0, 1), ..
     whole: the rest of an epoch is left out, so that no sample can meet itself in a batch (contrastive training).
     """
-    if whole:
-        n_steps = n // batch_size
-        epoch, k = divmod(step, n_steps)
-        order = np.random.default_rng([seed, epoch]).permutation(n)
-        return [(int(i), epoch) for i in order[k * batch_size:(k + 1) * batch_size]]
-    picks = []
+    picks, n_epoch = [], n - n % batch_size if whole else n
     for k in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(k, n)
+        epoch, place = divmod(k, n_epoch)
         if not picks or place == 0:
             order = np.random.default_rng([seed, epoch]).permutation(n)
         picks.append((int(order[place]), epoch))
@@ -88,14 +83,9 @@ class Batch:
     rand: torch.Tensor | None = None    # (8, b) numbers in 0..1 that decide the augmentation: see image.augment
     members: list | None = None         # which images these are
 
-    def pin_memory(self):
-        """Page-locked memory, from which a GPU copies while it computes. The loader calls this."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("img", "idx", "targets", "rand")
-                                if getattr(self, name) is not None})
-
     def to(self, device, recipe, how=None):
-        """The batch on a device: img normalised floats (b, 3, S, S), augmented if `how` (an Augment) is given."""
-        img, idx, targets = (t.to(device, non_blocking=True) for t in (self.img, self.idx, self.targets))
+        """On the device: img normalised floats (b, 3, S, S), augmented if `how` (an Augment) is given."""
+        img, idx, targets = (t.to(device) for t in (self.img, self.idx, self.targets))
         if img.dtype == torch.uint8:
             img = img.float() / 255                                               # (b, 3, S, S) in 0..1
             img = normalise(augment(img, how, self.rand) if how else img, recipe)
@@ -112,17 +102,16 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, store, rows, batch_size, K=1, accum=1, seed=0, rank=0, world=1, whole=False):
         self.store, self.rows = store, rows
         self.members = [i for i in store.usable("train") if rows.count[i]]        # with something to learn from it
-        self.batch_size, self.accum, self.seed, self.whole = batch_size, accum, seed, whole
         self.K = min(K, max(rows.count))                        # more rows than any image has captions would be empty
-        self.rank, self.world = rank, world
-        if batch_size % (accum * world):
-            raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} "
-                            "micro-batches")
+        self.batch_size, self.seed, self.whole = batch_size, seed, whole
+        self.rank, self.world, self.parts = rank, world, accum * world
+        if batch_size % self.parts:
+            raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} parts")
         if not self.members:
             raise UserError("the train split holds no usable image with something to learn; see the lines above")
         if whole and not 1 < batch_size <= len(self.members):
-            raise UserError(f"a contrastive batch holds different images, at least 2: with {len(self.members)} training "
-                            f"images --batch-size cannot be {batch_size}")
+            raise UserError(f"a contrastive batch holds different images, at least 2: of {len(self.members)} training "
+                            f"images, --batch-size cannot be {batch_size}")
 
     def __getitem__(self, step):
         try:
@@ -133,38 +122,25 @@ class Batches(torch.utils.data.Dataset):
     def make(self, step):
         """The list of this process's micro-batches in that step. Raises UserError."""
         order = step_order(len(self.members), self.batch_size, step, self.seed, self.whole)
-        picks = [(self.members[k], epoch) for k, epoch in order]                  # B pairs (image, epoch)
-        rows = [self.rows.of(i, self.K, epoch) for i, epoch in picks]             # B x K row numbers
-        total = max(1, self.rows.n_targets[np.array(rows)].sum())
+        picks = [(self.members[k], self.rows.of(self.members[k], self.K, epoch)) for k, epoch in order]
+        total = max(1, self.rows.n_targets[np.array([numbers for _, numbers in picks])].sum())
         rand = torch.from_numpy(np.random.default_rng([self.seed, step, 7]).random((8, self.batch_size), np.float32))
-        for k, (i, _) in enumerate(picks):
+        for k, (i, _) in enumerate(picks):                      # B pairs (image, its K row numbers)
             if not self.store.dataset.may_flip(i):
                 rand[4, k] = 1.0                                # see augment(): 1 means as it is
-        split = self.pair_by_length if self.store.is_features else self.split_evenly
-        out = []
-        for members, numbers, some in split([i for i, _ in picks], rows, rand)[self.rank::self.world]:
-            img, places = self.store.get(members)
-            K = len(numbers) // len(members)
-            numbers = [n for k in places for n in numbers[k * K:(k + 1) * K]]
+        if self.store.is_features:
+            # Features cost nothing to repeat, so each caption brings its image's, and captions of one length can stand
+            # together in a micro-batch: the padding, which is computed like any word, goes from a half to little.
+            picks = sorted(((i, [n]) for i, numbers in picks for n in numbers if n != self.rows.empty),
+                           key=lambda pick: self.rows.length[pick[1][0]])
+        cuts, out = [len(picks) * k // self.parts for k in range(self.parts + 1)], []
+        for a, b in list(zip(cuts, cuts[1:]))[self.rank::self.world]:
+            group = picks[a:b] or [(self.members[0], [self.rows.empty])]
+            img, places = self.store.get([i for i, _ in group])
+            numbers = [n for k in places for n in group[k][1]]
             n = int(self.rows.n_targets[numbers].sum())
-            out.append(Batch(img, *self.rows.take(numbers), n, n / total, some, [members[k] for k in places]))
+            out.append(Batch(img, *self.rows.take(numbers), n, n / total, rand[:, a:b], [group[k][0] for k in places]))
         return out
-
-    def split_evenly(self, members, rows, rand):
-        """[(images, row numbers, random numbers), ..]: all processes' micro-batches, each of b images with their K rows."""
-        b = self.batch_size // (self.accum * self.world)
-        return [(members[k:k + b], [n for group in rows[k:k + b] for n in group], rand[:, k:k + b])
-                for k in range(0, self.batch_size, b)]
-
-    def pair_by_length(self, members, rows, rand):
-        """.. of features, which cost nothing to repeat: each caption brings its image's. So captions of one length can
-        stand together in a micro-batch, and the padding, which is computed like any word, goes from a half to little."""
-        pairs = sorted(((i, n) for i, group in zip(members, rows) for n in group if n != self.rows.empty),
-                       key=lambda pair: self.rows.length[pair[1]])
-        parts = self.accum * self.world
-        cuts = [len(pairs) * k // parts for k in range(parts + 1)]
-        groups = [pairs[a:b] or [(members[0], self.rows.empty)] for a, b in zip(cuts, cuts[1:])]
-        return [([i for i, _ in group], [n for _, n in group], None) for group in groups]
 
 
 def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1):
@@ -179,10 +155,10 @@ def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1)
         try:
             img, places = store.get(part)
         except UserError:
-            if store.dataset.urls:                              # none of these could be fetched: others may be
-                continue
-            raise
-        kept = [k for k, place in enumerate(places) if k == place]                # what could not be fetched is left out
+            if not store.dataset.urls:
+                raise
+            continue                                            # none of these could be fetched: others may be
+        kept = [k for k, place in enumerate(places) if k == place]                # without what could not be fetched
         part, img = [part[k] for k in kept], img[kept]
         K = max(1, max(rows.count[i] for i in part))
         numbers = [n for i in part for n in rows.of(i, K)]
@@ -196,10 +172,15 @@ def ignore_signals(_):
 
 
 def load_steps(batches, start, total, device, workers):
-    """The steps from `start` on: made here where images are in memory, else ahead of time by worker processes."""
-    if batches.store.to(device.torch):
-        return (batches[step] for step in range(start, total))
-    # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
-    return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, total), num_workers=workers,
-                                            pin_memory=device.cuda, generator=torch.Generator(),
-                                            worker_init_fn=ignore_signals))
+    """Yields the micro-batches of each step from `start` on: made here where images are in memory, else ahead of time
+    by worker processes. Raises UserError."""
+    steps = range(start, total)
+    loader = map(batches.__getitem__, steps)
+    if not batches.store.to(device.torch):
+        # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers,
+                                             generator=torch.Generator(), worker_init_fn=ignore_signals)
+    for micro_batches in loader:
+        if isinstance(micro_batches, Exception):
+            raise micro_batches
+        yield micro_batches

@@ -5,6 +5,7 @@ is put together from what the options name, and its captions are scored. After t
 with rewards for the model's own captions.
 """
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from .image import Recipe
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
 from .shapes import meaning, score_parts
-from .task import (Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, mean_losses, tower_sizes, train_mode,
+from .task import (Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, sizes, train_mode,
                    write)
 from .tokenizer import END
 from .vit import ViTConfig
@@ -43,15 +44,14 @@ class DecoderOptions(TextOptions):
 @dataclass
 class Options(DecoderOptions):
     """What only captioners have."""
-    model: str = option("cross", "how the decoder sees: cross-attention; image tokens in place of <image>; or an LSTM "
-                                 "whose first state is the image", tuple(MODELS), group="captioner")
+    model: str = option("cross", "images by cross-attention, in place of <image>, or as the first state of an LSTM",
+                        tuple(MODELS), group="captioner")
     wiring: str = option("final", "cross: all blocks attend to the last vision layer, or block i to layer i",
                          ("final", "lockstep"))
     n_hidden: int | None = option(None, "lstm: width of its state; default --n-embd", above=0)
     soft_attention: bool = option(False, "lstm: every state also attends to the image features (--n-head heads)")
     features: str | None = option(None, "learn from ready-made image features in this file (data.py --features)")
-    reinforce: int = option(0, "draw this many captions of each image and reward the better ones (CIDEr-D), starting "
-                               "from --init", least=0)
+    reinforce: int = option(0, "reward the better of this many captions of each image (CIDEr-D); needs --init", least=0)
 
 
 # options that are a model's or its tokenizer's own: a stage that goes on from --init cannot change them
@@ -65,10 +65,9 @@ ONLY = {"wiring": "cross", "shuffle": "prefix", "n_hidden": "lstm", "soft_attent
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared. run: a Loaded run that is only to be evaluated."""
     start = load_start(config, features, run)
-    tokenizer, first, end = start_tokenizer(config, dataset, start)
-    rows, notes = caption_rows(dataset.captions, tokenizer, first, end, config.max_tokens, config.clean)
-    meta = {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean}
-    start.reward = Reward(dataset) if config.reinforce else None
+    tokenizer, meta = start_tokenizer(config, dataset, start)
+    rows, notes = caption_rows(dataset.captions, tokenizer, **meta)
+    start.reward = make_reward(dataset) if config.reinforce else None
     return Prepared(start.recipe, rows, tokenizer, meta, start, notes)
 
 
@@ -82,39 +81,34 @@ def load_start(config, features=None, run=None):
     for name in sorted(ONLY.keys() & config.given):
         if config.model != ONLY[name]:
             raise UserError(f"{flag_name(name)} is for --model {ONLY[name]}, not {config.model}: drop it")
-    vision = gpt = None
     if run or config.init:
         run = run or load_run(config.init)
         if run.config["task"] not in ("caption", "vqa") or run.config["model"] != config.model:
-            raise UserError(f"--init {config.init} holds a {run.config['task']} run of model {run.config['model']}; a "
-                            f"{config.model} captioner goes on from a {config.model} captioner")
+            raise UserError(f"--init {config.init} holds a {run.config['model']} model, not a {config.model} captioner")
         for name in sorted(MADE_WITH & config.given):
             if getattr(config, name) != run.config["options"].get(name):
                 raise UserError(f"--init {config.init} was made with another {flag_name(name)}, which stays: drop it")
-        wants, has = run.model.config.feat_dim, features and features.feat_dim
-        if wants != has:
-            raise UserError(f"the run was trained on {f'features of {wants} numbers' if wants else 'pixels'}, not "
-                            f"{f'features of {has} numbers' if has else 'pixels'}: see --features")
-    else:
-        vision = load_vision(config.vision) if config.vision else None
-        if vision and (features or not isinstance(vision.config, ViTConfig)):
-            raise UserError(f"--vision {config.vision}: a captioner takes a ViT, or ready-made --features of any network")
-        new = TAGS if config.task == "vqa" else ("<image>",) if config.model == "prefix" else ()
-        gpt = load_gpt2(config.text, special_tokens=new) if config.text else None
-    chosen = run or vision
-    return SimpleNamespace(run=run, vision=vision, gpt=gpt, recipe=chosen.recipe if chosen else
-                           Recipe(size=config.image_size))
+        if run.model.config.feat_dim != (features and features.feat_dim):
+            raise UserError(f"the run has learned from {run.model.config.feat_dim or 'no'} features: see --features")
+        return SimpleNamespace(run=run, vision=None, gpt=None, recipe=run.recipe)
+    vision = load_vision(config.vision) if config.vision else None
+    if vision and (features or not isinstance(vision.config, ViTConfig)):
+        raise UserError(f"--vision {config.vision}: a captioner takes a ViT, or ready-made --features of any network")
+    new = TAGS if config.task == "vqa" else ("<image>",) if config.model == "prefix" else ()
+    gpt = load_gpt2(config.text, special_tokens=new) if config.text else None
+    return SimpleNamespace(run=None, vision=vision, gpt=gpt,
+                           recipe=vision.recipe if vision else Recipe(size=config.image_size))
 
 
 def start_tokenizer(config, dataset, start):
-    """The tokenizer of the run or GPT-2 that the model starts from, or a new one; the ids a text begins and ends with."""
-    tokenizer = start.run.tokenizer if start.run else start.gpt.tokenizer if start.gpt is not None else \
-        make_tokenizer(config, corpus(config, dataset))
+    """The tokenizer of the run or GPT-2 that the model starts from, or a new one; and how texts become its ids."""
+    ready = start.run or start.gpt
+    tokenizer = ready.tokenizer if ready else make_tokenizer(config, corpus(config, dataset))
     end = tokenizer and tokenizer.token_to_id(END)
     first = tokenizer and tokenizer.token_to_id("<image>") if config.model == "prefix" else end
     if first is None or end is None:
-        raise UserError(f"{config.text or config.init or config.out_dir} has no tokenizer that knows {END}; name another")
-    return tokenizer, first, end
+        raise UserError(f"{config.text or config.out_dir} came without a tokenizer that knows {END}; name another")
+    return tokenizer, {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean}
 
 
 def corpus(config, dataset):
@@ -136,23 +130,18 @@ def caption_rows(captions, tokenizer, first, end, max_tokens, clean):
     A caption that is too long loses its end, and the model must not learn to stop in mid-sentence, so there is no end
     token to predict. Nor should it learn to say "unknown word". What then teaches nothing is left out.
     """
-    rows, cut, unknown, empty = [], 0, 0, 0
-    for texts in captions:
-        rows.append([])
-        for text in texts:
-            ids = tokenizer.encode_plain(clean_caption(text, clean))
-            row = [first] + ids[:max_tokens] + ([end] if len(ids) <= max_tokens else [])
-            targets = [IGNORE if i == tokenizer.unk_id else i for i in row[1:]]
-            unknown += targets.count(IGNORE)
-            if ids and targets.count(IGNORE) < len(targets):
-                cut += len(ids) > max_tokens
-                rows[-1].append((row[:-1], targets))
-            else:
-                empty += 1
-    return rows, [note for n, note in (
-        (cut, f"{cut} captions are longer than --max-tokens {max_tokens} and were cut"),
-        (empty, f"{empty} captions hold nothing to learn after --clean {clean} and were left out"),
-        (unknown, f"{unknown} words of the captions are not among the vocabulary's {tokenizer.vocab_size}")) if n]
+    rows, notes = [[] for _ in captions], Counter()
+    for i, text in ((i, text) for i, texts in enumerate(captions) for text in texts):
+        ids = tokenizer.encode_plain(clean_caption(text, clean))
+        row = [first] + ids[:max_tokens] + ([end] if len(ids) <= max_tokens else [])
+        targets = [IGNORE if token == tokenizer.unk_id else token for token in row[1:]]
+        notes[f"words of the captions are not among the vocabulary's {tokenizer.vocab_size}"] += targets.count(IGNORE)
+        if ids and {*targets} - {IGNORE}:
+            rows[i].append((row[:-1], targets))
+            notes[f"captions are longer than --max-tokens {max_tokens} and were cut"] += len(ids) > max_tokens
+        else:
+            notes[f"captions hold nothing to learn after --clean {clean} and were left out"] += 1
+    return rows, [f"{n} {what}" for what, n in notes.items() if n]
 
 
 # ---- the model
@@ -168,36 +157,35 @@ def build(config, prepared, features=None):
     if config.model == "lstm":
         text = LSTMConfig(vocab_size, config.n_layer, config.n_embd, config.n_hidden or config.n_embd, config.dropout,
                           config.n_head if config.soft_attention else 0)
-    elif start.gpt is not None:
+    elif start.gpt:
         text = replace(start.gpt.config, dropout=config.dropout)
         if text.block_size < room:
             raise UserError(f"--text {config.text} reads only {text.block_size} tokens; image and caption need {room}")
     else:
-        text = GPTConfig(block_size=room, vocab_size=vocab_size, **tower_sizes(config))
+        text = GPTConfig(block_size=room, vocab_size=vocab_size, **sizes(config))
     if config.wiring == "lockstep" and (not vision or vision.n_layer != text.n_layer):
-        raise UserError(f"--wiring lockstep pairs the layers of a vision tower with the decoder's {text.n_layer}: they must "
-                        "be as many; use --wiring final, or give --n-layer")
+        raise UserError(f"--wiring lockstep needs as many vision layers as the decoder's {text.n_layer}; see --n-layer")
     model = build_vlm(VLMConfig(model=config.model, vision=vision, text=text, wiring=config.wiring,
                                 shuffle=config.shuffle, feat_dim=features and features.feat_dim,
                                 image_token=prepared.meta["first"] if config.model == "prefix" else None))
     if start.vision:
         model.vision.load_state_dict(start.vision.weights)
-    if start.gpt is not None:                                   # all but the new cross-attention, which starts at zero
-        missing, extra = model.text.load_state_dict(start.gpt.state_dict(), strict=False)
-        assert not extra and all("cross" in name for name in missing), f"GPT does not fit: {missing}, {extra}"
+    if start.gpt:
+        model.text.load_state_dict(start.gpt.state_dict(), strict=False)          # cross-attention is new
     return model
 
 
 def n_image_tokens(model, vision, shuffle, features=None):
-    """How many tokens an image takes in the decoder's context: 196 in a prefix of 16-pixel patches at 224, else none."""
+    """How many tokens an image takes in the decoder's context: 196 in a prefix of 16-pixel patches at 224."""
     n = 0 if model != "prefix" else vision.n_patches if vision else features.n_tokens
-    if math.isqrt(n) % shuffle or shuffle > 1 and math.isqrt(n) ** 2 != n:
+    side = math.isqrt(n)
+    if shuffle > 1 and (side ** 2 != n or side % shuffle):
         raise UserError(f"--shuffle {shuffle} needs a square grid that it divides, not {n} image tokens")
     return n // shuffle ** 2
 
 
 def extend(model, config, vocab_size, features=None):
-    """The model of --init for another stage: rows for tokens it did not have, positions for longer texts, new dropout."""
+    """The model of --init for another stage: rows for new tokens, positions for longer texts, another dropout."""
     if config.model != "lstm":
         c, text = model.config, model.text
         room = config.max_tokens + 2 + n_image_tokens(c.model, c.vision, c.shuffle, features)
@@ -213,23 +201,23 @@ def extend(model, config, vocab_size, features=None):
 
 # ---- what is minimised, and what is measured
 
-def loss(model, batch, setup):
-    """Cross-entropy of one micro-batch in nats per token, or with --reinforce minus the score of the model's captions."""
-    if setup.config.reinforce:
-        return self_critical_loss(model, batch, setup)
+def cross_entropy(model, batch):
+    """Nats per token."""
     return model(batch.img, batch.idx, batch.targets)[1]
 
 
-class Reward:
-    """CIDEr-D of a caption against those of its training image."""
+def loss(model, batch, setup):
+    """Of one micro-batch: the cross-entropy, or with --reinforce minus the score of the model's own captions."""
+    return self_critical_loss(model, batch, setup) if setup.config.reinforce else cross_entropy(model, batch)
 
-    def __init__(self, dataset):
-        self.place = {i: k for k, i in enumerate(dataset.splits["train"])}
-        self.cider = metrics.CiderD([[" ".join(metrics.tokenize(text)) for text in dataset.captions[i]]
-                                     for i in self.place])
 
-    def __call__(self, caption, i):
-        return self.cider.score(" ".join(metrics.tokenize(caption)), self.place[i])
+def make_reward(dataset):
+    """-> the function (caption, image) of the CIDEr-D of a caption against those of that training image."""
+    def tidy(text):
+        return " ".join(metrics.tokenize(text))
+    place = {i: k for k, i in enumerate(dataset.splits["train"])}
+    cider = metrics.CiderD([[tidy(text) for text in dataset.captions[i]] for i in place])
+    return lambda caption, i: cider.score(tidy(caption), place[i])
 
 
 def self_critical_loss(model, batch, setup):
@@ -241,63 +229,59 @@ def self_critical_loss(model, batch, setup):
     """
     config, device, meta = setup.config, setup.device.torch, setup.prepared.meta
     K, plain = config.reinforce, getattr(model, "module", model)                  # DDP holds the model as .module
-    img = batch.img.repeat_interleave(K, dim=0)                                   # (B * K, D) or (B * K, N, D)
+    first, img = [meta["first"]], batch.img.repeat_interleave(K, dim=0)           # (B * K, D) or (B * K, N, D)
     plain.eval()
-    drawn = write(plain, img, [[meta["first"]]] * len(img), setup, temperature=1.0)
+    drawn = write(plain, img, [first] * len(img), setup, temperature=1.0)
     train_mode(plain)
-    texts = [setup.prepared.tokenizer.decode(row) for row in drawn]
-    score = torch.tensor([setup.prepared.start.reward(text, batch.members[k // K]) for k, text in enumerate(texts)])
+    reward, decode = setup.prepared.start.reward, setup.prepared.tokenizer.decode
+    score = torch.tensor([reward(decode(row), batch.members[k // K]) for k, row in enumerate(drawn)])
     score = score.view(-1, K).to(device)                                          # (B, K)
     advantage = (score - score.mean(dim=1, keepdim=True)) * K / (K - 1)           # (B, K)
     full = [row + [meta["end"]] if len(row) < config.max_tokens else row for row in drawn]
-    idx, targets = (t.long().to(device) for t in pad_rows([([meta["first"]] + row[:-1], row) for row in full]))
+    idx, targets = (t.long().to(device) for t in pad_rows([(first + row[:-1], row) for row in full]))
     logits = model(img, idx)[0]                                                   # (B * K, T, V)
-    # cross_entropy takes (rows, V, T), and gives 0 where there is no target: log_p is (B * K,)
+    # F.cross_entropy takes (rows, V, T), and gives 0 where there is no target: log_p is (B * K,)
     log_p = -F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(dim=1)
-    share = batch.share * config.batch_size * K / len(img)      # the loop weighs by targets; here each caption counts once
+    share = batch.share * config.batch_size * K / len(img)      # the loop weighs by targets: undone
     value = -(advantage.flatten() * log_p).mean() / share
     return value + (-score.mean() / share - value).detach()     # this gradient; as the number to log, minus the score
 
 
-def evaluate(model, setup, split, limit=None, n_predict=None, num_beams=1, length_penalty=1.0):
-    """-> scores, examples: the loss, and the captions of the first n_predict images (None: all), scored if all are made.
+def evaluate(model, setup, split, limit=None, n_predict=None, **how):
+    """-> scores, examples: the loss, and the captions of the first n_predict images, scored if all are made (None).
 
     "shuffled": the same with every image in its neighbour's place; what is left of a score then is what the model knows
     of captions in general. nats per word: comparable between vocabularies, as the loss per token is not.
     """
-    config, dataset, device, found = setup.config, setup.dataset, setup.device, {}
-    n_predict = limit if config.reinforce and n_predict is not None else n_predict
+    config, dataset, prepared = setup.config, setup.dataset, setup.prepared
+    n_predict = None if config.reinforce else n_predict         # what is trained is the score, so it also decides
 
-    def visit(batch):
-        if n_predict is None or device.world > 1 or len(found) < n_predict:
-            rows = write(model, batch.img, [[setup.prepared.meta["first"]]] * len(batch.img), setup, num_beams=num_beams,
-                         length_penalty=length_penalty)
-            found.update((i, setup.prepared.tokenizer.decode(row).strip()) for i, row in zip(batch.members, rows))
-    value, shuffled, n_tokens = mean_losses(model, setup, split, limit, lambda m, b: m(b.img, b.idx, b.targets)[1], visit)
-    captions, members = device.merge(found), setup.store.usable(split)[:limit]
-    n_words = sum(len(clean_caption(text, config.clean).split()) for i in members for text in dataset.captions[i])
-    members = [i for i in members if i in captions][:n_predict]
-    predictions = [captions[i] for i in members]
-    scores = {"loss": value, "perplexity": math.exp(min(value, 50)), "nats per word": value * n_tokens / max(1, n_words),
-              "shuffled loss": shuffled, "distinct": len(set(predictions)) / max(1, len(predictions))}
-    if n_predict is None or config.reinforce:
-        scores |= score_captions(dataset, members, predictions)
-        key = "exact" if "exact" in scores else "CIDEr-D"
-        scores[f"shuffled {key}"] = score_captions(dataset, members[1:] + members[:1], predictions)[key]
-        if config.reinforce:                                    # what is trained is the score, so it also decides
-            scores = {"CIDEr-D": scores.pop("CIDEr-D"), **scores}
+    def predict(batch):
+        rows = write(model, batch.img, [[prepared.meta["first"]]] * len(batch.img), setup, **how)
+        return {i: prepared.tokenizer.decode(row).strip() for i, row in zip(batch.members, rows)}
+    captions, value, shuffled, n_tokens = run_split(model, setup, split, limit, predict, cross_entropy, n_predict)
+    n_words = sum(len(clean_caption(text, config.clean).split()) for i in setup.store.usable(split)[:limit]
+                  for text in dataset.captions[i])
+    members, texts = [*captions], [*captions.values()]
+    scores = {"loss": value, "shuffled loss": shuffled, "perplexity": math.exp(min(value, 50)),
+              "nats per word": value * n_tokens / max(1, n_words), "distinct": len({*texts}) / len(texts)}
+    if n_predict is None:
+        right, wrong = (score_captions(dataset, order, texts) for order in (members, members[1:] + members[:1]))
+        key = "exact" if "exact" in right else "CIDEr-D"
+        scores |= right | {f"shuffled {key}": wrong[key]}
+        scores = {key: scores[key], **scores} if config.reinforce else scores
     return scores, [{"image": i, "prediction": text, "truth": dataset.captions[i][0], "text": text}
-                    for i, text in zip(members, predictions)]
+                    for i, text in captions.items()]
 
 
 def score_captions(dataset, members, predictions):
-    """How often the meaning is right (shapes), or the papers' scores."""
+    """How often the meaning is right, and its parts (shapes), or the papers' scores."""
     truths = [dataset.captions[i] for i in members]
-    if dataset.name == "shapes":
-        scores = {"exact": [meaning(text) == meaning(truth[0]) for text, truth in zip(predictions, truths)]}
-        for text, truth in zip(predictions, truths):
-            for part, right in score_parts(text, truth[0]).items():
-                scores.setdefault(f"right {part}", []).append(right)
-        scores = {name: [right for right in found if right is not None] for name, found in scores.items()}
-        return {name: sum(found) / len(found) for name, found in scores.items() if found}
-    return metrics.score_captions(predictions, truths)
+    if dataset.name != "shapes":
+        return metrics.score_captions(predictions, truths)
+    found = {}
+    for text, (truth,) in zip(predictions, truths):
+        parts = {f"right {part}": right for part, right in score_parts(text, truth).items() if right is not None}
+        for name, right in {"exact": meaning(text) == meaning(truth), **parts}.items():
+            found.setdefault(name, []).append(right)
+    return {name: sum(right) / len(right) for name, right in found.items()}

@@ -5,24 +5,21 @@ gave (pseudo-labels: "Self-training with Noisy Student", Xie et al. 2020, arXiv:
 category; the heads are thrown away afterwards, the tower stays: train.py --vision RUN.
 """
 import csv
-import io
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .captions import clean_caption
 from .cnn import ResNetConfig
 from .config import UserError, option
-from .features import open_encoder
+from .features import Encoder
 from .files import read_json, tidy_name, write_csv
 from .gpt import IGNORE
-from .image import Recipe, open_batches, preprocess
-from .captions import clean_caption
+from .image import Recipe, open_batches
 from .retrieval import classify, label_embeddings
-from .task import Prepared, fresh_vision, load_vision, mean_losses
+from .task import Prepared, fresh_vision, load_vision, run_split
 from .vit import ViTConfig, build_vision
 
 
@@ -37,8 +34,8 @@ class Options:
 @dataclass
 class ClassifierConfig:
     """The tower's sizes, and the labels of every category: {"color": ["red", ..], "shape": [..]}; label 0 is "red"."""
-    vision: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
-    labels: dict = field(default_factory=dict)
+    vision: ViTConfig | ResNetConfig
+    labels: dict
 
 
 class Classifier(nn.Module):
@@ -53,17 +50,14 @@ class Classifier(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, img, labels):
-        """img (B, 3, H, W), labels (B, categories) of label numbers -> a list of logits (B, n_labels), and the loss.
-
-        The loss is the mean over categories of each one's cross-entropy (nats). labels[:, k] counts within category k,
-        or is IGNORE.
-        """
+        """img (B, 3, H, W), labels (B, categories) of label numbers -> a list of logits (B, n_labels), and the loss:
+        the mean over categories of each one's cross-entropy (nats), of the images that have a label of it."""
         x = self.vision.features(img)                                             # (B, C)
         logits = [head(x) for head in self.heads]                                 # categories x (B, n_labels)
         # sum / count, as the mean of F.cross_entropy is nan in a batch without any label of a category
         losses = [F.cross_entropy(scores.float(), labels[:, k], ignore_index=IGNORE, reduction="sum") /
                   (labels[:, k] != IGNORE).sum().clamp(min=1) for k, scores in enumerate(logits)]
-        return logits, torch.stack(losses).mean()                                 # categories x (B, n_labels), ()
+        return logits, torch.stack(losses).mean()
 
     def parts(self):
         """{"connector" | "decoder" | "vision": parameters}: the heads are what is new, and nothing here makes text."""
@@ -73,49 +67,42 @@ class Classifier(nn.Module):
 # ---- the task
 
 def prepare(config, dataset, features=None, run=None):
-    """-> Prepared. An image has one row: its label's number in each category as idx, and one target that counts it once.
+    """-> Prepared. An image has one row: its label's number in each category as idx, and one target, to count it.
 
     A label that the training split lacks has no number: nothing could learn it. Images without a label are left out.
     """
     start = load_vision(config.vision) if config.vision and not run else None
     given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
     if given is None:
-        raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, and give the file "
-                        "with --labels")
-    labels, notes, rows = {}, [], [[] for _ in dataset.names]
-    for i in given.keys() & {*dataset.splits["train"]}:
-        for category, name in given[i].items():
-            labels.setdefault(category, set()).add(name)
-    labels = run.model.config.labels if run else {category: sorted(names) for category, names in sorted(labels.items())}
-    for i, found in given.items():
-        row = [names.index(found[kind]) if found.get(kind) in names else IGNORE for kind, names in labels.items()]
-        if any(k != IGNORE for k in row):
-            rows[i] = [(row, [0] + [IGNORE] * (len(row) - 1))]
+        raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, then give --labels")
+    labels, notes, rows = {}, [], []
+    for category, name in sorted((pair for i in dataset.splits["train"] for pair in given.get(i, {}).items())):
+        labels.setdefault(category, {})[name] = True            # each once, in alphabetical order
+    labels = run.model.config.labels if run else {category: [*names] for category, names in labels.items()}
+    for i in range(len(dataset.names)):
+        found = [given.get(i, {}).get(category) for category in labels]
+        row = [names.index(name) if name in names else IGNORE for name, names in zip(found, labels.values())]
+        rows.append([(row, [0] + [IGNORE] * (len(row) - 1))] if {*row} - {IGNORE} else [])
     for split, members in dataset.splits.items():
-        dataset.splits[split] = [i for i in members if rows[i]]
-        if len(dataset.splits[split]) < len(members):
-            notes.append(f"{len(members) - len(dataset.splits[split])} of {len(members)} images of the {split} split have "
-                         "no label that is learned and are left out")
-        if not dataset.splits[split]:
-            raise UserError(f"no image of the {split} split has a label that is learned; label more images, or with a "
-                            "lower --margin")
+        dataset.splits[split] = kept = [i for i in members if rows[i]]
+        if not kept:
+            raise UserError(f"no image of the {split} split has a label that is learned; label more, or lower --margin")
+        if len(kept) < len(members):
+            notes.append(f"{len(members) - len(kept)} images of the {split} split have no label and are left out")
     recipe = run.recipe if run else start.recipe if start else Recipe(size=config.image_size)
     return Prepared(recipe, rows, meta={"labels": labels}, start=start, notes=notes)
 
 
 def read_labels(path, dataset):
-    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}. Raises UserError."""
+    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}; None: of other images."""
     number, found = {tidy_name(name): i for i, name in enumerate(dataset.names)}, {}
     try:
-        for row in csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))):
-            i = number.get(tidy_name(row["image"]))
-            if i is not None and row["label"] and row["category"]:
-                found.setdefault(i, {})[row["category"]] = row["label"]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError) as error:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["label"] and row["category"]:
+                    found.setdefault(number.get(tidy_name(row["image"])), {})[row["category"]] = row["label"]
+    except (ValueError, csv.Error, KeyError, TypeError) as error:
         raise UserError(f"{path} is no table of labels that begins with image,category,label ({error!r:.80})") from None
-    if not found:
-        raise UserError(f"{path} holds no label for any image of {dataset.name}; make it with data.py --label, perhaps "
-                        "with a lower --margin")
     return found
 
 
@@ -128,37 +115,31 @@ def build(config, prepared, features=None):
     return model
 
 
-def loss(model, batch, setup):
+def loss(model, batch, setup=None):
     """Mean cross-entropy over the categories, in nats."""
     return model(batch.img, batch.idx)[1]
 
 
-def evaluate(model, setup, split, limit=None, n_predict=None, **_):
+def evaluate(model, setup, split, limit=None, **_):
     """-> scores, examples: the loss, and the share of right labels by category, with true and with shuffled images."""
-    labels, guesses = model.config.labels, {}
-
-    def visit(batch):
-        with setup.device.autocast():
-            logits, _ = model(batch.img, batch.idx)                               # categories x (b, n_labels)
+    def predict(batch):
+        logits, _ = model(batch.img, batch.idx)                                   # categories x (b, n_labels)
         best = torch.stack([scores.argmax(dim=1) for scores in logits], dim=1)    # (b, categories)
-        guesses.update(zip(batch.members, best.tolist()))
-    value, shuffled, _ = mean_losses(model, setup, split, limit, lambda m, b: m(b.img, b.idx)[1], visit)
-    guesses = setup.device.merge(guesses)
-    members = [i for i in setup.store.usable(split)[:limit] if i in guesses]
-    guess = torch.tensor([guesses[i] for i in members])                           # (n, categories)
-    truth = torch.tensor([setup.prepared.rows[i][0][0] for i in members])         # (n, categories), or IGNORE
-    scores = {"loss": value, "shuffled loss": shuffled}
+        return dict(zip(batch.members, best.tolist()))
+    guesses, value, shuffled, _ = run_split(model, setup, split, limit, predict, loss)
+    guess = torch.tensor([*guesses.values()])                                     # (n, categories)
+    truth = torch.tensor([setup.prepared.rows[i][0][0] for i in guesses])         # (n, categories), or IGNORE
+    scores, labels = {"loss": value, "shuffled loss": shuffled}, model.config.labels
     for k, category in enumerate(labels):
         known = truth[:, k] != IGNORE                                             # (n,)
         if known.any():
-            scores[category] = (guess[:, k] == truth[:, k])[known].float().mean().item()
-            scores[f"shuffled {category}"] = (guess[:, k].roll(1) == truth[:, k])[known].float().mean().item()
-    names = list(labels.values())
+            for name, column in ((category, guess[:, k]), (f"shuffled {category}", guess[:, k].roll(1))):
+                scores[name] = (column == truth[:, k])[known].float().mean().item()
 
     def text(row):
-        return ", ".join(names[k][n] for k, n in enumerate(row) if n != IGNORE)
+        return ", ".join(names[n] for n, names in zip(row, labels.values()) if n != IGNORE)
     return scores, [{"image": i, "prediction": text(g), "truth": text(t), "text": text(g)}
-                    for i, g, t in zip(members, guess.tolist(), truth.tolist())]
+                    for i, g, t in zip(guesses, guess.tolist(), truth.tolist())]
 
 
 # ---- pseudo-labels
@@ -166,10 +147,10 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **_):
 def read_categories(path):
     """A label file, {"category": ["phrase", ..], ..} -> the same. Raises UserError where it is not of that form."""
     categories = read_json(path)
-    if not isinstance(categories, dict) or not categories or not all(
-            isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n.strip() for n in names)
-            for names in categories.values()):
-        raise UserError(f'{path} should be like {{"color": ["red", "blue"]}}, with two phrases or more in each category')
+    named = [*categories.values()] if isinstance(categories, dict) else []
+    if not named or not all(isinstance(names, list) and len(names) > 1 for names in named) or not all(
+            isinstance(name, str) and name.strip() for names in named for name in names):
+        raise UserError(f'{path} should be like {{"color": ["red", "blue"]}}, two phrases or more in each category')
     return categories
 
 
@@ -180,25 +161,22 @@ def write_pseudo_labels(config, dataset, path, say=print):
     A label that is hardly likelier than the next best (--margin) teaches more noise than it is worth: it is left empty.
     config: data.PrepareConfig.
     """
-    categories, loaded = read_categories(config.label), open_encoder(config.labeler)
-    model, tokenizer, how = loaded.model.to(config.device), loaded.tokenizer, loaded.config.get("clean", "none")
-    if not hasattr(model, "encode_image") or model.text is None or tokenizer is None:
+    categories, encoder = read_categories(config.label), Encoder(config.labeler, config.device)
+    model, tokenizer, clean = encoder.model, encoder.loaded.tokenizer, encoder.loaded.config.get("clean", "none")
+    if getattr(model, "text_head", None) is None or tokenizer is None:
         raise UserError(f"--labeler {config.labeler} is no CLIP with both an image tower and a text tower")
-    label_emb = {category: label_embeddings(model, tokenizer, names, clean=lambda text: clean_caption(text, how))
-                 for category, names in categories.items()}                       # (n_labels, D) each
-    rows, broken, unsure = [], {}, Counter()
-    for part in open_batches(range(len(dataset.names)), lambda i: preprocess(dataset.open(i), loaded.recipe),
-                             config.batch_size, broken, "labelling"):
-        emb = model.encode_image(torch.stack([img for _, img in part]).to(config.device)) if part else ()      # (b, D)
-        for category, names in categories.items() if part else ():
-            best, order = classify(emb, label_emb[category], model.logit_scale).topk(2)           # (b, 2) both
+    label_emb = [label_embeddings(model, tokenizer, names, clean=lambda text: clean_caption(text, clean))
+                 for names in categories.values()]                                # categories x (n_labels, D)
+    rows, broken, unsure = [], {}, 0
+    for part in open_batches(range(len(dataset.names)), dataset.open, config.batch_size, broken, "labelling"):
+        emb = encoder([image for _, image in part]) if part else None             # (b, D)
+        for (category, names), their_emb in zip(categories.items(), label_emb if part else ()):
+            best, order = classify(emb, their_emb, model.logit_scale).topk(2)     # (b, 2) both
             for (i, _), (p, q), (k, _) in zip(part, best.tolist(), order.tolist()):
                 sure = p - q >= config.margin
-                unsure[category] += not sure
+                unsure += not sure
                 rows.append([dataset.names[i], category, names[k] if sure else "", f"{p:.4f}", f"{p - q:.4f}"])
     write_csv(path, ["image", "category", "label", "probability", "margin"], rows)
-    n = len(dataset.names) - len(broken)
-    for category in categories:
-        say(f"  {category}: {n - unsure[category]} images labelled, {unsure[category]} too unsure (margin {config.margin})")
-    say(f"  {len(broken)} images could not be opened {[*broken.values()][:1]}")
+    say(f"{len(rows) - unsure} labels, {unsure} too unsure (margin {config.margin}); {len(broken)} images could not be "
+        f"opened {[*broken.values()][:1]}")
     return path

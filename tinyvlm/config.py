@@ -1,28 +1,25 @@
 """A dataclass becomes a command line: one field per line (type, default, help sentence), nothing else to keep in step.
 
 The idea is nanoGPT's block of options at the top of train.py; the magic is left out. No exec, no globals: argparse does
-the parsing, so -h works, an unknown flag is refused, and --no-compile means what it says. Never `type=bool` in
-argparse: any text, even "False", would then be true; a bool field becomes the pair --flag / --no-flag.
+the parsing. Never `type=bool` in argparse: any text, even "False", would then be true; a bool field becomes the pair
+--flag / --no-flag.
 
     @dataclass
     class Config:
-        lr: float = option(1e-3, "peak learning rate; lower it when fine-tuning public weights", group="training")
-        image: list[str] = option([], "image files, folders or URLs")
-
+        lr: float = option(1e-3, "peak learning rate; lower it for public weights", group="training", above=0)
     config = parse_config(Config, presets={"laptop": {"lr": 5e-4}}, argv=["--preset", "laptop"])
 
-`UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
+And `UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
 """
 import argparse
 import codecs
 import dataclasses
 import difflib
 import errno
-import io
+import operator
 import os
 import re
 import sys
-import types
 import typing
 
 
@@ -30,29 +27,25 @@ class UserError(Exception):
     """A mistake the user can mend. Its text is one sentence that names the file or flag and the remedy."""
 
 
-def option(default, help, choices=None, group=None, above=None, least=None, below=None):
-    """A dataclass field with a help sentence (and, where the answer is one of a few words, those words).
+# how a field may limit a number: option(.., above=0) excludes 0, least=0 includes it
+LIMITS = {"above": operator.gt, "least": operator.ge, "below": operator.lt}
 
-    group: the heading under which -h lists this field and those that follow it. above, least, below: the range of a
-    number, 0 excluded for above=0, 0 included for least=0.
-    """
-    metadata = {"help": help, "choices": choices, "group": group, "above": above, "least": least, "below": below}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+
+def option(default, help, choices=None, group=None, **limits):
+    """A dataclass field with a help sentence; choices: the words it may be; group: the heading of this field and the
+    next ones in -h; limits: see LIMITS."""
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**value, metadata=dict(help=help, choices=choices, group=group, limits=limits))
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a sentence for the caller instead of a usage dump."""
 
     def error(self, message):
-        for word in message.partition("unrecognized arguments: ")[2].split():
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            if near:
-                message += f"; did you mean {near[0]}?"
-                break
-        raise UserError(f"{message[:200]} (python {self.prog} -h lists every flag)")
+        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].partition(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"python {self.prog} -h lists every flag"
+        raise UserError(f"{message[:200]}; {hint}")
 
 
 def flag_name(field):
@@ -64,28 +57,28 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
     """Fill the dataclass `cls` from the command line. Order of authority: flags, then the preset, then the defaults.
 
     presets: {"name": {field: value}}; adds a --preset flag when given, whose default is `default_preset`. The result
-    carries `given`, the fields that flags have set, and `preset`, the name.
-    Raises UserError on an unknown flag, preset, choice, a value of the wrong type, out of its range, or empty.
+    carries `given`, the names of the fields that flags have set. Raises UserError on an unknown flag, preset or choice,
+    and on a value of the wrong type, out of its range, or empty.
     """
-    presets, names = presets or {}, {f.name for f in dataclasses.fields(cls)}
+    presets, hints = presets or {}, typing.get_type_hints(cls)
     for name, values in presets.items():
-        assert values.keys() <= names, f"preset {name} sets fields that do not exist: {sorted(values.keys() - names)}"
+        unknown = sorted(values.keys() - hints.keys())
+        assert not unknown, f"preset {name} sets fields that do not exist: {unknown}"
     parser = _Parser(usage="%(prog)s [options]", description=description, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a named set of options; other flags win over it" +
                             (f" [{default_preset}]" if default_preset else ""))
-    hints, group = typing.get_type_hints(cls), parser
+    group = parser
     for field in dataclasses.fields(cls):
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
+        group = parser.add_argument_group(field.metadata["group"]) if field.metadata["group"] else group
         _add_flag(group, field, hints[field.name])
     flags = vars(parser.parse_args(argv))
     preset = flags.pop("preset", default_preset)
     config = cls(**{**presets.get(preset, {}), **flags})
-    config.given, config.preset = frozenset(flags), preset
-    check_ranges(config)
+    config.given = frozenset(flags)
+    _check_ranges(config)
     return config
 
 
@@ -102,36 +95,32 @@ def peek(argv, name, default=None):
 
 def _add_flag(parser, field, hint):
     """One field, one flag: int, float, str, bool, `T | None`, or list[T] (one or more values)."""
-    kind = hint
-    if isinstance(kind, types.UnionType):                       # `int | None`: parsed as int, None means "not given"
-        kind = next(t for t in typing.get_args(kind) if t is not type(None))
-    extra = {"nargs": "+"} if typing.get_origin(kind) is list else {}
-    kind = typing.get_args(kind)[0] if extra else kind
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    shown = "" if default is None or default == [] else f" [{default}]"
+    if type(None) in typing.get_args(hint):                     # `int | None`: parsed as int, None means "not given"
+        hint = typing.get_args(hint)[0]
+    many = typing.get_origin(hint) is list
+    kind, choices = typing.get_args(hint)[0] if many else hint, field.metadata["choices"]
+    shown = "" if many or field.default is None else f" [{field.default}]"
     text, flag = (field.metadata["help"] + shown).replace("%", "%%"), flag_name(field.name)
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-        choices = field.metadata["choices"]
-        shown = None if choices else field.name.upper()
-        parser.add_argument(flag, type=kind, choices=choices, metavar=shown, help=text, **extra)
+        parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else field.name.upper(),
+                            help=text, nargs="+" if many else None)
 
 
-def check_ranges(config):
+def _check_ranges(config):
     """Raise UserError for a number outside the range its field names, or an empty text (an unset shell variable)."""
     for field in dataclasses.fields(config):
-        value, limits, flag = getattr(config, field.name), field.metadata, flag_name(field.name)
+        value, flag = getattr(config, field.name), flag_name(field.name)
         if value == "" or isinstance(value, list) and "" in value:
             raise UserError(f"{flag} was given an empty value; leave the flag out, or name something")
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)):
             continue
         if not abs(value) < 1e15:                               # inf and nan, too
             raise UserError(f"{flag} must be an ordinary number, not {value}")
-        for name, holds, phrase in (("above", lambda a, b: a > b, "above"), ("least", lambda a, b: a >= b, "at least"),
-                                    ("below", lambda a, b: a < b, "below")):
-            if limits[name] is not None and not holds(value, limits[name]):
-                raise UserError(f"{flag} must be {phrase} {limits[name]}, not {value}")
+        for name, limit in field.metadata["limits"].items():
+            if not LIMITS[name](value, limit):
+                raise UserError(f"{flag} must be {name.replace('least', 'at least')} {limit}, not {value}")
 
 
 def check_sizes(sizes, **choices):
@@ -161,39 +150,40 @@ def out_of_memory(error):
 def run_script(main):
     """Run a script's main(): a UserError, a disk that refuses, memory that ran out: one sentence and exit code 2."""
     codecs.register_error("as_bytes", _as_bytes)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="as_bytes")
     try:
-        main()
-    except UserError as error:
-        sys.exit(_complain(error))
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:                                     # `sample.py .. | head -1`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (MemoryError, RuntimeError, OSError) as error:
-        if out_of_memory(error):
-            sys.exit(_complain("memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller "
-                               "model"))
-        if re.search("Connection (closed|reset)|peer|NCCL", str(error)) and "RANK" in os.environ:
-            sys.exit(_complain("another process of this run has ended; its own message says why"))
-        if not isinstance(error, OSError) or error.errno is None:
+    except Exception as error:
+        message = _sentence(error)
+        if message is None:
             raise
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _sentence(error):
+    """What the user is told of it; None if it is no mistake of theirs, but a bug of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if out_of_memory(error):
+        return "memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"
+    if "RANK" in os.environ and re.search("Connection (closed|reset)|peer|NCCL", str(error)):
+        return "another process of this run has ended; its own message says why"
+    if isinstance(error, OSError) and error.errno is not None:
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
-        where = error.filename or "the output folder"
-        sys.exit(_complain(f"cannot use {where}: {error.strerror}; {remedy}, or choose another"))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return f"cannot use {error.filename or 'the output folder'}: {error.strerror}; {remedy}, or choose another"
 
 
 def _as_bytes(error):
-    """File names that are not UTF-8 are printed as the bytes they are, so that a printed command works; other characters
-    that have no bytes are escaped."""
+    """File names that are not UTF-8 are printed as the bytes they are, so that a printed command works; what else has
+    no bytes is escaped."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:
         return codecs.backslashreplace_errors(error)
-
-
-def _complain(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2

@@ -1,8 +1,9 @@
 """Where and how to compute: the device, its number format, and this process's place among several.
 
-On a GPU, products run in bfloat16 under autocast (float16 with a gradient scaler where bfloat16 is only emulated); on a
-CPU everything is float32. Several processes (torchrun) each take their share of every batch and add up gradients.
+On a GPU, products run in bfloat16 (float16 with a gradient scaler where that is only emulated); on a CPU everything is
+float32. Several processes (torchrun) each take their share of every batch and add up gradients.
 """
+import atexit
 import os
 from contextlib import nullcontext
 
@@ -40,6 +41,7 @@ class Device:
             torch.set_float32_matmul_precision("high")          # TF32 for what autocast leaves in float32
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
         if dtype == "auto":
             native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = "bfloat16" if native else "float16" if self.cuda else "float32"
@@ -60,16 +62,10 @@ class Device:
 
     def merge(self, found):
         """The dicts of all processes as one, the same everywhere."""
-        if self.world == 1:
-            return found
-        parts = [None] * self.world
-        dist.all_gather_object(parts, found)
+        parts = [found] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, found)
         return {key: value for part in parts for key, value in part.items()}
-
-    def spread(self, model):
-        """The model as several processes train it together, or as it is. A checkpoint is taken from the model itself, so
-        it never carries the names that the wrapper adds."""
-        return torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
     def no_sync(self, model, last):
         """Processes exchange gradients once a step, with its last micro-batch."""
@@ -82,10 +78,8 @@ class Device:
 
 
 def compile_blocks(model, device):
-    """torch.compile each Block, in place: equal blocks share one compilation, and no name in a checkpoint changes.
-
-    A trial comes first, as a missing compiler shows at the first call only: then the model goes on as it was.
-    """
+    """torch.compile each Block, in place: equal blocks share one compilation, and no name in a checkpoint changes. A
+    trial comes first, as a missing compiler shows at the first call only: then the model goes on as it was."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device.torch))
     except Exception as error:                                  # a compiler can raise anything

@@ -6,8 +6,8 @@
 and the same for captions and CLIP's text tower (write_text_embeddings, TextEmbeddings).
 
 One safetensors file holds `features`, (n, D) in float16 (or (n, N, D), a vector for each of N places), and in its
-metadata `ids`, the image names as a JSON list (of a caption: name#0, name#1, ..). Any file of that form will do, whoever
-made it. Ours also says which encoder made it (so that sample.py can treat new pictures alike), and how it wants images.
+metadata `ids`, the image names as a JSON list (of a caption: name#0, name#1, ..). Any file of that form will do; ours
+also says which encoder made it (so that sample.py can treat new pictures alike), and how it wants images.
 """
 import hashlib
 import json
@@ -22,7 +22,7 @@ from .config import UserError
 from .image import Recipe, open_batches, preprocess
 from .layouts import MAX_LOST
 from .pretrained import is_run, load_pretrained, load_run
-from .weights import SafetensorsError, load_safetensors, read_metadata, save_safetensors
+from .weights import load_safetensors, read_metadata, save_safetensors
 
 ENCODERS = {"vgg16": "timm/vgg16.tv_in1k", "resnet50": "timm/resnet50.tv_in1k", "vit": "google/vit-base-patch16-224",
             "clip": "openai/clip-vit-base-patch32"}
@@ -37,13 +37,13 @@ def open_encoder(source):
 
 
 class Encoder:
-    """A frozen public network and its recipe: PIL images -> features (B, D), pooled, or CLIP's embedding."""
+    """A frozen network and its recipe: PIL images -> features (B, D), pooled, or CLIP's embedding."""
 
     def __init__(self, source, device="cpu"):
-        self.source, self.device, loaded = ENCODERS.get(source, source), device, open_encoder(source)
-        self.model, self.recipe = loaded.model.to(device), loaded.recipe
+        self.source, self.device, self.loaded = ENCODERS.get(source, source), device, open_encoder(source)
+        self.model, self.recipe = self.loaded.model.to(device), self.loaded.recipe
         self.encode = getattr(self.model, "encode_image", None) or getattr(self.model, "features", None)
-        if self.recipe is None or self.encode is None:
+        if self.encode is None or getattr(self.model, "vision", self.model) is None:
             raise UserError(f"{source} holds no image encoder; use {', '.join(ENCODERS)}, or another such checkpoint")
 
     @torch.inference_mode()
@@ -53,13 +53,13 @@ class Encoder:
 
 
 def text_rows(tokenizer, texts, config):
-    """Sentences -> idx (n, T) as CLIPConfig `config` reads them: framed, cut to fit, each with the token that ends it once.
+    """Sentences -> idx (n, T) as CLIPConfig `config` reads them: framed, cut to fit, each with its end token.
 
     CLIP's tokenizer has a frame of its own (start, end); for any other the end alone is added.
     """
     before, after = tokenizer.frame_ids
     end = config.end_token if config.end_token is not None else after[-1] if after else config.text.vocab_size - 1
-    before = [i for i in before if i != end]                    # GPT-2's end may stand in front too: read at the first one
+    before = [i for i in before if i != end]                    # GPT-2's frame has the end in front, too
     room = config.text.block_size - len(before) - 1
     rows = [before + tokenizer.encode_plain(text)[:room] + [end] for text in texts]
     T = max(map(len, rows))
@@ -82,40 +82,40 @@ def short_names(names):
     return short if len(set(short)) == len(short) else [str(name) for name in names]
 
 
-def write_rows(path, ids, open_one, encode, meta, batch_size, say):
-    """Encode what open_one(k) gives for each of the ids, into the file `path`; goes on where an earlier call was cut off.
+def encode_rows(path, ids, open_one, encode, meta, batch_size, say):
+    """Encode what open_one(k) gives for each of the ids -> the ids that could be read, and their rows, in float16.
 
-    What is broken is counted and left out. Raises UserError if nothing can be read, or if `path` was made with another
-    of `meta`: {"encoder": .., "dataset": ..}.
+    The file `path` keeps the rows: what it holds already is not made again. meta: {"encoder": .., "dataset": ..}; rows
+    made with another are not mixed with it. What is broken is counted and left out.
     """
-    done, broken = {}, {}
+    done, broken, path = {}, {}, Path(path)
     if path.exists():
-        old, done_ids = read_metadata(path), json.loads(read_metadata(path).get("ids", "[]"))
-        for key in meta:
-            if old.get(key) != meta[key]:
-                raise UserError(f"{path} was made with another {key} ({str(old.get(key))[:60]}); remove it, or rename it")
-        done = dict(zip(done_ids, load_safetensors(path)["features"].clone()))
-        say(f"{path} already holds {len(done)}")
+        done_ids, feats, old = read_features(path)
+        if wrong := [key for key in ("encoder", "dataset", "captions") if old.get(key) != meta.get(key)]:
+            raise UserError(f"{path} was made with another {wrong[0]} ({old.get(wrong[0])!s:.60}); remove or rename it")
+        done = dict(zip(done_ids, feats.clone()))
     todo = [k for k, name in enumerate(ids) if name not in done]
+    say(f"{len(todo)} of {len(ids)} are not yet in {path}")
     for n, part in enumerate(open_batches(todo, open_one, batch_size, broken, "encoding"), 1):
         if part:
-            done.update(zip([ids[k] for k, _ in part], encode([value for _, value in part]).half().cpu()))     # (b, D)
+            done.update(zip([ids[k] for k, _ in part], encode([value for _, value in part]).half().cpu()))     # (b, ..)
         if done and (n % SAVE_EVERY == 0 or n * batch_size >= len(todo)):
             kept = [name for name in ids if name in done]
             save_safetensors({"features": torch.stack([done[name] for name in kept])}, path,
                              {**meta, "ids": json.dumps(kept)})
     for reason in list(broken.values())[:10]:
-        say(f"left out: {reason}")
-    if not done:
-        raise UserError(f"none of the {len(ids)} could be read; {path} was not written")
-    say(f"{len(done)} rows of {len(next(iter(done.values())))} numbers in {path}; {len(broken)} left out")
+        say(f"left out (1 of {len(broken)}): {reason}")
+    kept = [name for name in ids if name in done]
+    if not kept:
+        raise UserError(f"none of the {len(ids)} can be read, so there is nothing for {path}")
+    return kept, torch.stack([done[name] for name in kept])
 
 
 def write_features(source, dataset, path, batch_size=32, device="cpu", say=print):
     """Every image of a data set through a frozen image encoder, once."""
     encoder = Encoder(source, device)
     meta = {"encoder": encoder.source, "recipe": json.dumps(asdict(encoder.recipe)), "dataset": dataset.name}
-    write_rows(Path(path), short_names(dataset.names), dataset.open, encoder, meta, batch_size, say)
+    encode_rows(path, short_names(dataset.names), dataset.open, encoder, meta, batch_size, say)
 
 
 def write_text_embeddings(source, dataset, path, device="cpu", say=print):
@@ -128,13 +128,14 @@ def write_text_embeddings(source, dataset, path, device="cpu", say=print):
     if getattr(model, "text_head", None) is None or loaded.tokenizer is None:
         raise UserError(f"{source} is no CLIP with a text tower and its tokenizer; name one that has both")
     meta = {"encoder": ENCODERS.get(source, source), "captions": digest(dataset), "dataset": dataset.name}
-    write_rows(Path(path), caption_ids(dataset), texts.__getitem__,
-               lambda part: text_embeddings(model, loaded.tokenizer, part, clean=clean), meta, 256, say)
+    encode_rows(path, caption_ids(dataset), texts.__getitem__,
+                lambda part: text_embeddings(model, loaded.tokenizer, part, clean=clean), meta, 256, say)
 
 
 def caption_ids(dataset):
     """Each caption's id: the image's name and the caption's number."""
-    return [f"{name}#{k}" for name, texts in zip(short_names(dataset.names), dataset.captions) for k in range(len(texts))]
+    names = short_names(dataset.names)
+    return [f"{name}#{k}" for name, texts in zip(names, dataset.captions) for k in range(len(texts))]
 
 
 def digest(dataset):
@@ -144,18 +145,15 @@ def digest(dataset):
 
 def read_features(path):
     """A feature file -> ids, features (n, D) or (n, N, D) float16, metadata. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no feature file {path}; make one with data.py, or name another")
     try:
-        meta = read_metadata(path)
-        feats, ids = load_safetensors(path)["features"], short_names(json.loads(meta["ids"]))
-        recipe = Recipe(**json.loads(meta["recipe"])) if "recipe" in meta else None
-    except (SafetensorsError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no feature file, or damaged: it needs a tensor `features` and, in its metadata, `ids`, "
-                        f"the image names as a JSON list ({error!r:.80}); make it again") from None
-    if feats.dim() not in (2, 3) or len(ids) != len(feats) or 0 in feats.shape or not feats.isfinite().all():
-        raise UserError(f"{path} should hold finite features of shape (n, D) or (n, N, D) and a name for each; they are "
-                        f"{tuple(feats.shape)}, with {len(ids)} names; make it again")
+        meta, feats = read_metadata(path), load_safetensors(path)["features"]
+        ids, recipe = short_names(json.loads(meta["ids"])), json.loads(meta.get("recipe", "null"))
+        recipe = recipe and Recipe(**recipe)
+        if feats.dim() not in (2, 3) or len(ids) != len(feats) or 0 in feats.shape or not feats.isfinite().all():
+            raise ValueError(f"{len(ids)} names, and features of shape {tuple(feats.shape)}, perhaps not all finite")
+    except (KeyError, TypeError, ValueError) as error:          # a SafetensorsError is a ValueError, too
+        raise UserError(f"{path} is no feature file, or damaged: it should hold finite `features` (n, D) or (n, N, D), "
+                        f"and in its metadata n `ids`, names as a JSON list ({error!r:.80}); make it again") from None
     return ids, feats, {**meta, "recipe": recipe}
 
 
@@ -168,20 +166,17 @@ class FeatureFile:
 
     def __init__(self, path, dataset, say=print):
         ids, self.data, meta = read_features(path)
-        place, names = {name: k for k, name in enumerate(ids)}, short_names(dataset.names)
-        wanted = sorted({i for members in dataset.splits.values() for i in members})
-        missing = [names[i] for i in wanted if names[i] not in place]
-        if len(missing) > MAX_LOST * len(wanted) or meta.get("dataset", dataset.name) != dataset.name:
-            raise UserError(f"{path} is of {meta.get('dataset', 'another data set')} and lacks {len(missing)} of the "
-                            f"{len(wanted)} images of {dataset.name} {missing[:1]}; run data.py --features again")
-        if missing:
-            say(f"left out: {len(missing)} images that {path} has no features of, such as {missing[0]}")
-        self.row = {i: place[names[i]] for i in wanted if names[i] in place}
+        place, names, of = {name: k for k, name in enumerate(ids)}, short_names(dataset.names), meta.get("dataset")
+        wanted = {i for members in dataset.splits.values() for i in members}
+        self.row = {i: place[names[i]] for i in sorted(wanted) if names[i] in place}
+        encoder, self.recipe, lost = meta.get("encoder", "unknown"), meta["recipe"], len(wanted) - len(self.row)
+        about = f"{path}, by {encoder:.100}, lacks {lost} of the {len(wanted)} images of {dataset.name}"
+        if lost > MAX_LOST * len(wanted) or of not in (None, dataset.name):
+            raise UserError(f"{about}, and was made of {of or 'others'}; run data.py --features again")
+        say(about)
         self.feat_dim, self.n_tokens = self.data.shape[-1], 1 if self.data.dim() == 2 else self.data.shape[1]
-        encoder, self.recipe = meta.get("encoder", "unknown"), meta["recipe"]
         # source: None where sample.py cannot make features of new pictures
-        self.meta = {"encoder": encoder, "source": encoder if self.recipe else None, "dim": self.feat_dim}
-        say(f"{len(wanted)} images as {tuple(self.data.shape[1:])} numbers each, by {encoder[:100]}")
+        self.meta = {"encoder": encoder, "source": encoder if self.recipe else None}
 
 
 class TextEmbeddings:

@@ -4,61 +4,56 @@
     recall_at_k, vqa_accuracy   retrieval both ways (Karpathy 2015); agreement with ten humans (Antol 2015, Goyal 2017)
     tokenize                    Stanford's Penn Treebank rules (CoreNLP 3.4.1), applied by coco-caption before scoring
 
-BLEU and ROUGE ask how many words and runs of words a caption shares with its references; CIDEr also asks how telling
-they are: "dog on the" is in every caption, "catching a frisbee" is not. Left out: METEOR and SPICE (WordNet, a
-parser and Java). Numbers are comparable only after the same tokenisation: it is exact, long, and the end of this file.
+BLEU and ROUGE count the words and runs of words that a caption shares with its references; CIDEr weighs them: "dog on
+the" is in every caption, "catching a frisbee" is not. Left out: METEOR and SPICE (WordNet, a parser and Java).
+Numbers are comparable only after the same tokenisation: it is long, and the end of this file.
 """
+import functools
 import math
 from collections import Counter
 
 import numpy as np
 import regex
+import torch
 
 from .config import UserError
 
 
 def _check_pairs(predictions, references):
     """zip would score the shorter of two lists, and a bare string letter by letter."""
-    lists = not any(isinstance(refs, str) or not len(refs) for refs in references)
-    if isinstance(predictions, str) or not lists or not 0 < len(predictions) == len(references):
+    if any(isinstance(x, str) or not len(x) for x in [predictions, *references]) or len(predictions) != len(references):
         raise UserError(f"{len(predictions)} predictions and {len(references)} references do not pair up; give one "
                         "prediction and a list of references for each image or question, and no empty list")
 
 
-# ----- 1. Captions: BLEU, ROUGE-L, CIDEr-D -----
-# All three take candidates (one tokenised string per image) and references (a list of such strings per image).
+# ----- 1. Captions: candidates are one tokenised string per image, references a list of such strings per image -----
 
-def _ngrams(caption, longest=4):
+def _ngrams(caption):
     """Counts of all 1- to 4-grams, keyed by tuple, and the length. "a b a" -> {("a",): 2, ("a", "b"): 1, ...}, 3"""
     words = caption.split()
-    return Counter(gram for n in range(longest) for gram in zip(*(words[i:] for i in range(n + 1)))), len(words)
+    return Counter(gram for n in range(4) for gram in zip(*(words[i:] for i in range(n + 1)))), len(words)
 
 
 def bleu(candidates, references):
     """Corpus BLEU-1..4, each in 0..1: geometric mean of clipped n-gram precisions times a penalty for short output.
 
-    Counts are summed over all images before dividing (it is not a mean of sentence scores, and there is no smoothing).
-    Clipping: "the the the" against "the dog" gets credit for one "the", not three. The reference length
-    that counts is the one closest to the candidate's, the shorter if two are. An empty candidate adds only penalty.
+    Counts are summed over all images before dividing (no mean of sentence scores, no smoothing). Clipping: "the the
+    the" against "the dog" gets credit for one "the", not three. The reference length that counts is the one closest to
+    the candidate's, the shorter if two are.
     """
     _check_pairs(candidates, references)
-    correct, guessed, words_out, words_ref = [0] * 4, [0] * 4, 0, 0
+    correct, guessed, words_out, words_ref = np.zeros(4), np.zeros(4), 0, 0
     for candidate, refs in zip(candidates, references):
-        counts, length = _ngrams(candidate)
-        refs = [_ngrams(ref) for ref in refs]
+        (counts, length), refs = _ngrams(candidate), [_ngrams(ref) for ref in refs]
         words_out += length
-        words_ref += min((ref_length for _, ref_length in refs), key=lambda n: (abs(n - length), n))
-        for n in range(4):
-            guessed[n] += max(0, length - n)
-        for gram, count in counts.items():
-            correct[len(gram) - 1] += min(count, max(ref_counts.get(gram, 0) for ref_counts, _ in refs))
-    ratio = (words_out + 1e-15) / (words_ref + 1e-9)  # coco-caption's guards against 0 / 0
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    product, scores = 1.0, []
-    for n in range(4):
-        product *= (correct[n] + 1e-15) / (guessed[n] + 1e-9)
-        scores.append(product ** (1 / (n + 1)) * penalty)
-    return scores
+        words_ref += min((n for _, n in refs), key=lambda n: (abs(n - length), n))
+        guessed += [max(0, length - n) for n in range(4)]
+        allowed = functools.reduce(Counter.__or__, (ref_counts for ref_counts, _ in refs))    # | keeps the larger count
+        for gram, count in (counts & allowed).items():                                      # & the smaller
+            correct[len(gram) - 1] += count
+    ratio = (words_out + 1e-15) / (words_ref + 1e-9)                    # coco-caption's guards against 0 / 0
+    precisions = np.cumprod((correct + 1e-15) / (guessed + 1e-9)) ** (1 / np.arange(1, 5))
+    return (precisions * min(1, math.exp(1 - 1 / ratio))).tolist()
 
 
 def _lcs(a, b):
@@ -103,11 +98,9 @@ class CiderD:
         self.references = [[self._vector(ref) for ref in refs] for refs in counts]
 
     def _vector(self, counts):
-        weights, norm, length = {}, [0.0] * 4, 0
-        for gram, count in counts.items():
-            weights[gram] = value = count * self.weight.get(gram, self.log_images)
-            norm[len(gram) - 1] += value * value
-            length += count if len(gram) == 2 else 0                                # the official length counts bigrams
+        weights = {gram: count * self.weight.get(gram, self.log_images) for gram, count in counts.items()}
+        norm = [sum(w * w for gram, w in weights.items() if len(gram) == n) for n in (1, 2, 3, 4)]
+        length = sum(count for gram, count in counts.items() if len(gram) == 2)     # the official length counts bigrams
         return weights, norm, length
 
     def score(self, candidate, i):
@@ -130,10 +123,7 @@ def cider(candidates, references):
 
 
 def score_captions(candidates, references):
-    """All caption scores from raw text: one sentence per image, a list of reference sentences per image.
-
-    -> {"BLEU-1": .., ..., "BLEU-4": .., "ROUGE-L": .., "CIDEr-D": ..}; papers print 100 times that.
-    """
+    """All caption scores from raw text: {"BLEU-1": .., .., "ROUGE-L": .., "CIDEr-D": ..}, as fractions."""
     _check_pairs(candidates, references)
     candidates = [" ".join(tokenize(caption)) for caption in candidates]
     references = [[" ".join(tokenize(caption)) for caption in refs] for refs in references]
@@ -143,46 +133,35 @@ def score_captions(candidates, references):
 
 # ----- 2. Retrieval -----
 
-BLOCK = 2 ** 22         # scores made at a time: 32 MB, whatever N x M
-
-
-def _ranks(image_emb, text_emb, owner):
-    """(N, D), (M, D), (M,) -> ranks (N,) of each image's best own text, (M,) of each text's image; 1 is best.
-
-    Only what belongs to others is counted, and a tie with it counts against us: a model that says the same of
-    everything comes last.
-    """
-    # float64, then rounded: equal vectors must tie although their products may be summed up in another order
-    image_emb, text_emb, N, M = image_emb.astype(np.float64), text_emb.astype(np.float64), len(image_emb), len(text_emb)
-    mine, best = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32), np.full(N, -np.inf, np.float32)
-    np.maximum.at(best, owner, mine)                            # (M,) each text with its image, (N,) the best of each
-    image_ranks, text_ranks = np.ones(N), np.ones(M)
-    for rows in np.array_split(np.arange(N), math.ceil(N * M / BLOCK)):
-        scores = (image_emb[rows] @ text_emb.T).astype(np.float32)                  # (b, M)
-        scores[owner == rows[:, None]] = -np.inf                # what is left is the others'
-        image_ranks[rows] += (scores >= best[rows, None]).sum(axis=1)
-        text_ranks += (scores >= mine).sum(axis=0)
-    return image_ranks, text_ranks
+BLOCK = 2 ** 22         # scores made at a time, whatever N x M
 
 
 def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
-    """Retrieval both ways. Score = dot product, so L2-normalise the rows first for cosine (as CLIP.encode_* does).
+    """Retrieval both ways: {"image_to_text": {"R@1": .., .., "median_rank": ..}, "text_to_image": {..}}, R@K in 0..1.
 
-    image_emb (N, D), text_emb (M, D): arrays or tensors; owner (M,): index of each text's image.
-    Returns {"image_to_text": {"R@1": .., ..., "R@10": .., "median_rank": ..}, "text_to_image": {...}}, R@K in 0..1.
-    image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is.
+    image_emb (N, D), text_emb (M, D): arrays or tensors, scored by dot product; owner (M,): index of each text's image.
+    image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is. Equal scores
+    count against us: a model that answers the same to everything comes last.
     """
-    image_emb, text_emb, owner = (np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x)
-                                  for x in (image_emb, text_emb, owner))
-    owner = owner.astype(np.int64)
-    if len(owner) != len(text_emb) or set(owner.tolist()) != set(range(len(image_emb))):
-        raise UserError(f"the owners of {len(text_emb)} texts are {len(owner)} and must name each of {len(image_emb)} "
-                        "images, and no other; give every image at least one text")
+    # float64, then rounded: equal vectors must tie although their products may be summed up in another order
+    image_emb, text_emb = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (image_emb, text_emb))
+    N, M, owner = len(image_emb), len(text_emb), np.asarray(owner)
+    if len(owner) != M or set(owner.tolist()) != {*range(N)}:
+        raise UserError(f"the owners of {M} texts are {len(owner)} and must name each of {N} images, and no other; "
+                        "give every image at least one text")
     if not np.isfinite(image_emb).all() or not np.isfinite(text_emb).all():         # NaN would come first: nothing is
         raise UserError("some embeddings are not finite and cannot be ranked; look for the step that made them")
-    ways = zip(("image_to_text", "text_to_image"), _ranks(image_emb, text_emb, owner))
-    return {way: {**{f"R@{k}": float((ranks <= k).mean()) for k in ks}, "median_rank": float(np.median(ranks))}
-            for way, ranks in ways}
+    mine = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32)     # (M,) each text with its image
+    best = np.full(N, -np.inf, np.float32)
+    np.maximum.at(best, owner, mine)                                                # (N,) the best of each image's own
+    ranks = {"image_to_text": np.ones(N), "text_to_image": np.ones(M)}
+    for rows in np.array_split(np.arange(N), math.ceil(N * M / BLOCK)):             # a table of N x M may not fit
+        scores = (image_emb[rows] @ text_emb.T).astype(np.float32)                  # (b, M)
+        scores[owner == rows[:, None]] = -np.inf                                    # what is left is the others'
+        ranks["image_to_text"][rows] += (scores >= best[rows, None]).sum(axis=1)
+        ranks["text_to_image"] += (scores >= mine).sum(axis=0)
+    return {way: {**{f"R@{k}": float((r <= k).mean()) for k in ks}, "median_rank": float(np.median(r))}
+            for way, r in ranks.items()}
 
 
 # ----- 3. Visual question answering -----
@@ -197,32 +176,30 @@ someone'd someone'd've someone'll someone's something'd something'd've something
 there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
 when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
-_CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in _APOSTROPHES.split() for i, c in enumerate(word) if c == "'"}
-_CONTRACTIONS["somebody'd"] = "somebodyd"               # sic: the official entry is backwards
-_DIGITS = {"none": "0"} | {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}
+_MENDED = {word[:i] + word[i + 1:]: word for word in _APOSTROPHES.split() for i, c in enumerate(word) if c == "'"}
+_MENDED["somebody'd"] = "somebodyd"                     # sic: the official entry is backwards
+_MENDED |= {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_MENDED["none"] = "0"
 
 
 def _normalize_answer(text):
     """The official clean-up: "The two dogs." -> "2 dogs"."""
-    glue = regex.search(r"\d,\d", text) is not None  # "1,000": then every mark is deleted
+    glue = regex.search(r"\d,\d", text)                 # "1,000": then every mark is deleted
     cleaned = text
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
         near_space = mark + " " in text or " " + mark in text
         cleaned = cleaned.replace(mark, "" if near_space or glue else " ")
     # The original hands its flag to the wrong argument, so only the first 32 periods go; "1.5" keeps its own
     cleaned = regex.sub(r"\.(?!\d)", "", cleaned, count=32)
-    words = [_DIGITS.get(word, word) for word in cleaned.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    return " ".join(_MENDED.get(word, word) for word in cleaned.lower().split() if word not in ("a", "an", "the"))
 
 
 def _answer_score(prediction, humans):
     """Agreement with the humans, each compared with the others: m matches of ten give 0, .3, .6, .9, then 1."""
     prediction, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *humans))
     if len(set(humans)) > 1 or len(humans) == 1:          # official: ten equal answers are compared as they are typed
-        clean = {text: _normalize_answer(text) for text in {prediction, *humans}}
-        prediction, humans = clean[prediction], [clean[text] for text in humans]
-    matches, others = sum(human == prediction for human in humans), min(3, len(humans) - 1)
+        prediction, *humans = map(_normalize_answer, (prediction, *humans))
+    matches, others = humans.count(prediction), min(3, len(humans) - 1)
     if not others:
         return float(matches)
     total = matches * min(1, (matches - 1) / others) + (len(humans) - matches) * min(1, matches / others)
@@ -237,13 +214,11 @@ def vqa_accuracy(predictions, answers, answer_types=None):
     answer_types, one word per question ("yes/no", "number", "other"): then returns {"overall": .., "number": ..}.
     """
     _check_pairs(predictions, answers)
-    scores = [_answer_score(prediction, humans) for prediction, humans in zip(predictions, answers)]
-    if answer_types is None:
-        return sum(scores) / len(scores)
-    parts = {"overall": scores}
-    for kind, score in zip(answer_types, scores, strict=True):
+    parts = {"overall": [_answer_score(prediction, humans) for prediction, humans in zip(predictions, answers)]}
+    for kind, score in zip(answer_types or (), [*parts["overall"]], strict=answer_types is not None):
         parts.setdefault(kind, []).append(score)
-    return {kind: sum(part) / len(part) for kind, part in parts.items()}
+    means = {kind: sum(part) / len(part) for kind, part in parts.items()}
+    return means if answer_types is not None else means["overall"]
 
 
 # ----- 4. Tokens: Penn Treebank rules for captions -----
@@ -309,8 +284,6 @@ _SPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
             "&amp;": "&", "&lt;": "<", "&gt;": ">"}
 # Brackets survive: the official list says -LRB- but is compared with lower-cased text. "---" is "--" to Stanford.
 _DROPPED = frozenset("'' ? ! - -- --- ---- ... .... ..... &quot; &nbsp;".split())
-
-
 _LEXER = regex.compile(regex.sub("<([A-Z]+[0-9]?)>", lambda name: _PIECES[name[1]], _RULES), regex.VERBOSE)
 
 

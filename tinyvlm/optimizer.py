@@ -8,11 +8,8 @@ from .muon import Muon
 
 
 def make_optimizer(model, config):
-    """AdamW, where --optimizer muon has Muon move the matrices inside; a group for each part and kind.
-
-    A part's rate is a factor of --lr, which the training loop multiplies in. Of the two kinds, matrices decay, and norms,
-    biases and a transformer's tables do not.
-    """
+    """AdamW, where --optimizer muon has Muon move the matrices inside; a group for each part and kind. A part's rate is
+    a factor of --lr, which train.py multiplies in. Matrices decay; norms, biases, a transformer's tables do not."""
     factor = {"connector": 1.0, "decoder": getattr(config, "lr_decoder", 1.0), "vision": config.lr_vision}
     names, groups = {id(p): name for name, p in model.named_parameters()}, []
 

@@ -51,22 +51,18 @@ def choose(argv):
 
     ["--dataset", "flickr8k"] -> ("caption", "laptop"), or "gpu" where a GPU will be used.
     """
-    named = peek(argv, "preset")
-    values = PRESETS.get(named, {})
-    task, dataset = peek(argv, "task", values.get("task", "caption")), peek(argv, "dataset", values.get("dataset", "shapes"))
-    if named:
+    named, dataset = peek(argv, "preset"), peek(argv, "dataset", "shapes")
+    task = peek(argv, "task", PRESETS.get(named, {}).get("task", "caption"))
+    if named or dataset == "shapes" and task != "vqa":
         return task, named
-    gpu = peek(argv, "device", "auto").partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
-    if task == "vqa":
-        return task, "vqa-photos" if dataset == "vqav2" else "vqa"
-    if dataset == "shapes":
-        return task, None
     if task != "caption":
-        return task, {"clip": "clip", "classify": "labels"}.get(task)
+        vqa = "vqa-photos" if dataset == "vqav2" else "vqa"
+        return task, {"vqa": vqa, "clip": "clip", "classify": "labels"}.get(task)
     if peek(argv, "reinforce"):
         return task, "reward"
     if peek(argv, "features"):
         return task, "lstm" if peek(argv, "model", "lstm") == "lstm" else "decoder"
     if peek(argv, "text") or peek(argv, "vision") and not is_run(str(peek(argv, "vision"))):
         return task, "public"
+    gpu = torch.cuda.is_available() and str(peek(argv, "device", "auto"))[:4] in ("auto", "cuda")
     return task, "gpu" if gpu else "laptop"

@@ -6,9 +6,10 @@
 
 Left out: an index for millions of pictures (a plain product over 100,000 takes milliseconds).
 """
+import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +18,15 @@ import torch.nn.functional as F
 
 from . import metrics
 from .captions import clean_caption
-from .clip import CLIP, CLIPConfig, chance, gather, in_batch_accuracy, info_nce, similarities
+from .clip import CLIP, CLIPConfig, chance, gather, info_nce, similarities
 from .config import UserError, option
-from .features import TextEmbeddings, text_embeddings, text_rows
-from .files import IMAGE_TYPES, list_images
+from .features import TextEmbeddings, encode_rows, read_features, text_embeddings, text_rows
+from .files import list_images
 from .gpt import GPTConfig
-from .image import Recipe, load_image, normalise, open_batches, to_uint8
+from .image import Recipe, load_image, preprocess
 from .pretrained import load_clip
-from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, tower_sizes, train_mode
+from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, sizes
 from .tokenizer import END
-from .weights import load_safetensors, read_metadata, save_safetensors
 
 
 @dataclass
@@ -34,10 +34,9 @@ class Options(TextOptions):
     """What only --task clip has."""
     features: str | None = option(None, "learn from ready-made image features in this file (data.py --features)",
                                   group="contrastive training")
-    text_embeddings: str | None = option(None, "the file of text embeddings made by data.py --text-embeddings: a frozen "
-                                               "text tower, run once")
-    head: str = option("linear", "from the image's features to the common space; mlp: two layers with GELU between",
-                       ("linear", "mlp"))
+    text_embeddings: str | None = option(None, "the same for the captions (data.py --text-embeddings): a frozen text "
+                                               "tower, run once")
+    head: str = option("linear", "from image features to the common space; mlp: two layers, GELU", ("linear", "mlp"))
     n_joint: int = option(512, "numbers in the common space (a public text tower brings its own)", above=0)
 
 
@@ -46,49 +45,47 @@ class Options(TextOptions):
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared: a caption is what the text tower reads, or the number of a ready-made embedding.
 
-    start: the towers that `build` begins with, vision and reader (a CLIP), ready text embeddings, and the CLIPConfig.
+    start: what `build` begins with: the towers vision and reader (a CLIP), ready text embeddings, the CLIPConfig.
     """
     vision = load_vision(config.vision) if config.vision and not run else None
     reader = load_clip(config.text) if config.text and not run else None
     ready = TextEmbeddings(config.text_embeddings, dataset) if config.text_embeddings else None
-    if features and features.data.dim() == 3:
-        raise UserError(f"{config.features} holds a grid of vectors for each image, and a CLIP takes one; make another")
     if vision and features or reader and ready:
         raise UserError("a tower has made --features or --text-embeddings: drop --vision or --text, or the file")
-    texts = [[clean_caption(text, config.clean) for text in captions] for captions in dataset.captions]
-    tokenizer = run.tokenizer if run else reader.tokenizer if reader else None if ready else \
-        make_tokenizer(config, [text for i in dataset.splits["train"] for text in texts[i]])
+    if features and features.data.dim() != 2:
+        raise UserError(f"--task clip takes one vector for each image, and {config.features} has {features.n_tokens}")
+    source, texts = run or reader, [[clean_caption(t, config.clean) for t in captions] for captions in dataset.captions]
+    tokenizer = None if ready else source.tokenizer if source else make_tokenizer(
+        config, [text for i in dataset.splits["train"] for text in texts[i]])
     if tokenizer is None and not ready:
         raise UserError(f"--text {config.text} came without its tokenizer; name a checkpoint that has one")
     if run:
-        sizes = run.model.config
+        model_config, recipe = run.model.config, run.recipe
     else:
-        text = reader.config.text if reader else None if ready else GPTConfig(
-            block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **tower_sizes(config))
-        sizes = CLIPConfig(
-            vision=None if features else vision.config if vision else fresh_vision(config), text=text, head=config.head,
-            n_joint=reader.config.n_joint if reader else ready.dim if ready else config.n_joint, dropout=config.dropout,
-            end_token=reader.config.end_token if reader else tokenizer.token_to_id(END) if tokenizer else None,
-            feat_dim=features and features.feat_dim)
-    rows = ready.rows if ready else [
-        [(row, [0]) for row in text_rows(tokenizer, captions, sizes).tolist()] if captions else [] for captions in texts]
-    recipe = run.recipe if run else vision.recipe if vision else Recipe(size=config.image_size)
-    return Prepared(recipe, rows, tokenizer, {"clean": "none" if ready else config.clean, "text_embeddings": ready and ready.source},
-                    SimpleNamespace(vision=vision, reader=reader, ready=ready, sizes=sizes))
+        text = reader.config if reader else CLIPConfig(text=None, n_joint=ready.dim) if ready else CLIPConfig(
+            text=GPTConfig(block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **sizes(config)),
+            n_joint=config.n_joint, end_token=tokenizer.token_to_id(END))
+        tower = None if features else vision.config if vision else fresh_vision(config)
+        model_config = replace(text, vision=tower, head=config.head, dropout=config.dropout,
+                               feat_dim=features and features.feat_dim)
+        recipe = vision.recipe if vision else Recipe(size=config.image_size)
+    rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, model_config).tolist()]
+                                     for captions in texts]
+    return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
+                    SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config))
 
 
 def build(config, prepared, features=None):
     """A CLIP whose towers are public where --vision and --text name some, and fresh elsewhere."""
-    start, model = prepared.start, CLIP(prepared.start.sizes)
+    start, model = prepared.start, CLIP(prepared.start.config)
     if start.vision:
         model.vision.load_state_dict(start.vision.weights)
-        head = start.vision.head                                # a CLIP's tower comes with its way into the space
-        if head is not None and config.head == "linear" and head.shape == model.image_head.weight.shape:
-            model.image_head.weight.data.copy_(head)
+        theirs, ours = start.vision.head, model.image_head      # a CLIP's tower comes with its way into the space
+        if str(theirs) == str(ours):                            # .. if that has the same layers and sizes
+            ours.load_state_dict(theirs.state_dict())
     if start.reader:
-        model.text.load_state_dict(start.reader.text.state_dict())
-        model.text_head.load_state_dict(start.reader.text_head.state_dict())
-        model.logit_scale.data.copy_(start.reader.logit_scale.data)
+        theirs = start.reader.state_dict().items()
+        model.load_state_dict({name: x for name, x in theirs if name.startswith(("text", "logit_scale"))}, strict=False)
     return model
 
 
@@ -104,34 +101,30 @@ def loss(model, batch, setup):
     return info_nce(gather(image_emb), gather(text_emb), scale)
 
 
-@torch.no_grad()
-def evaluate(model, setup, split, limit=None, n_predict=None, **_):
+def evaluate(model, setup, split, limit=None, **_):
     """-> scores, examples: Recall@K both ways over a split, mean of the six first; the best caption for each image.
 
     Of drawn scenes with one caption only the first is searched: no sentence could tell them apart.
     """
-    device, dataset, rows, image_emb, text_emb = setup.device, setup.dataset, setup.prepared.rows, {}, {}
-    model.eval()
-    for batch in setup.each_batch(split, None if dataset.name == "shapes" else limit):
-        with device.autocast():
-            img = model.encode_image(batch.img).cpu()                             # (b, D)
-            kept = (batch.targets[:, 0] == 0).cpu()                               # rows that stand for a caption
-            txt = model.encode_text(texts_of(batch, setup)).cpu()[kept]           # (all their captions, D)
-        image_emb.update(zip(batch.members, img))
-        text_emb.update(zip(batch.members, txt.split([len(rows[i]) for i in batch.members])))
-    train_mode(model)
-    image_emb, text_emb = device.merge(image_emb), device.merge(text_emb)
-    members = [i for i in setup.store.usable(split) if i in image_emb]
-    if dataset.name == "shapes":
-        members = sorted({dataset.captions[i][0]: i for i in reversed(members)}.values())
-    members = members[:limit]
-    img, txt = torch.stack([image_emb[i] for i in members]), torch.cat([text_emb[i] for i in members])     # (n, D), (m, D)
+    dataset, rows = setup.dataset, setup.prepared.rows
+
+    def predict(batch):
+        """-> {image: its embedding (D,) and those of its captions (k, D)}"""
+        kept = batch.targets[:, 0] == 0                                           # rows that stand for a caption
+        text_emb = model.encode_text(texts_of(batch, setup))[kept].cpu()          # (all their captions, D)
+        image_emb = model.encode_image(batch.img).cpu()                           # (b, D)
+        return dict(zip(batch.members, zip(image_emb, text_emb.split([len(rows[i]) for i in batch.members]))))
+    distinct = dataset.name == "shapes"
+    found = run_split(model, setup, split, None if distinct else limit, predict)[0]
+    members = sorted({dataset.captions[i][0]: i for i in reversed(found)}.values())[:limit] if distinct else [*found]
+    img = torch.stack([found[i][0] for i in members])                             # (n, D)
+    txt = torch.cat([found[i][1] for i in members])                               # (m, D)
+    first = torch.stack([found[i][1][0] for i in members])                        # (n, D)
     owner = torch.tensor([k for k, i in enumerate(members) for _ in rows[i]])     # (m,)
     recall, shuffled = (metrics.recall_at_k(emb, txt, owner) for emb in (img, img.roll(1, 0)))
-    first = torch.stack([text_emb[i][0] for i in members])                        # (n, D)
-    scores = {"mean recall": mean_recall(recall), **{f"{way.replace('_', ' ')} {name}": float(value) for way, part in
-                                                     recall.items() for name, value in part.items()},
-              **batch_losses(model, img, first, setup.config.batch_size), "shuffled mean recall": mean_recall(shuffled)}
+    scores = {"mean recall": mean_recall(recall), "shuffled mean recall": mean_recall(shuffled),
+              **batch_losses(model, img, first, setup.config.batch_size)}
+    scores |= {f"{way.replace('_', ' ')} {name}": value for way, part in recall.items() for name, value in part.items()}
     captions = [text for i in members for text in dataset.captions[i]]
     best = (img @ txt.t()).argmax(dim=1).tolist()                                 # (n,)
     return scores, [{"image": i, "prediction": captions[k], "truth": dataset.captions[i][0], "text": captions[k],
@@ -145,14 +138,12 @@ def mean_recall(recall):
 
 
 def batch_losses(model, image_emb, text_emb, batch_size):
-    """As in training: the loss of batches of one size, beside chance, with shuffled images, and the share right."""
-    size, scale, n = min(batch_size, len(image_emb)), model.logit_scale.detach().cpu(), max(1, len(image_emb) // batch_size)
-    total = {"loss": 0.0, "chance loss": chance(size) * n, "shuffled loss": 0.0, "right in a batch": 0.0}
-    for img, txt in list(zip(image_emb.split(size), text_emb.split(size)))[:n]:
-        total["loss"] += info_nce(img, txt, scale).item()
-        total["shuffled loss"] += info_nce(img.roll(1, 0), txt, scale).item()
-        total["right in a batch"] += in_batch_accuracy(img @ txt.t())
-    return {name: value / n for name, value in total.items()}
+    """(n, D) both -> the loss as in training, the mean over batches of one size, beside chance and shuffled images."""
+    size, scale = min(batch_size, len(image_emb)), model.logit_scale.detach().cpu()
+    n = len(image_emb) // size
+    img, txt = (emb[:n * size].view(n, size, -1) for emb in (image_emb, text_emb))          # (n, size, D) both
+    mean, shuffled = (sum(info_nce(a, b, scale).item() for a, b in zip(emb, txt)) / n for emb in (img, img.roll(1, 1)))
+    return {"loss": mean, "chance loss": chance(size), "shuffled loss": shuffled}
 
 
 # ---- labels in words
@@ -190,38 +181,25 @@ def search(image_emb, text_emb, k=10):
 def embed_folder(model, recipe, folder, cache, model_key, batch_size=32, device="cpu", say=print):
     """All images in and below a folder -> their names (n) within it, sorted, and embeddings (n, D) of length 1.
 
-    Only images that are new or changed (by size and time) since the last call are opened: the file `cache` keeps the
-    others, in float16, as long as `model_key`, which stands for the model's weights, is the same; else it is made anew.
-    Broken images are counted and left out. Raises UserError: no image, none readable, no vision tower.
+    The file `cache` keeps embeddings by a hash of what they depend on: model_key, which stands for the model's weights,
+    and the image's name, size and time. Broken images are counted and left out.
     """
     if model.vision is None:
-        raise UserError("this model learned from ready-made features and has no vision tower; use the one that made them")
-    folder, cache, known, broken = Path(folder), Path(cache), {}, {}
-    stamps = {name: (p.stat().st_size, p.stat().st_mtime_ns) for name in sorted(list_images(folder))
-              if (p := folder / name).is_file()}                # not a link that leads nowhere
-    if not stamps:
-        raise UserError(f"the folder {folder} holds no images ({', '.join(IMAGE_TYPES)}); check the path")
+        raise UserError("this model learned from ready-made features and has no vision tower: use another model")
+    folder, cache, names = Path(folder), Path(cache), {}
+    for name in sorted(list_images(folder)):
+        if (folder / name).is_file():                           # not a link that leads nowhere
+            stat = (folder / name).stat()
+            key = json.dumps([model_key, name, stat.st_size, stat.st_mtime_ns])
+            names[hashlib.sha256(key.encode()).hexdigest()] = name
+    if not names:
+        raise UserError(f"the folder {folder} holds no images; check the path")
     try:
-        meta = read_metadata(cache) if cache.exists() else {}
-        if meta.get("model") == model_key:
-            old = zip(json.loads(meta["images"]), load_safetensors(cache)["emb"].clone())
-            known = {name: row for (name, *stamp), row in old if stamps.get(name) == tuple(stamp)}
-    except (KeyError, TypeError, ValueError):                   # SafetensorsError is a ValueError, too
-        say(f"{cache} is damaged and is made anew")
-    todo = [name for name in stamps if name not in known]
+        read_features(cache)
+    except (UserError, FileNotFoundError):                      # a damaged one is made anew
+        cache.unlink(missing_ok=True)
     model.to(device).eval()
-    for part in open_batches(todo, lambda name: to_uint8(load_image(folder / name), recipe), batch_size, broken,
-                             "embedding images"):
-        if part:
-            img = normalise(torch.stack([pixels for _, pixels in part]).to(device), recipe)   # (b, 3, S, S)
-            known.update(zip([name for name, _ in part], model.encode_image(img).half().cpu()))     # (b, D)
-    for reason in broken.values():
-        say(f"left out: {reason}")
-    if not known:
-        raise UserError(f"none of the {len(stamps)} images in {folder} can be read; the lines above say why")
-    names = sorted(known)
-    emb = torch.stack([known[name] for name in names])                            # (n, D)
-    if todo or not cache.exists():
-        save_safetensors({"emb": emb}, cache, {"images": json.dumps([[name, *stamps[name]] for name in names]),
-                                               "model": model_key})
-    return names, F.normalize(emb.float(), dim=-1)
+    paths = [folder / name for name in names.values()]
+    ids, emb = encode_rows(cache, [*names], lambda k: preprocess(load_image(paths[k]), recipe), lambda images:
+                           model.encode_image(torch.stack(images).to(device)), {}, batch_size, say)
+    return [names[i] for i in ids], F.normalize(emb.float(), dim=-1)              # (n), (n, D)

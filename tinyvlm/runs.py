@@ -6,7 +6,6 @@
 """
 import hashlib
 import json
-import pickle
 import shlex
 import zipfile
 from dataclasses import asdict
@@ -46,17 +45,17 @@ def fingerprint(dataset, prepared):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def save_model(out, model, setup, features, scores):
+def save_model(model, setup, features, scores):
     """The best model so far: what it is, how it reads text, its weights."""
-    config, prepared, out = setup.config, setup.prepared, Path(out)
+    config, prepared, out = setup.config, setup.prepared, Path(setup.config.out_dir)
     if prepared.tokenizer:
         prepared.tokenizer.save(out / "tokenizer.json")
     save_safetensors(model.state_dict(), out / "model.safetensors", {"format": "pt"})
-    recipe = features.recipe or prepared.recipe if features else prepared.recipe
     write_json(out / "config.json", {
         "task": config.task, "model": getattr(config, "model", config.task), "sizes": asdict(model.config),
-        "recipe": asdict(recipe), "clean": "none", **prepared.meta, "features": features.meta if features else None,
-        "dataset": setup.dataset.name, "scores": scores, "options": asdict(config)})
+        "recipe": asdict(features and features.recipe or prepared.recipe), "clean": "none", **prepared.meta,
+        "features": features and features.meta, "dataset": setup.dataset.name, "scores": scores,
+        "options": asdict(config)})
 
 
 def save_state(out, model, optimizer, device, **rest):
@@ -75,7 +74,7 @@ def save_state(out, model, optimizer, device, **rest):
 
 
 def read_state(out):
-    """The content of a run's state.pt, or a UserError: torch.load trusts the numbers, so checksums are compared here."""
+    """The content of a run's state.pt, or a UserError. torch.load trusts the numbers: checksums are compared here."""
     path = Path(out) / "state.pt"
     try:
         with zipfile.ZipFile(path) as file:
@@ -84,11 +83,11 @@ def read_state(out):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["optimizer"], state["data"], state["options"]     # KeyError: of an earlier version
         return state
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, NotImplementedError,
-            pickle.UnpicklingError) as error:
-        if out_of_memory(error):                                # not the file's fault
+    except Exception as error:                                  # a damaged zip or pickle can raise anything
+        if isinstance(error, OSError) or out_of_memory(error):  # not the file's fault
             raise
-        raise UserError(f"{path} is damaged or of another version ({error!r:.60}); start again without --resume") from None
+        raise UserError(f"{path} is damaged or of another version ({error!r:.60}); train again without --resume") \
+            from None
 
 
 def load_state(out, state, model, optimizer, device, data):
@@ -96,9 +95,8 @@ def load_state(out, state, model, optimizer, device, data):
     if state["data"] != data:
         raise UserError(f"the images, captions, labels or tokenizer are not those that the run in {out} began with; "
                         "bring them back, or start again without --resume")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    device.scaler.load_state_dict(state["scaler"])
+    for part, name in ((model, "model"), (optimizer, "optimizer"), (device.scaler, "scaler")):
+        part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
     if device.cuda and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], device.torch)
@@ -112,6 +110,11 @@ def write_log(out, log, title):
     write_image(Path(out) / "curves.png", curves(series, f"{title}: loss (nats per target) by step"))
 
 
+def show_example(example):
+    """What the model was asked, what it made of it, and what is true: a line each."""
+    return "".join(f"    {key:10}  {example[key]}\n" for key in ("question", "prediction", "truth") if key in example)
+
+
 def report_test(model, setup, features, evaluate):
     """The result by the best weights on the test split, as the task's `evaluate` has it: scores, samples.png,
     example.png, and what to run next."""
@@ -121,12 +124,10 @@ def report_test(model, setup, features, evaluate):
     scores, examples = evaluate(model, setup, "test", config.test_images)
     if not setup.device.main:
         return
-    print(f"\n{len(examples)} held-out examples, by the best model:")
-    for example in examples[:6]:
-        print("".join(f"    {key:10}  {example[key]}\n" for key in ("question", "prediction", "truth") if key in example))
+    print(f"\n{len(examples)} held-out examples, by the best model:", *map(show_example, examples[:6]), sep="\n")
     print("test split: " + show(scores))
     about = read_json(out / "config.json")
-    about["scores"].update({f"test {name}": value for name, value in scores.items()})
+    about["scores"] |= {f"test {name}": value for name, value in scores.items()}
     write_json(out / "config.json", about)
     shown = list({example["image"]: example for example in examples}.values())[:16]
     pictures = [dataset.open(example["image"]) for example in shown]
@@ -135,16 +136,14 @@ def report_test(model, setup, features, evaluate):
     if config.task == "clip":
         sim = torch.tensor([example["similarity"] for example in examples[:12]])   # (12, 12), or fewer
         write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:12]]))
-    where = "" if str(out) == "out" else f" --out-dir={shlex.quote(str(out))}"
-    picture = f"{out}/example.png"
-    if features and not features.meta["source"]:                # a new picture cannot be encoded: known ones by name
-        where += f" --features={shlex.quote(str(config.features))}"
-        picture = dataset.names[shown[0]["image"]]
-    more = {"vqa": f" --prompt {shlex.quote(shown[0].get('question', ''))}",
-            "clip": " --labels 'a dog' 'a child' 'a boat'"}.get(config.task, "")
     print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training. Now try")
+    folder, question = shlex.quote(str(out)), shlex.quote(shown[0].get("question", ""))
     if config.task == "classify":
         data = f"--dataset {dataset.name}" + (f" --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else "")
-        print(f"    python train.py {data} --vision={shlex.quote(str(out))} --out-dir out/captions")
-    else:
-        print(f"    python sample.py{where} --image={shlex.quote(picture)}{more}")
+        return print(f"    python train.py {data} --vision={folder} --out-dir out/captions")
+    how = f"--out-dir={folder} --image={shlex.quote(f'{out}/example.png')}"
+    if features and not features.meta["source"]:                # a new picture cannot be encoded: known ones by name
+        how = (f"--out-dir={folder} --features={shlex.quote(str(config.features))} "
+               f"--image={shlex.quote(dataset.names[shown[0]['image']])}")
+    more = {"vqa": f" --prompt {question}", "clip": " --labels 'a dog' 'a child' 'a boat'"}.get(config.task, "")
+    print(f"    python sample.py {how}{more}")

@@ -1,15 +1,13 @@
 """What the four tasks share: their common options, the parts they start from, and how one is measured.
 
-A task is a module (captioning, answering, retrieval, classifying) with a dataclass of its own options and four functions:
+Each is a module (captioning, answering, retrieval, classifying): a dataclass of its own options, and four functions.
 
     prepare(config, dataset, features) -> Prepared      tokenizer, image recipe, and all texts as rows of numbers
-    build(config, prepared, features) -> model          from scratch, or from public weights, or from another run
+    build(config, prepared, features) -> model          from scratch, from public weights, or from another run
     loss(model, batch, setup) -> scalar                 of one micro-batch
-    evaluate(model, setup, split, ..) -> scores, examples
-                                                        the first score decides which checkpoint is kept: the lower the
-                                                        better if it is called "loss", else the higher the better
+    evaluate(model, setup, split, ..) -> scores, examples       validation, the report at the end and --eval-only
 
-train.py calls them in this order; validation during training, the report at its end, and --eval-only are one `evaluate`.
+The first of the scores decides which checkpoint is kept: the lower the better if it is called "loss", else the higher.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,29 +15,27 @@ from types import SimpleNamespace
 
 import torch
 
-from .cnn import BatchNorm2d
+from .cnn import BatchNorm2d, ResNet50
 from .config import UserError, option
+from .features import open_encoder
 from .generate import generate
 from .image import Recipe
-from .pretrained import is_run, load_pretrained, load_run, pretrained_tokenizer
+from .pretrained import pretrained_tokenizer
 from .tokenizer import END, SPECIAL_TOKENS, BPETokenizer, WordTokenizer
-from .vit import ViTConfig
+from .vit import ViT, ViTConfig
 
 
 @dataclass
 class TextOptions:
     """Options of every task that reads or writes text."""
-    text: str | None = option(None, "start from this public GPT-2 (clip: CLIP), with its tokenizer; else from scratch",
-                              group="text")
-    tokenizer: str = option("bpe", "bpe or words: made from the captions; or a Hub id or folder, such as "
-                                   "google-bert/bert-base-uncased")
+    text: str | None = option(None, "start from this public GPT-2 (clip: CLIP) and its tokenizer", group="text")
+    tokenizer: str = option("bpe", "bpe or words: made from the captions; or that of a Hub id or folder")
     vocab_size: int = option(1024, "bpe: entries of the tokenizer", least=300)
     min_count: int = option(5, "words: how often a word must occur to be in the vocabulary", above=0)
     max_tokens: int = option(40, "longest text, in tokens; longer ones are cut, counted and reported", above=0)
-    clean: str = option("none", "captions: as they are, lower-cased, or lower-cased words only",
-                        ("none", "lower", "words"))
+    clean: str = option("none", "captions as they are, lower-cased, or words alone, too", ("none", "lower", "words"))
     lr_decoder: float = option(1.0, "the text model's rate, as a factor of --lr (new layers always take --lr)", least=0)
-    unfreeze_decoder: float = option(0, "epoch from which the text model learns; before, only the new layers do", least=0)
+    unfreeze_decoder: float = option(0, "epoch from which the text model learns; before, only new layers do", least=0)
 
 
 @dataclass
@@ -57,21 +53,12 @@ class Prepared:
 class Setup:
     """All that surrounds a model while it is trained or evaluated; complete before anything uses it."""
     config: object
-    device: object                      # train.Device: where and how to compute
+    device: object                      # device.Device: where and how to compute
     dataset: object
     prepared: Prepared
     store: object                       # data.ImageStore
     rows: object                        # batches.Rows
     eval_batches: Callable              # (split, limit) -> this process's batches
-
-    def each_batch(self, split, limit=None):
-        """This process's batches of a split, on the device. Raises UserError if there are none at all."""
-        n = 0
-        for batch in self.eval_batches(split, limit):
-            n += 1
-            yield batch.to(self.device.torch, self.prepared.recipe)
-        if not n and self.device.world == 1:
-            raise UserError(f"the {split} split of {self.dataset.name} has no usable image to evaluate with")
 
 
 def train_mode(model):
@@ -83,28 +70,23 @@ def train_mode(model):
 
 
 def load_vision(source):
-    """The vision tower of a run or of a public checkpoint: its config, weights and recipe, and CLIP's image head.
-
-    Raises UserError where there is no tower that can be trained here.
-    """
-    loaded = load_run(source) if is_run(source) else load_pretrained(source)
+    """The vision tower of a run or of a public checkpoint: its config, weights and recipe, and CLIP's image head."""
+    loaded = open_encoder(source)
     tower, head = getattr(loaded.model, "vision", loaded.model), getattr(loaded.model, "image_head", None)
-    if not hasattr(tower, "features") or not hasattr(tower.config, "n_class") or hasattr(tower.config, "convs"):
+    if not isinstance(tower, (ViT, ResNet50)):
         raise UserError(f"--vision {source} holds no vision tower that can be trained here (a ViT or a ResNet)")
     weights = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
-    return SimpleNamespace(config=replace(tower.config, n_class=0), weights=weights, recipe=loaded.recipe,
-                           head=head.weight.data if isinstance(head, torch.nn.Linear) else None)
+    return SimpleNamespace(config=replace(tower.config, n_class=0), weights=weights, recipe=loaded.recipe, head=head)
 
 
-def tower_sizes(config):
-    """The sizes that both towers take from the options."""
-    return dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout)
+def sizes(config, *more):
+    """The options by which both towers are made from scratch, and more of them, as a dict."""
+    return {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", *more)}
 
 
 def fresh_vision(config):
     """A vision tower from scratch, as the options say: ViTConfig."""
-    return ViTConfig(image_size=config.image_size, patch_size=config.patch_size, class_token=config.class_token,
-                     stem=config.stem, **tower_sizes(config))
+    return ViTConfig(**sizes(config, "image_size", "patch_size", "class_token", "stem"))
 
 
 def make_tokenizer(config, corpus):
@@ -118,35 +100,37 @@ def make_tokenizer(config, corpus):
         return BPETokenizer.train(corpus, config.vocab_size + prefix, special)
     if config.tokenizer == "words":
         return WordTokenizer.train(corpus, config.min_count)
-    tokenizer = pretrained_tokenizer(config.tokenizer)          # BERT's WordPiece, or any other
+    tokenizer = pretrained_tokenizer(config.tokenizer)
     tokenizer.add_special_tokens([END, "<image>"])
     return tokenizer
 
 
 @torch.no_grad()
-def mean_losses(model, setup, split, limit, loss, visit=None):
-    """Mean loss (nats per target) over a split, the same with shuffled images, and how many targets there were.
+def run_split(model, setup, split, limit, predict, loss=None, n_predict=None):
+    """All batches of a split, once, in eval mode -> {image: what predict(batch) made of it}, loss, shuffled loss, n.
 
-    If the second is no larger than the first, the model ignores the image. visit(batch): called once for each batch,
-    so that whatever else is measured needs no second decoding.
+    The dict is in the split's order, over all processes, and may end after n_predict images. loss: mean of
+    loss(model, batch), in nats per target, n of them; the shuffled loss is the same with each image in its neighbour's
+    place: if it is no larger, the model ignores the image.
     """
-    true = shuffled = n = 0.0
-    before = None
+    found, total, before = {}, [0.0, 0.0, 0], None
     model.eval()
-    for batch in setup.each_batch(split, limit):
-        # every image gives its place to its neighbour; a last batch of one image takes one of the batch before it
+    for batch in setup.eval_batches(split, limit):
+        batch = batch.to(setup.device.torch, setup.prepared.recipe)
+        # a last batch of one image takes one of the batch before it
         other = batch.img.roll(1, 0) if len(batch.img) > 1 or before is None else before[-1:]
         with setup.device.autocast():
-            true += loss(model, batch).item() * batch.n_targets
-            shuffled += loss(model, replace(batch, img=other)).item() * batch.n_targets
-        n, before = n + batch.n_targets, batch.img
-        if visit:
-            visit(batch)
+            values = [loss(model, b).item() for b in (batch, replace(batch, img=other))] if loss else [0, 0]
+            if n_predict is None or len(found) < n_predict:
+                found.update(predict(batch))
+        total = [a + b * batch.n_targets for a, b in zip(total, [*values, 1])]
+        before = batch.img
     train_mode(model)
-    true, shuffled, n = setup.device.total(true, shuffled, n)
+    (true, shuffled, n), found = setup.device.total(*total), setup.device.merge(found)
     if not n:
-        raise UserError(f"no text of the {split} split has a token to predict; raise --max-tokens, or see the notes above")
-    return true / n, shuffled / n, n
+        raise UserError(f"the {split} split of {setup.dataset.name} has no usable image to evaluate with, see above")
+    members = [i for i in setup.store.usable(split) if i in found][:n_predict]
+    return {i: found[i] for i in members}, true / n, shuffled / n, n
 
 
 def show(scores):
@@ -155,13 +139,12 @@ def show(scores):
 
 
 def forbidden_ids(tokenizer, end, n_rows):
-    """Ids a model must never produce: <image>, tags, the unknown word, and rows of its matrix (n_rows) without a name."""
+    """Ids that no text may hold: <image>, tags, the unknown word, and rows of the model's matrix that have no name."""
     return sorted({*tokenizer.special_ids, *range(tokenizer.vocab_size, n_rows), tokenizer.unk_id} - {end, None})
 
 
 def write(model, img, prompts, setup, max_new_tokens=None, **how):
-    """Texts as rows of ids: img, ready for the model, and for each image the ids its text begins with. how: for generate."""
-    meta = setup.prepared.meta
-    with setup.device.autocast():
-        return generate(model, img, prompts, max_new_tokens or meta["max_tokens"], eos_id=meta["end"], forbidden=
-                        forbidden_ids(setup.prepared.tokenizer, meta["end"], model.config.text.vocab_size), **how)
+    """Texts as rows of ids, for a batch of images and the ids that each one's text begins with. how: for generate."""
+    meta, tokenizer = setup.prepared.meta, setup.prepared.tokenizer
+    return generate(model, img, prompts, max_new_tokens or meta["max_tokens"], eos_id=meta["end"], **how,
+                    forbidden=forbidden_ids(tokenizer, meta["end"], model.config.text.vocab_size))
