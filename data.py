@@ -175,7 +175,7 @@ def report_broken(dataset, broken, n, allow_broken, say=print):
 def fetch_capsfusion(config):
     """Images and their captions from the web into the data folder; goes on where an earlier call was cut off."""
     folder = Path(config.data_dir or "data/capsfusion")
-    if (folder / "captions.csv").exists() and not {"rows", "limit"} & config.given:
+    if any(folder.glob("*.jpg")) and not {"rows", "limit"} & config.given:
         return                                                  # what is there is shown, labelled, encoded
     rows = table_rows(config.rows) if config.rows else capsfusion_rows(folder / "rows")
     counts = download_images(rows, folder, config.size, config.limit, config.allow_private)

@@ -28,12 +28,12 @@ from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.device import check_device
 from tinyvlm.download import download
 from tinyvlm.draw import attention_over, caption_sheet
-from tinyvlm.features import Encoder, read_features, text_embeddings
+from tinyvlm.features import Encoder, open_encoder, read_features, text_embeddings
 from tinyvlm.files import list_images, write_image
 from tinyvlm.generate import generate
 from tinyvlm.image import load_image, open_batches, preprocess, to_pil
 from tinyvlm.captions import clean_caption
-from tinyvlm.pretrained import load_clip, load_pretrained, load_run
+from tinyvlm.pretrained import load_pretrained, load_run
 from tinyvlm.retrieval import classify, embed_folder, label_embeddings, search
 from tinyvlm.task import forbidden_ids
 from tinyvlm.vqa import encode_dialogue
@@ -196,13 +196,15 @@ def read_labels(labels):
 
 def compare(run, config):
     """A clip run: labels for images, or images for words."""
+    reader = run
     if run.tokenizer is None:                                   # the tower that made the embeddings of its training
         if not run.config.get("text_embeddings"):
             raise UserError("this model came without its text tower; --labels and --search need one")
-        reader = load_clip(run.config["text_embeddings"]).to(config.device)
-        run.model.text, run.model.text_head, run.tokenizer = reader.text, reader.text_head, reader.tokenizer
-        run.model.config.text, run.model.config.end_token = reader.config.text, reader.config.end_token
-    clean = partial(clean_caption, how=run.config.get("clean", "none"))
+        reader = open_encoder(run.config["text_embeddings"])
+        theirs, run.tokenizer = reader.model.to(config.device), reader.tokenizer
+        run.model.text, run.model.text_head = theirs.text, theirs.text_head
+        run.model.config.text, run.model.config.end_token = theirs.config.text, theirs.config.end_token
+    clean = partial(clean_caption, how=reader.config["clean"])
     if config.search is not None:
         return search_folder(run, config, clean)
     if not config.labels:

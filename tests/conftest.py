@@ -38,3 +38,13 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(train, "one_cycle", lambda step, *args, **how: (
             signal.raise_signal(signal.SIGINT) if step + 1 == n else None, real(step, *args, **how))[1])
     return stop
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Copies of all parameters before each step that train.py makes: [{name: tensor}, ..]."""
+    import train
+    states, real = [], train.unfreeze
+    monkeypatch.setattr(train, "unfreeze", lambda model, *args: (
+        states.append({name: p.detach().clone() for name, p in model.named_parameters()}), real(model, *args))[1])
+    return states

@@ -70,8 +70,9 @@ def losses(out):
     return {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(open(out / "log.csv"))}
 
 
-def one_sentence(capsys, words):
-    """The last line on stderr is an error of one sentence that holds `words`; nothing else was said there."""
+def refused(capsys, words, script, *argv):
+    """A script ends with exit code 2 and one sentence that holds `words`: the last line on stderr."""
+    run(script, *argv, code=2)
     error = capsys.readouterr().err.splitlines()
     assert error and error[-1].startswith("error: ") and words in error[-1] and len(error[-1]) < 310, error
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights in the public layouts of FACTS 1, for tests that run the scripts end to end.
+"""Tiny checkpoints with random weights and tiny data sets, in public layouts, for tests that run the scripts.
 
 Each function fills a folder as the publisher would and returns it: config.json, model.safetensors, and, where there are
 any, the tokenizer's and the image processor's files. No peer library is needed. These are no oracles: the numbers come
@@ -136,3 +136,46 @@ def tiny_vit_gpt2(folder):
     model = made(build, VLMConfig(vision=ViTConfig(**VIT), text=text))
     export_vit_gpt2(model, folder, Recipe(32, "squash", None, "bilinear"), None, V - 1, V - 1, 15)
     return folder
+
+
+# ---- data sets in their public layouts; png(k): the bytes of picture k. Each returns the flags that name the data.
+
+def flickr30k(folder, png, n=20):
+    """results.csv with bars, as Kaggle has it."""
+    rows = [f'{k}.jpg| {j}| picture {k} , a dog "{j}" .' for k in range(n) for j in range(5)]
+    write(folder, "results.csv", "\n".join(["image_name| comment_number| comment", *rows]) + "\n")
+    _pictures(folder / "flickr30k_images", {f"{k}.jpg": png(k) for k in range(n)})
+    return ["--dataset", "flickr30k", "--data-dir", folder]
+
+
+def coco(folder, png=None):
+    """COCO's captions of 2014: 20 images of train, 4 of val, which lie beside them or, without png, only at COCO's."""
+    words = "elephant umbrella mountain bicycle sandwich keyboard telescope volleyball".split()
+    for subset, ids in (("train2014", range(20)), ("val2014", range(40, 44))):
+        images = [{"id": k, "file_name": f"COCO_{subset}_{k:012d}.jpg"} for k in ids]
+        notes = [{"id": 2 * k + j, "image_id": k, "caption": f"picture {k} {'ab'[j]} {words[(3 * k + j) % 8]}"}
+                 for k in ids for j in (0, 1)]
+        write(folder / "annotations", f"captions_{subset}.json", {"images": images, "annotations": notes})
+        _pictures(folder / subset, {image["file_name"]: png(image["id"]) for image in images if png})
+    return ["--dataset", "coco", "--data-dir", folder]
+
+
+def vqav2(folder, png):
+    """The official files of VQA v2: two questions about each of 8 images a split, answered by ten people."""
+    for split, ids in (("train2014", range(8)), ("val2014", range(20, 28))):
+        questions = [{"image_id": k, "question_id": 100 * k + j, "question": text}
+                     for k in ids for j, text in enumerate(("What color is it?", "Is it red?"))]
+        notes = [{**q, "multiple_choice_answer": word, "question_type": "what", "answer_type": kind,
+                  "answers": [{"answer": word}] * 10}
+                 for q, (word, kind) in zip(questions, (("green", "other"), ("no", "yes/no")) * 8)]
+        about = {"data_type": "mscoco", "data_subtype": split}
+        write(folder, f"v2_OpenEnded_mscoco_{split}_questions.json", {**about, "questions": questions})
+        write(folder, f"v2_mscoco_{split}_annotations.json", {**about, "annotations": notes})
+        _pictures(folder / split, {f"COCO_{split}_{k:012d}.jpg": png(k) for k in ids})
+    return ["--dataset", "vqav2", "--data-dir", folder]
+
+
+def _pictures(folder, files):
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

@@ -12,10 +12,12 @@ also says which encoder made it (so that sample.py can treat new pictures alike)
 import hashlib
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from .captions import clean_caption
 from .config import UserError
 from .image import Recipe, open_batches, preprocess
 from .layouts import MAX_LOST
@@ -122,12 +124,12 @@ def write_text_embeddings(source, dataset, path, device="cpu", say=print):
     A frozen tower gives the same numbers every epoch: computing them once is the same training, many times faster.
     """
     loaded, texts = open_encoder(source), [text for captions in dataset.captions for text in captions]
-    model = loaded.model.to(device)
+    model, clean = loaded.model.to(device), partial(clean_caption, how=loaded.config["clean"])
     if getattr(model, "text_head", None) is None or loaded.tokenizer is None:
         raise UserError(f"{source} is no CLIP with a text tower and its tokenizer; name one that has both")
     meta = {"encoder": ENCODERS.get(source, source), "captions": digest(dataset), "dataset": dataset.name}
     encode_rows(path, caption_ids(dataset), texts.__getitem__,
-                lambda part: text_embeddings(model, loaded.tokenizer, part), meta, 256, say)
+                lambda part: text_embeddings(model, loaded.tokenizer, part, clean=clean), meta, 256, say)
 
 
 def caption_ids(dataset):

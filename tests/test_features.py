@@ -1,0 +1,127 @@
+"""Ready-made features: the file, its refusals, going on with an unfinished one; and features that others made."""
+import json
+
+import pytest
+import torch
+
+import sample
+import train
+from conftest import REFERENCE
+from helpers import TEXT, TINY, album, from_folder, refused, run
+from public import tiny_clip
+from tinyvlm import features
+from tinyvlm.config import UserError
+from tinyvlm.features import Encoder, FeatureFile, TextEmbeddings, short_names, write_features, write_text_embeddings
+from tinyvlm.layouts import photos
+from tinyvlm.weights import load_safetensors, read_metadata, save_safetensors
+
+VIT = str(REFERENCE / "vit")
+NAMES = json.dumps([f"{k}.jpg" for k in range(20)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data set of twenty images and its features by a tiny ViT."""
+    folder = album(tmp_path_factory.mktemp("made") / "album")
+    write_features(VIT, photos("folder", folder), folder / "f.safetensors", say=str)
+    return folder
+
+
+def test_each_row_is_what_the_encoder_makes_of_its_image(made):
+    """`features` (n, D) float16, `ids` a JSON list: the form that anyone can make."""
+    dataset, encoder, path = photos("folder", made), Encoder(VIT), made / "f.safetensors"
+    file, ids = FeatureFile(path, dataset, say=str), json.loads(read_metadata(path)["ids"])
+    assert load_safetensors(path)["features"].dtype == torch.float16 and sorted(ids) == sorted(json.loads(NAMES))
+    for i in (0, 7, 19):
+        row = file.data[file.row[i]]
+        torch.testing.assert_close(row.float(), encoder([dataset.open(i)])[0], atol=2e-3, rtol=0)
+        assert torch.equal(row, load_safetensors(path)["features"][ids.index(f"{i}.jpg")])
+    assert file.meta == {"encoder": VIT, "source": VIT, "dim": file.feat_dim} and file.recipe == encoder.recipe
+
+
+def test_an_unfinished_file_is_continued(made, tmp_path, monkeypatch):
+    """Cut off by Ctrl-C: what was saved is not made again, and the end is that of an unbroken call."""
+    dataset, path, seen, real = photos("folder", made), tmp_path / "new" / "f.safetensors", [], Encoder.__call__
+
+    def encode(self, images):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return real(self, images)
+    monkeypatch.setattr(features, "SAVE_EVERY", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Encoder, "__call__", encode)
+        write_features(VIT, dataset, path, batch_size=4, say=str)
+    assert len(load_safetensors(path)["features"]) == 8
+    monkeypatch.setattr(Encoder, "__call__", lambda self, images: seen.append(len(images)) or real(self, images))
+    for _ in range(2):
+        write_features(VIT, dataset, path, batch_size=4, say=str)
+        assert seen[3:] == [4, 4, 4]
+    whole = load_safetensors(made / "f.safetensors")["features"]
+    assert torch.allclose(load_safetensors(path)["features"], whole, atol=2e-3)
+
+
+def test_broken_images_and_other_encoders(tmp_path):
+    folder, notes, path = album(tmp_path / "a"), [], tmp_path / "f.safetensors"
+    (folder / "Images" / "3.jpg").write_bytes(b"no image")
+    dataset = photos("folder", folder)
+    write_features(VIT, dataset, path, say=notes.append)
+    assert "3.jpg" in notes[0] and "19 rows" in notes[-1] and notes[-1].endswith("1 left out")
+    with pytest.raises(UserError, match="lacks 1 of the 20 images of folder .'3.jpg'."):
+        FeatureFile(path, dataset)
+    with pytest.raises(UserError, match="made with another encoder"):
+        write_features(str(REFERENCE / "vit_pooler"), dataset, path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="f.safetensors"):
+        write_features(VIT, dataset, path)
+    assert short_names(["a/0.png", "b/1.png"]) == ["0.png", "1.png"]
+    assert short_names(["a/0.png", "b/0.png"]) == ["a/0.png", "b/0.png"]
+
+
+@pytest.mark.parametrize("shape, metadata, words", [
+    ((20, 4), {"ids": None}, "in its metadata, `ids`"), ((20, 4), {"ids": "{"}, "`ids`"), ((20, 4), {"ids": "7"}, "`ids`"),
+    ((20, 4), {"ids": '["0.jpg"]'}, "a name for each"), ((20,), {}, "of shape"), ((20, 0), {}, r"\(20, 0\)"),
+    ((20, 4), {"recipe": "{}x"}, "no feature file"), ((1, 4), {"ids": '["x.jpg"]'}, "lacks 20 of the 20"),
+    ((20, 4), {"dataset": "coco"}, "is of coco"), ("nan", {}, "finite"), ("name", {}, "`features`")])
+def test_files_that_do_not_fit_are_refused(made, tmp_path, shape, metadata, words):
+    tensor = torch.full((20, 4), torch.nan) if isinstance(shape, str) else torch.zeros(shape)
+    metadata = {key: value for key, value in {"ids": NAMES, **metadata}.items() if value}
+    save_safetensors({"feats" if shape == "name" else "features": tensor}, tmp_path / "f.safetensors", metadata)
+    with pytest.raises(UserError, match=words) as error:
+        FeatureFile(tmp_path / "f.safetensors", photos("folder", made))
+    assert "\n" not in str(error.value) and "f.safetensors" in str(error.value)
+
+
+def test_embeddings_of_other_captions_are_refused(made, tmp_path):
+    """They are known by their place alone: after an edit, each would stand for another sentence."""
+    dataset, path = photos("folder", made), tmp_path / "t.safetensors"
+    write_text_embeddings(str(tiny_clip(tmp_path / "clip")), dataset, path, say=str)
+    ready = TextEmbeddings(path, dataset)
+    assert ready.dim == 16 and len(ready.data) == 100 and ready.rows[1][0] == ([5], [0])
+    torch.testing.assert_close(ready.data.float().norm(dim=1), torch.ones(100), atol=2e-3, rtol=0)
+    dataset.captions[3] = dataset.captions[3][::-1]
+    with pytest.raises(UserError, match="of other captions"):
+        TextEmbeddings(path, dataset)
+
+
+@pytest.mark.parametrize("shape, how", [
+    ((20, 6), ["--model", "lstm"]), ((20, 9, 6), ["--model", "lstm", "--soft-attention"]), ((20, 6), ["--task", "clip"]),
+    ((20, 9, 6), ["--model", "cross"]), ((20, 9, 6), ["--model", "prefix", "--shuffle", "3"])])
+def test_a_run_on_somebody_elses_features(made, tmp_path, capsys, shape, how):
+    """Features, or grids of them, of a network that is not at hand: pictures go by name, and a sentence says how."""
+    theirs, out = tmp_path / "their's.safetensors", tmp_path / "out"
+    save_safetensors({"features": torch.randn(shape).half()}, theirs, {"ids": NAMES, "encoder": "their network"})
+    argv = [*from_folder(made), *TINY, *TEXT, "--epochs", "1", "--accum", "1", "--tokenizer", "bpe", "--features", theirs]
+    run(train, *argv, *how, "--out-dir", out)
+    assert f"--features='{tmp_path}/their'\"'\"'s.safetensors'" in capsys.readouterr().out.splitlines()[-1]
+    argv = [sample, "--out-dir", out, *(["--labels", "a dog", "a cat"] if "clip" in how else [])]
+    run(*argv, "--image", "5.jpg", "--features", theirs)
+    assert "5.jpg: " in capsys.readouterr().out
+    refused(capsys, "features of 'their network', a network that is not at hand", *argv, "--image", made / "5.jpg")
+    refused(capsys, "holds nothing for nobody.jpg", *argv, "--image", "nobody.jpg", "--features", theirs)
+
+
+def test_a_grid_of_features_is_not_for_clip(made, tmp_path, capsys):
+    save_safetensors({"features": torch.randn(20, 9, 6)}, tmp_path / "f.safetensors", {"ids": NAMES})
+    refused(capsys, "--task clip takes one vector for each image", train, *from_folder(made), *TINY, *TEXT, "--task", "clip",
+            "--features", tmp_path / "f.safetensors", "--out-dir", tmp_path / "out")

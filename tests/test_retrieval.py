@@ -1,0 +1,156 @@
+"""--task clip beyond its model: labels in words, and a folder of photographs that is embedded once."""
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from helpers import TEXT, TINY, losses, run
+from public import tiny_clip
+from tinyvlm import retrieval
+from tinyvlm.clip import CLIP, CLIPConfig
+from tinyvlm.config import UserError
+from tinyvlm.features import text_embeddings, text_rows
+from tinyvlm.gpt import GPTConfig
+from tinyvlm.image import Recipe, load_image, preprocess
+from tinyvlm.pretrained import load_clip
+from tinyvlm.retrieval import TEMPLATES, classify, embed_folder, fill, label_embeddings, search
+from tinyvlm.tokenizer import BPETokenizer
+from tinyvlm.vit import ViTConfig
+from tinyvlm.weights import load_safetensors
+
+RECIPE = Recipe(size=16, mode="squash")
+TOKENIZER = BPETokenizer.train(["a photo of a dog", "two boats"], 300)
+END = TOKENIZER.token_to_id("<|endoftext|>")
+CLIP_RUN = [*TINY, *TEXT, "--task", "clip", "--n-joint", "16", "--stem", "patch", "--dropout", "0", "--crop", "0"]
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    vision = ViTConfig(image_size=16, patch_size=8, n_layer=1, n_head=2, n_embd=12, class_token=False)
+    text = GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=12, n_layer=1, n_head=2, n_embd=16)
+    model = CLIP(CLIPConfig(**{"vision": vision, "text": text, "n_joint": 8, "end_token": END, **more})).eval()
+    if model.vision:
+        model.vision.patch.weight.data.mul_(20)                 # untrained, it would hardly tell one image from another
+    return model
+
+
+# ---- labels
+
+@pytest.mark.parametrize("template, label, sentence", [
+    ("a photo of a {}.", "dog", "a photo of a dog."), ("a photo of a {}.", " the sea ", "a photo of the sea."),
+    ("a {} and an {}", "two dogs", "two dogs and two dogs"), ("a {}", "theatre", "a theatre"), ("a {}", "{}", "a {}")])
+def test_labels_with_an_article_get_no_second_one(template, label, sentence):
+    assert fill(template, label) == sentence
+
+
+def test_text_rows_end_where_the_model_reads():
+    """Our tokenizer frames nothing: the end is added, once, also to what was cut; what spells it stays text."""
+    model = tiny()
+    rows = text_rows(TOKENIZER, ["dog", "a photo of a dog " * 9, "<|endoftext|>"], model.config)
+    assert rows.shape == (3, 12) and rows[1, -1] == END and (rows == END).sum(dim=1).tolist() == [1, 1, 1]
+    assert rows[0].tolist()[:rows[0].tolist().index(END)] == TOKENIZER.encode("dog") and rows[0, -1] == 0
+    model.config.end_token = None                               # read at the largest id, so that one must be the end
+    assert text_rows(TOKENIZER, ["dog", "two"], model.config).amax(dim=1).tolist() == [TOKENIZER.vocab_size - 1] * 2
+
+
+def test_label_embeddings_are_means_of_sentences():
+    emb = label_embeddings(tiny(), TOKENIZER, ["dog", "two boats"], clean=str.upper)
+    each = text_embeddings(tiny(), TOKENIZER, [fill(t, "two boats").upper() for t in TEMPLATES], batch_size=1)
+    torch.testing.assert_close(emb[1], torch.nn.functional.normalize(each.mean(dim=0), dim=-1))
+
+
+def test_classify_and_search_by_arithmetic():
+    """Cosines 0.8 and 0.6 at a factor of 10: odds of e^2."""
+    probs = classify(torch.tensor([[0.8, 0.6, 0.0]]), torch.eye(3)[:2], torch.tensor(10.0).log())
+    assert probs[0].tolist() == pytest.approx([0.880797, 0.119203], abs=1e-5)
+    scores, best = search(torch.tensor([[0.0, 1], [1, 0], [0.6, 0.8]]), torch.tensor([1.0, 0]), k=2)
+    assert best.tolist() == [1, 2] and scores.tolist() == pytest.approx([1, 0.6])
+
+
+# ---- training
+
+def test_public_towers_are_where_training_starts(tmp_path, steps):
+    """--vision and --text from one CLIP: before any step the model is that CLIP, its way into the space included."""
+    clip = tiny_clip(tmp_path / "clip")
+    run(train, *CLIP_RUN, "--vision", clip, "--text", clip, "--epochs", "0.2", "--out-dir", tmp_path / "out")
+    theirs = dict(load_clip(clip).named_parameters())
+    assert steps[0].keys() == theirs.keys() and all(torch.equal(steps[0][name], p) for name, p in theirs.items())
+
+
+def test_micro_batches_do_not_change_a_contrastive_run(tmp_path):
+    """All pairs of a step are each other's wrong answers, however the step is cut up."""
+    for accum in (1, 2):
+        run(train, *CLIP_RUN, "--epochs", "1", "--accum", accum, "--out-dir", tmp_path / str(accum))
+    a, b = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(a) == 6 and [*a.values()] == pytest.approx([*b.values()], abs=2e-4)
+
+
+# ---- a folder
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """Five images, one of them below, and a broken and a hidden one; `opened`: the names of those that are decoded."""
+    folder, opened = tmp_path / "album", []
+    (folder / "below").mkdir(parents=True)
+    for k, name in enumerate(("a.png", "b.png", "c.JPG", "d.png", "below/e.png", ".hidden.png")):
+        Image.new("RGB", (20, 20), (40 * k, 90, 250 - 40 * k)).save(folder / name, format="PNG")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    monkeypatch.setattr(retrieval, "load_image", lambda path: (opened.append(os.path.relpath(path, folder)),
+                                                               load_image(path))[1])
+    return folder, tmp_path / "cache.safetensors", opened
+
+
+def is_of(model, folder, names, emb):
+    """Each row is its own image's, to float16, and told apart from the others: else that would say nothing."""
+    img = torch.stack([preprocess(load_image(folder / name), RECIPE) for name in names])
+    return torch.allclose(model.encode_image(img), emb, atol=1e-3) and torch.pdist(emb).min() > 0.02
+
+
+def test_only_what_is_new_changed_or_broken_is_opened(album):
+    (folder, cache, opened), model, notes = album, tiny(), []
+    names, emb = embed_folder(model, RECIPE, folder, cache, "key", batch_size=2, say=notes.append)
+    assert names == ["a.png", "b.png", "below/e.png", "c.JPG", "d.png"] and is_of(model, folder, names, emb)
+    assert len(notes) == 1 and "broken.jpg" in notes[0] and load_safetensors(cache)["emb"].dtype == torch.float16
+    opened.clear()
+    again = embed_folder(model, RECIPE, folder, cache, "key", say=str)
+    assert opened == ["broken.jpg"] and again[0] == names and torch.equal(again[1], emb)
+    opened.clear()
+    for name in ("a.png", "broken.jpg"):
+        (folder / name).unlink()
+    for name, colour in (("new.png", "white"), ("b.png", "black")):
+        Image.new("RGB", (20, 20), colour).save(folder / name)
+    os.utime(folder / "c.JPG", (1, 1))                          # the same bytes, another time: who knows
+    names, emb = embed_folder(model, RECIPE, folder, cache, "key")
+    assert sorted(opened) == ["b.png", "c.JPG", "new.png"]
+    assert names == ["b.png", "below/e.png", "c.JPG", "d.png", "new.png"] and is_of(model, folder, names, emb)
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file[:-20], lambda file: b"", lambda file: file.replace(b"a.png", b"\xff"),
+                                   lambda file: file.replace(b'"ids"', b'"sid"')])
+def test_a_damaged_cache_is_made_anew(album, spoil):
+    (folder, cache, _), notes = album, []
+    names, emb = embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
+    whole = cache.read_bytes()
+    cache.write_bytes(spoil(whole))
+    again = embed_folder(tiny(), RECIPE, folder, cache, "key", say=notes.append)
+    assert again[0] == names and torch.equal(again[1], emb) and cache.read_bytes() == whole != spoil(whole)
+    assert f"{cache} is damaged" in notes[0]
+
+
+def test_a_cache_of_other_weights_is_made_anew(album):
+    """A search among mixed embeddings gives plausible nonsense; and it once failed until the user removed the file."""
+    (folder, cache, opened), other = album, tiny()
+    other.vision.blocks[0].mlp.fc.weight.data.mul_(2)
+    embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
+    assert is_of(other, folder, *embed_folder(other, RECIPE, folder, cache, "other key", say=str)) and len(opened) == 12
+
+
+def test_folders_that_are_of_no_use(tmp_path):
+    for model, words in ((tiny(vision=None, feat_dim=4), "no vision tower"), (tiny(), "holds no images"),
+                         (tiny(), "none of the 1 images")):
+        (tmp_path / "x.jpg").write_bytes(b"no") if "none" in words else None
+        with pytest.raises(UserError, match=words):
+            embed_folder(model, RECIPE, tmp_path, tmp_path / "c", "key", say=str)
+    assert not (tmp_path / "c").exists()
