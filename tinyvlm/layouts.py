@@ -16,7 +16,7 @@ from pathlib import Path
 from .captions import SPLIT_WORDS, read_captions
 from .config import UserError
 from .download import download, extract_zip
-from .files import ImageFinder, locked
+from .files import ImageFinder, locked, read_json
 from .image import load_image
 
 SPLITS = ("train", "val", "test")
@@ -162,6 +162,17 @@ def listed_splits(finder):
     return lists
 
 
+def coco_urls(finder, names):
+    """Where each image is: at the coco_url of its json, or else where COCO keeps it; from COCO itself always by TLS."""
+    told, karpathy = {}, any(file.endswith("dataset_coco.json") for file in finder.files)    # which has no addresses
+    for file in () if karpathy else finder.files:
+        if match := re.search(r"captions_(\w+)\.json$", file):
+            told |= {f"{match[1]}/{image['file_name']}": image.get("coco_url") or ""
+                     for image in read_json(finder.folder / file)["images"]}
+    urls = {name: url for name, url in told.items() if url and "//mscoco.org" not in url}         # a host that is gone
+    return [re.sub("^https?://images.cocodataset.org/", COCO, urls.get(name, COCO + name)) for name in names]
+
+
 def photos(name, folder, seed=0, allow_broken=False, stream=False):
     """A Dataset from a folder of images and their captions, in any of the layouts above.
 
@@ -175,7 +186,7 @@ def photos(name, folder, seed=0, allow_broken=False, stream=False):
         lists = listed_splits(finder)
     if extra := set() if name in PUBLIC else {*finder.images} - {*names}:         # what is public may lie there twice
         notes.append(f"{len(extra)} images in the folder have no caption and were left out, such as {min(extra)}")
-    order, urls = make_splits(names, lists, seed, notes, folder), [COCO + n for n in names] if stream else None
+    order, urls = make_splits(names, lists, seed, notes, folder), coco_urls(finder, names) if stream else None
     return Dataset(name, names, [*captions.values()], order, finder.folder, notes, urls)
 
 
