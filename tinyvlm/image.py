@@ -155,7 +155,7 @@ class Augment:
     """What training does to each image anew every time it is seen."""
     crop: float = 0.0           # 0.3: a random window of 70..100% of the area, aspect 3/4..4/3, blown up to full size
     jitter: float = 0.0         # 0.2: brightness, contrast and saturation each times 0.8..1.2
-    flip: bool = False          # mirror half of the images; never where captions speak of left and right
+    flip: bool = False          # mirror half of the images; never where captions say left or right
 
 
 def augment(img, how, draw):

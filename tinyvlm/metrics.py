@@ -150,7 +150,7 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
         raise UserError(f"the owners of {M} texts are {len(owner)} and must name each of {N} images, and no other; "
                         "give every image at least one text")
     if not np.isfinite(image_emb).all() or not np.isfinite(text_emb).all():         # NaN would come first: nothing is
-        raise UserError("some embeddings are not finite and cannot be ranked; look for the step that made them")
+        raise UserError("some embeddings are not finite and cannot be ranked; find the step that made them")
     mine = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32)     # (M,) each text with its image
     best = np.full(N, -np.inf, np.float32)
     np.maximum.at(best, owner, mine)                                                # (N,) the best of each image's own

@@ -111,7 +111,7 @@ def write_log(out, log, title):
 
 
 def show_example(example):
-    """What the model was asked, what it made of it, and what is true: a line each."""
+    """The question (if there is one), the prediction and the truth: a line each."""
     return "".join(f"    {key:10}  {example[key]}\n" for key in ("question", "prediction", "truth") if key in example)
 
 

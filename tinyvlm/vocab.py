@@ -20,7 +20,7 @@ NOT_SPACE = regex.compile(r"\S+")           # str.split would also cut at the co
 
 FILE = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
         "pre_tokenizer": None, "post_processor": None, "decoder": None}
-# normalized: looked for in the text once it is cleaned, so that CLIP's are found in capitals, too.
+# normalized: searched for in the text once it is cleaned, so that CLIP's are found in capitals, too.
 ADDED = {"id": None, "content": "", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": True}
 # What a tokenizer_config.json may say where it changes ids.
@@ -167,7 +167,7 @@ class Tokenizer:
         return NOT_SPACE.findall(text)
 
     def _encode(self, text, special, clean=False):
-        """Added tokens are looked for in the text as given; between them, in the text once it is clean; then words."""
+        """Added tokens are searched for in the text as given; between them, in the text once it is clean; then words."""
         (pattern, found), ids = self._finders[special, clean], []
         for part in pattern.split(text):                    # "a<image>b" -> "a", "<image>", "b"
             if part and part in found:
