@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tinyvlm.cnn import VGG16, BatchNorm2d, ResNet50, ResNetConfig, VGGConfig
+from tinyvlm.config import UserError
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -63,17 +64,17 @@ def test_resnet_equals_transformers():
 
 
 def test_vgg_equals_bare_convolutions():
-    """conv-ReLU, pool, conv-ReLU twice, pool, then the MLP: features stop after fc2's ReLU, so none is negative. At
+    """Twice conv-ReLU, pool, the same again, then the MLP: features stop after fc2's ReLU, so none is negative. At
     twice the size each of the 7 x 7 places is the mean of 2 x 2, and smaller images pass too."""
     torch.manual_seed(0)
-    model, img = VGG16(VGGConfig(widths=(4, 6), convs=(1, 2), n_hidden=10, n_class=3)).eval(), torch.randn(2, 3, 28, 28)
+    model, img = VGG16(VGGConfig(widths=(4, 6), n_hidden=10, n_class=3)).eval(), torch.randn(2, 3, 28, 28)
     w = {name: torch.nn.init.normal_(p.data, std=0.3) for name, p in model.named_parameters()}
 
     def layer(x, k):
         return F.conv2d(x, w[f"feature_map.{k}.weight"], w[f"feature_map.{k}.bias"], padding=1).clamp(min=0)
 
-    x = F.max_pool2d(layer(img, 0), 2)
-    x = F.max_pool2d(layer(layer(x, 3), 5), 2)                          # (2, 6, 7, 7): no averaging at this size
+    x = F.max_pool2d(layer(layer(img, 0), 2), 2)
+    x = F.max_pool2d(layer(layer(x, 5), 7), 2)                          # (2, 6, 7, 7): no averaging at this size
     hidden = (x.reshape(2, -1) @ w["fc1.weight"].T + w["fc1.bias"]).clamp(min=0)
     feats = (hidden @ w["fc2.weight"].T + w["fc2.bias"]).clamp(min=0)
     assert feats.min() == 0 < feats.max()                               # the ReLU did act
@@ -103,3 +104,5 @@ def test_a_fresh_block_is_the_identity():
     model, x = ResNet50(ResNetConfig(width=4, blocks=(2,), n_class=0)).eval(), torch.rand(1, 16, 5, 5)
     torch.testing.assert_close(model.stages[0][1](x), x)
     assert model.head is None and model(torch.rand(1, 3, 32, 32)).shape == (1, model.n_feat)
+    with pytest.raises(UserError, match="raise --batch-size"):                    # one value a channel: eval takes it
+        model.train()(torch.rand(1, 3, 4, 4))

@@ -56,12 +56,10 @@ def test_json_and_csv_come_back(tmp_path):
     for content in ("{", "[" * 100_000):
         with pytest.raises(UserError, match="b.json is not a readable JSON file"):
             read_json(touch(tmp_path, "b.json", text=content) / "b.json")
-    with pytest.raises(UserError, match="cannot read .*none.json"):
-        read_json(tmp_path / "none.json")
 
 
 def test_a_second_process_is_told_or_waits(tmp_path):
-    code = "import sys; from tinyvlm.files import locked\nwith locked(sys.argv[1], wait=False): print('in')"
+    code = "from tinyvlm.files import *\nwith locked(Path(os.sys.argv[1]), wait=False): print('in')"
 
     def other():
         return subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], cwd=ROOT, capture_output=True, text=True)
@@ -82,12 +80,8 @@ def test_what_is_no_data_is_passed_over_and_copies_of_a_folder_within_itself(tmp
     assert list_files(tmp_path / "set") == ["b.png", "7.jpg/e.png", "I/8.jpg", "I/9.jpg", "linked/a.jpg", "xI/8.jpg",
                                             "I/I/9.jpg", "deep/er/c.jpg", "xI/I/8.jpg"]
     assert list_files(tmp_path / "nothing") == []
-
-
-def test_what_phones_and_browsers_write_are_images(tmp_path):
-    """.jfif, .avif and .heic were once "not in the folder" although they lay there."""
-    touch(tmp_path, "a.JFIF", "b.avif", "c.heic", "d.jpe", "e.txt", "f.pdf", "g.h5")
-    assert list_images(tmp_path) == ["a.JFIF", "b.avif", "c.heic", "d.jpe"]
+    touch(tmp_path / "new", "a.JFIF", "b.avif", "c.heic", "d.jpe", "e.txt", "f.pdf", "g.h5")    # from phones, browsers
+    assert list_images(tmp_path / "new") == ["a.JFIF", "b.avif", "c.heic", "d.jpe"]
 
 
 @pytest.mark.parametrize("written, tidy", [

@@ -15,7 +15,6 @@ EOS = 0
 
 class Table(torch.nn.Module):
     """A language of V words: the next depends on the image, the place in the sentence and the last word, by a table."""
-
     def __init__(self, V=5, n_images=4, seed=0):
         super().__init__()
         rng = torch.Generator().manual_seed(seed)

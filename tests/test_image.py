@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from tinyvlm.config import UserError
-from tinyvlm.image import (RECIPES, Augment, Recipe, adaptive_square, augment, centre_crop, load_image, normalise,
-                           preprocess, to_pil, to_uint8)
+from tinyvlm.image import RECIPES, Augment, Recipe, augment, load_image, normalise, preprocess, to_pil, to_uint8
 
 
 def noise(w, h, mode="RGB", seed=0):
@@ -26,18 +25,13 @@ def saved(tmp_path, image, name="a.png", **options):
     return tmp_path / name
 
 
-@pytest.mark.parametrize("w, left", [(225, 0), (226, 1), (227, 2), (229, 2)])      # .5 -> 0, 1, 1.5 -> 2, 2.5 -> 2
-def test_centre_crop_rounds_half_to_even_as_torchvision_does(w, left):
-    image = noise(w, 224)
-    expected = np.asarray(image)[:, left:left + 224]
-    assert np.array_equal(np.asarray(centre_crop(image, 224)), expected)
-
-
 @pytest.mark.parametrize("w, h, recipe, resized, left, top", [
     (300, 200, RECIPES["vit"], (224, 224), 0, 0), (300, 200, RECIPES["clip"], (336, 224), 56, 0),
     (300, 200, RECIPES["deit"], (372, 248), 74, 12), (500, 375, RECIPES["clip"], (298, 224), 37, 0),
     (375, 500, RECIPES["clip"], (224, 298), 0, 37), (333, 500, RECIPES["torchvision"], (256, 384), 16, 80),
-    (300, 200, Recipe(mode="squash", resize=256), (256, 256), 16, 16)])           # size {256,256}, crop_size 224
+    (300, 200, Recipe(mode="squash", resize=256), (256, 256), 16, 16),            # size {256,256}, crop_size 224
+    *[(300, 200, Recipe(mode="squash", resize=side), (side, side), left, left)    # as torchvision: half goes to even
+      for side, left in ((225, 0), (227, 2), (229, 2))]])
 def test_recipes_name_every_step_and_the_long_side_is_rounded_down(w, h, recipe, resized, left, top):
     how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[recipe.interpolation]
     expected = noise(w, h).resize(resized, how).crop((left, top, left + 224, top + 224))
@@ -61,14 +55,6 @@ def test_normalise_worked_example_and_back():
     assert normalise(pixels, RECIPES["clip"])[0].item() == pytest.approx((1 - 0.48145466) / 0.26862954, rel=1e-6)
     image, recipe = noise(32, 32), Recipe(size=32, mean=(.4, .5, .6), std=(.2, .3, .4))
     assert np.array_equal(np.asarray(to_pil(preprocess(image, recipe), recipe)), np.asarray(image))
-
-
-@pytest.mark.parametrize("size, padded", [((100, 59), True), ((59, 100), True), ((100, 60), False), ((60, 100), False)])
-def test_adaptive_square_pads_what_is_longer_than_five_to_three(size, padded):
-    square = adaptive_square(Image.new("RGB", size, "white"))
-    assert square.size == ((100, 100) if padded else (60, 60))
-    pixels = np.asarray(square)
-    assert (pixels == 0).any() == padded and (pixels[len(pixels) // 2, len(pixels) // 2] == 255).all()
 
 
 def test_exif_orientation_is_obeyed_and_a_damaged_one_passed_over(tmp_path):
@@ -137,8 +123,8 @@ def test_bad_files_are_one_sentence_with_the_true_reason(tmp_path):
     (tmp_path / "dir.jpg").mkdir()
     saved(tmp_path, Image.new("1", (20000, 20000)), "bomb.png")                   # 50 kB on disk, 1.2 GB as RGB
     saved(tmp_path, Image.new("1", (51, 1)), "strip.png")
-    for name, words in (("cut.jpg", "truncated"), ("page.jpg", "not an image"), ("empty.png", "not an image"),
-                        ("script.jpg", "not an image .* JPEG, PNG"), ("no.jpg", "No such file"),
+    for name, words in (("cut.jpg", "truncated"), ("page.jpg", "cannot identify"), ("empty.png", "cannot identify"),
+                        ("script.jpg", "cannot identify .*convert it"), ("no.jpg", "No such file"),
                         ("dir.jpg", "Is a directory"), ("bomb.png", "20000x20000 pixels, too many"),
                         ("strip.png", "51x1 pixels, .*too long and thin")):
         with pytest.raises(UserError, match=words) as error:
@@ -168,11 +154,10 @@ def test_damage_anywhere_is_a_sentence(tmp_path):
 
 def test_flip_mirrors_exactly_the_images_it_should():
     img, draw = torch.rand(4, 3, 8, 8), torch.rand(8, 4)
-    assert torch.equal(augment(img, Augment(), draw), img)
     draw[4] = torch.tensor([0.1, 0.9, 0.4, 0.6])                                  # below one half: mirrored
-    out = augment(img, Augment(flip=True), draw)
-    for k, mirrored in enumerate([True, False, True, False]):
-        assert torch.equal(out[k], img[k].flip(-1) if mirrored else img[k])
+    mirrored = torch.stack([img[0].flip(-1), img[1], img[2].flip(-1), img[3]])
+    assert torch.equal(augment(img, Augment(flip=True), draw), mirrored)
+    assert torch.equal(augment(img, Augment(), draw), img)
 
 
 def test_random_crop_shows_a_window_of_the_image():

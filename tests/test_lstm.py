@@ -22,12 +22,12 @@ def everything(lstm, call, x, h, c):
 
 
 @pytest.mark.parametrize("num_layers, B, T", [(1, 3, 6), (1, 1, 1), (2, 3, 1), (3, 2, 9)])
-@pytest.mark.parametrize("way", ["forward", "plain"])
+@pytest.mark.parametrize("way", [(), (plain_loop,)])
 def test_equals_torch_with_gradients(way, num_layers, B, T):
     """The promise of the file: same numbers as nn.LSTM, for the output, both states and the gradient of all inputs."""
     (ours, theirs), L, H = twins(num_layers=num_layers), num_layers, 7
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((B, T, 5), (L, B, H), (L, B, H))]
-    got, want = everything(ours, getattr(ours, way), *inputs), everything(theirs, theirs, *inputs)
+    got, want = everything(ours, lambda x, state: ours(x, state, *way), *inputs), everything(theirs, theirs, *inputs)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
@@ -49,14 +49,6 @@ def test_dropout_acts_between_layers_and_only_in_training():
     assert torch.equal(lstm.eval()(x)[0], dry)
     lstm.train().dropout = 1.0
     assert torch.equal(lstm(x)[0], lstm(x + 1)[0])
-
-
-def test_an_edit_in_place_ends_in_no_wrong_gradient():
-    """The output is also the memory of the backward pass: an edit must end in torch's error, not in false numbers."""
-    out = twins()[0](torch.randn(2, 4, 5, dtype=torch.float64))[0]
-    with pytest.raises(RuntimeError, match="modified by an inplace|view"):
-        out.mul_(2)
-        out.sum().backward()
 
 
 def test_runs_in_full_precision_under_autocast():

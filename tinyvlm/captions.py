@@ -6,7 +6,7 @@ r"""Caption files of every public layout, each read into {image name: [caption, 
     {"image": "7.jpg", "captions": ["a dog, asleep"], "split": "val"}     json lines
     dataset_coco.json, captions_val2014.json                              Karpathy's splits, COCO's annotations
 
-Left out: which file a name means, and the split where none is given (layouts.py).
+Which file a name means, and the split where none is given, decides layouts.py.
 """
 import csv
 import io
@@ -57,8 +57,6 @@ def read_captions(path, notes=None):
             captions.setdefault(name, []).extend(texts)
             if split is None and word or splits.setdefault(name, split) != split:
                 raise UserError(f"{path} gives {name} the split {word!r}; each image needs one of train, val, test")
-    except UnicodeDecodeError as error:                         # it carries the whole file: not for the screen
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not in a known layout ({type(error).__name__}: {str(error)[:80]}); mend it, or "
                         "fetch it again; in a table, a quote left open or not doubled is the usual cause") from None
@@ -109,13 +107,9 @@ def _rows(path):
 
 
 def _karpathy(path):
-    """Yields the same from Karpathy's json (2015).
-
-    COCO's images have their folder in front, val2014/COCO_val2014_000000000042.jpg; its `restval`, the part of the
-    official val that he tests nothing on, is for training.
-    """
+    """Yields the same from Karpathy's json (2015); COCO's images have their folder in front: val2014/COCO_...jpg."""
     for image in read_json(path)["images"]:
-        name = "/".join([*([image["filepath"]] if "filepath" in image else []), image["filename"]])
+        name = f"{image.get('filepath', '.')}/{image['filename']}"
         yield name, [sentence["raw"] for sentence in image["sentences"]], image["split"]
 
 
@@ -126,4 +120,4 @@ def _coco(path):
     for note in content["annotations"]:
         texts[note["image_id"]].append(note["caption"])
     for image in content["images"]:
-        yield "/".join([subset, image["file_name"]]), texts[image["id"]], subset[:-4]
+        yield f"{subset}/{image['file_name']}", texts[image["id"]], subset[:-4]

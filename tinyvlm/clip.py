@@ -1,18 +1,15 @@
 """CLIP: two towers that put images and sentences into one space, where what belongs together lies together.
 
 From "Learning transferable visual models from natural language supervision" (Radford et al. 2021, arXiv:2103.00020).
-Nothing inside is new: the vision tower is our ViT or ResNet-50, the text tower our GPT without its output matrix. New
-is the task set by a batch: which of B sentences belongs to this image, and which of B images to this sentence?
+The vision tower is our ViT or ResNet-50, the text tower our GPT without its output matrix. New is the task set by a
+batch: which of B sentences belongs to this image, and which of B images to this sentence?
 
               a dog   a boat                     row 0 should find "a dog", column 0 should find the dog's image:
     dog.jpg  [  9.1     2.0 ]                    cross-entropy along the rows and along the columns,
     boat.jpg [  1.5     8.7 ]                    the right answers on the diagonal
 
-Gradients cannot be added up over micro-batches, as the table needs all B pairs at once. Two ways around: `gather`
-brings the embeddings of all processes together, and `contrastive_step` computes them twice. Either tower may be left
-out (None): ready-made features, or text embeddings made once by a frozen tower, take its place. Left out: OpenAI's
-attention-pooled ResNet.
-"""
+The table needs all B pairs at once: `gather` brings the embeddings of all processes together, and `contrastive_step`
+computes them twice where memory is short. Left out: OpenAI's attention-pooled ResNet."""
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,20 +25,19 @@ from .gpt import GPT, GPTConfig
 from .vit import ViTConfig, build_vision
 
 MAX_LOG_SCALE = math.log(100)   # sharper than a factor of 100, training becomes unstable (section 2.5 of the paper)
-# ViT-B/32 with a norm before its blocks; GPT-2's blocks, narrower, over CLIP's own vocabulary
+chance = math.log               # chance(B): the loss of a model that cannot tell B candidates apart: 4.852 for 128
 VISION = dict(patch_size=32, activation="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False)
 TEXT = dict(block_size=77, vocab_size=49408, n_head=8, n_embd=512, activation="quick_gelu")
 
 
 @dataclass
 class CLIPConfig:
-    """The defaults are OpenAI's ViT-B/32. LAION's weights want the activation "gelu" in both towers; with the wrong one
-    nothing fails, the features are only worse."""
-    vision: ViTConfig | ResNetConfig | None = field(default_factory=lambda: ViTConfig(**VISION))  # None: features come
-    text: GPTConfig | None = field(default_factory=lambda: GPTConfig(**TEXT))       # None: embeddings come
+    """The defaults are OpenAI's ViT-B/32. With the wrong activation nothing fails, the features are only worse."""
+    vision: ViTConfig | ResNetConfig | None = field(default_factory=lambda: ViTConfig(**VISION))  # None: given features
+    text: GPTConfig | None = field(default_factory=lambda: GPTConfig(**TEXT))       # None: given embeddings
     n_joint: int = 512              # D, width of the space that both towers meet in
     head: str = "linear"            # on the image side: "linear" as published; "mlp": two layers, GELU between
-    end_token: int | None = None    # the id that the tokenizer puts at a text's end; None: the largest id in each row
+    end_token: int | None = None    # a text is read at the first of these; None: at its largest id, as OpenAI's CLIP
     feat_dim: int | None = None     # width of ready-made features, where vision is None
     dropout: float = 0.0            # before each linear layer of the image head
 
@@ -53,22 +49,11 @@ def similarities(image_emb, text_emb, logit_scale):
 
 
 def info_nce(image_emb, text_emb, logit_scale):
-    """The symmetric InfoNCE loss of L2-normalised embeddings (B, D), row i of one belonging to row i of the other.
-    logit_scale: the LOG of the factor on the cosines (the inverse temperature), as CLIP stores it. From "Representation
-    learning with contrastive predictive coding" (van den Oord et al. 2018), symmetric as in CLIP's figure 3."""
+    """InfoNCE (van den Oord et al. 2018), both ways, of L2-normalised embeddings (B, D), row i of one belonging to row
+    i of the other. logit_scale: the LOG of the factor on the cosines (the inverse temperature)."""
     logits = similarities(image_emb, text_emb, logit_scale)                       # (B, B)
     diagonal = torch.arange(len(logits), device=logits.device)                    # (B,): the right answers
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.t(), diagonal)) / 2
-
-
-def chance(B):
-    return math.log(B)          # the loss of a model that cannot tell B candidates apart: 4.852 for 128
-
-
-def in_batch_accuracy(logits):
-    """logits (B, B) -> how often the true partner scores highest, the mean of both directions. By chance: 1 / B."""
-    diagonal = torch.arange(len(logits), device=logits.device)
-    return sum((logits.argmax(dim=d) == diagonal).float().mean().item() for d in (0, 1)) / 2
 
 
 class CLIP(nn.Module):
@@ -91,14 +76,12 @@ class CLIP(nn.Module):
                 nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
         if getattr(self.vision, "cls", None) is not None:       # as zeros, its gradient through the norm in front would
             nn.init.normal_(self.vision.cls, std=width ** -0.5)                   # be 1 / sqrt(eps) = 316 times larger
-        # a log, so that the optimizer's equal steps are equal factors and the factor stays positive
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))         # a log: equal steps, equal factors
 
     def forward(self, img, idx):
-        """img (B, 3, H, W), idx (B, T), pair by pair -> both embeddings (B, D) and logit_scale: what info_nce takes."""
+        """img (B, 3, H, W), idx (B, T), pair by pair -> what info_nce takes."""
         if self.training:           # clamp the parameter itself: clamping a copy would also cut its gradient for good
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=MAX_LOG_SCALE)
+            self.logit_scale.data.clamp_(max=MAX_LOG_SCALE)
         return self.encode_image(img), self.encode_text(idx), self.logit_scale
 
     def encode_image(self, img):
@@ -107,23 +90,17 @@ class CLIP(nn.Module):
         return F.normalize(self.image_head(self.drop(feats)).float(), dim=-1)     # (B, D)
 
     def encode_text(self, idx):
-        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything. (What stands
-        after it changes nothing, as blocks are causal.) Floats (B, D) are embeddings already, perhaps in float16."""
+        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything; padding after
+        it changes nothing, as blocks are causal. Floats (B, D) are embeddings already."""
         if idx.is_floating_point():
             return F.normalize(idx.float(), dim=-1)                               # (B, D)
-        x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), self.end_of(idx)]         # (B, C)
+        end = self.config.end_token
+        ended = idx == (idx.amax(dim=1, keepdim=True) if end is None else end)    # (B, T)
+        if not self.training and not ended.any(dim=1).all():    # in training no GPU is waited for
+            raise UserError(f"a text lacks the end token, id {end}: use the tokenizer that came with the weights")
+        at = ended.int().argmax(dim=1)                                            # (B,): the first
+        x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), at]  # (B, C)
         return F.normalize(self.text_head(x).float(), dim=-1)                     # (B, D)
-
-    def end_of(self, idx):
-        """idx (B, T) -> where each text ends (B,): at the first end_token (padding may repeat it). Without one, at the
-        largest id: OpenAI's rule, which fails as soon as somebody adds tokens to the vocabulary."""
-        if self.config.end_token is None:
-            return idx.argmax(dim=1)
-        found = (idx == self.config.end_token).int()                              # (B, T)
-        if not (self.training and idx.is_cuda) and not found.any(dim=1).all():    # a GPU in training is not waited for
-            raise UserError(f"a text lacks the end token (id {self.config.end_token}) at which this CLIP reads it; "
-                            "encode it with the tokenizer that came with the weights")
-        return found.argmax(dim=1)
 
     def parts(self):
         """{"connector" | "decoder" | "vision": parameters}: heads and temperature, text tower, vision tower."""
@@ -133,9 +110,8 @@ class CLIP(nn.Module):
 
 
 def gather(x):
-    """(B, D), B the same everywhere -> the rows of all W processes (W * B, D), with gradients; of one process: itself.
-    Each process then calls backward on the WHOLE batch's loss as it is. Its own rows receive W times the gradient (W
-    equal losses, summed); DistributedDataParallel's mean over the processes takes the W away."""
+    """(B, D), B the same everywhere -> the rows of all W processes (W * B, D), with gradients. Each process calls
+    backward on the WHOLE batch's loss, so gradients come W times; DistributedDataParallel's mean takes the W away."""
     if not dist.is_initialized():
         return x
     rows = x.new_zeros(dist.get_world_size(), *x.shape)                           # (W, B, D)
@@ -146,9 +122,8 @@ def gather(x):
 def contrastive_step(model, chunks, autocast=nullcontext, scale=lambda loss: loss):
     """The gradient of a batch of B pairs in the memory of one chunk, as GradCache makes it (arXiv:2101.06983): embed
     all chunks without a graph, keeping 2 B D numbers; take the loss of the whole (B, B) table and its gradient by these
-    numbers; embed each chunk again, now with a graph, and push its rows of that gradient through it.
-    chunks: pairs (img, idx), of equal number and size in all processes. autocast, scale: the device's context and the
-    GradScaler's method. Adds to .grad; returns the loss, detached. BatchNorm takes its means over a chunk."""
+    numbers; embed each chunk again, now with a graph, and push its rows of that gradient through it. chunks: pairs
+    (img, idx), equally many in all processes; scale: the GradScaler's method. Adds to .grad; returns the loss."""
     seeds = torch.randint(2 ** 62, (len(chunks),)).tolist()     # dropout must fall alike both times
 
     def embed(k):
@@ -163,9 +138,9 @@ def contrastive_step(model, chunks, autocast=nullcontext, scale=lambda loss: los
     image_emb, text_emb, scales = zip(*leaves)
     loss = info_nce(gather(torch.cat(image_emb)), gather(torch.cat(text_emb)), scales[-1])
     scale(loss).backward()                                      # now every leaf has its .grad, but of scales the last
+    no_sync = getattr(model, "no_sync", nullcontext)            # DDP adds up over processes once, with the last chunk
     for k in range(len(chunks)):
-        last = k == len(chunks) - 1                             # DDP adds up over processes once
-        with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
+        with no_sync() if k + 1 < len(chunks) else nullcontext():
             pairs = [(x, leaf.grad) for x, leaf in zip(embed(k), leaves[k])       # without what is frozen
                      if x.requires_grad and leaf.grad is not None]
             torch.autograd.backward(*zip(*pairs))

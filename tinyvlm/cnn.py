@@ -1,10 +1,8 @@
 """Two convolutional vision towers: VGG-16 (Simonyan & Zisserman 2014) and ResNet-50 (He et al. 2015), with BatchNorm.
 
-VGG is a straight pile of 3x3 convolutions. In ResNet every block adds to its input instead of replacing it, so that
-the gradient finds a short way down, and 50 layers train. This is "v1.5", as torchvision's: the halving sits on a
-block's 3x3 convolution (the paper's 1x1 before it drops 3 of 4 places unseen). Left out: VGG's dropout and BatchNorm,
-as it only serves frozen; the two-convolution block of ResNet-18.
-"""
+VGG is a straight pile of 3x3 convolutions (no dropout: here it only serves frozen). In ResNet every block adds to its
+input instead of replacing it, so that the gradient finds a short way down, and 50 layers train. It is "v1.5", as
+torchvision's: the halving sits on a block's 3x3 convolution (the paper's 1x1 drops 3 of 4 places unseen)."""
 from dataclasses import dataclass
 
 import torch
@@ -16,24 +14,18 @@ from .config import UserError
 
 
 class AllReduce(torch.autograd.Function):
-    """dist.all_reduce, but with a gradient: the sum of x over all processes, and backward the sum of its gradients."""
+    """dist.all_reduce with a gradient: the sum of x over all processes, and backward the sum of its gradients."""
     @staticmethod
     def forward(ctx, x):
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllReduce.apply(grad)
+    backward = staticmethod(lambda ctx, grad: AllReduce.apply(grad))
 
 
 class BatchNorm2d(nn.Module):
-    """Ioffe & Szegedy 2015: give every channel mean 0 and variance 1, then a learned scale and shift.
-    (B, C, H, W) -> same. In training the statistics are the batch's own, and a running average of them is kept; eval
-    uses that average: an image's features then do not depend on its neighbours. Numbers as torch.nn.BatchNorm2d."""
-    eps, momentum = 1e-5, 0.1                               # momentum: the newest batch's weight in the average
-
+    """Ioffe & Szegedy 2015: give every channel mean 0 and variance 1, then a learned scale and shift. Statistics are
+    the batch's own in training, and their running average in eval, where no image shall depend on its neighbours."""
     def __init__(self, n_channel):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(n_channel)), nn.Parameter(torch.zeros(n_channel))
@@ -41,19 +33,18 @@ class BatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(n_channel))
 
     def forward(self, x):
-        if self.training and x.numel() == x.shape[1]:
-            raise UserError("BatchNorm in training needs several images, or places, at once: raise --batch-size, lower --accum")
         world = dist.get_world_size() if self.training and dist.is_initialized() else 1
+        n = x.numel() // x.shape[1] * world
+        if self.training and n == 1:
+            raise UserError("BatchNorm cannot train on one value per channel: raise --batch-size, or lower --accum")
         if world == 1:                                      # in one fused call, what follows for several processes
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                                self.training, self.momentum, self.eps)
-        y, n = x.to(self.weight.dtype), x.numel() // x.shape[1] * world             # not in half precision
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        y = x.to(self.weight.dtype)                                                 # not in half precision
         mean = AllReduce.apply(y.mean(dim=(0, 2, 3), keepdim=True)) / world         # (1, C, 1, 1)
         var = AllReduce.apply((y - mean).square().mean(dim=(0, 2, 3), keepdim=True)) / world
-        with torch.no_grad():           # the batch has its biased variance (over n), the average the unbiased (n - 1)
-            self.running_mean.lerp_(mean.flatten(), self.momentum)                  # old + 0.1 * (new - old)
-            self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
-        y = (y - mean) / torch.sqrt(var + self.eps)
+        self.running_mean.lerp_(mean.detach().flatten(), 0.1)                       # old + 0.1 * (new - old)
+        self.running_var.lerp_(var.detach().flatten() * n / (n - 1), 0.1)           # unbiased; the batch's is biased
+        y = (y - mean) / torch.sqrt(var + 1e-5)
         return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
@@ -63,14 +54,14 @@ def conv(n_in, n_out, size, stride=1):
 
 
 def init_like_kaiming(model):
-    """He et al. 2015b: weights of variance 2 / fan-in, so that signals keep their size through the ReLUs."""
+    """He et al. 2015b: variance 2 / fan-in keeps the size of signals. bn3 at 0: blocks begin as shortcuts alone."""
     for name, p in model.named_parameters():
         if name == "head.weight":
             nn.init.normal_(p, std=0.01)                    # no ReLU follows: begin with nearly equal logits
         elif p.ndim > 1:
             nn.init.kaiming_normal_(p, nonlinearity="relu")
-        elif name.endswith((".bias", "bn3.weight")):        # bn3 at zero: each block of the ResNet starts as its
-            nn.init.zeros_(p)                               # shortcut alone (Goyal et al. 2017)
+        elif name.endswith((".bias", "bn3.weight")):
+            nn.init.zeros_(p)
 
 
 class VisionTower(nn.Module):
@@ -121,10 +112,10 @@ class ResNet50(VisionTower):
         c = self.config = config or ResNetConfig()
         self.conv1, self.bn1 = conv(3, c.width, 7, stride=2), BatchNorm2d(c.width)
         self.stages, n_in = nn.Sequential(), c.width
-        for s, n_block in enumerate(c.blocks):
+        for s, n_block in enumerate(c.blocks):              # each stage but the first begins by halving H and W
             n_mid, n_out = c.width * 2 ** s, 4 * c.width * 2 ** s
-            blocks = [Bottleneck(n_in, n_mid, n_out, stride=2 if s else 1)]         # halves H and W but at first
-            self.stages.append(nn.Sequential(*blocks, *(Bottleneck(n_out, n_mid, n_out) for _ in range(1, n_block))))
+            sizes = [(n_in, n_mid, n_out, 2 if s else 1)] + [(n_out, n_mid, n_out)] * (n_block - 1)
+            self.stages.append(nn.Sequential(*(Bottleneck(*size) for size in sizes)))
             n_in = n_out
         self.n_feat, self.head = n_in, nn.Linear(n_in, c.n_class) if c.n_class else None
         init_like_kaiming(self)
@@ -138,19 +129,18 @@ class ResNet50(VisionTower):
 @dataclass
 class VGGConfig:
     """Sizes of a VGG; the defaults are VGG-16."""
-    widths: tuple = (64, 128, 256, 512, 512)    # channels of the five stages, each halving H and W at its end
-    convs: tuple = (2, 2, 3, 3, 3)              # 3x3 convolutions per stage: 13, and 3 linear layers make 16
+    widths: tuple = (64, 128, 256, 512, 512)    # channels of the stages, each halving H and W at its end
     n_hidden: int = 4096                        # of the two hidden linear layers
     n_class: int = 1000                         # 0: no head
 
 
 class VGG16(VisionTower):
-    """13 convolutions, then an MLP over the 7 x 7 places. The features are fc2 after its ReLU, never negative."""
+    """13 convolutions, then an MLP over the 7 x 7 places: 16 layers. The features are fc2's, after its ReLU."""
     def __init__(self, config=None):
         super().__init__()
         c = self.config = config or VGGConfig()
         self.feature_map, n_in = nn.Sequential(), 3         # (B, 3, H, W) -> (B, 512, H / 32, W / 32)
-        for n_out, n_conv in zip(c.widths, c.convs):
+        for n_out, n_conv in zip(c.widths, (2, 2, 3, 3, 3)):
             for _ in range(n_conv):                         # numbered as the public files number them: 0, 2, 5, 7, ..
                 self.feature_map.extend([nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(inplace=True)])
                 n_in = n_out

@@ -6,8 +6,9 @@
 A file gets its final name only when it is whole and checked, so "the file is there" always means "the file is good".
 The cache is huggingface_hub's own: what transformers downloaded is found without a request, and the reverse. Unlike
 that library we do NOT ask whether `main` has moved on once a copy is cached. Left out: Xet, uploads, parallel parts.
-`Guard:` stands where something protects against a bad server. `retry`, `request` and `body` serve web.py, too.
+`Guard:` stands at what protects against a bad server. `retry`, `request` and `body` serve web.py, too.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -27,7 +28,6 @@ from .files import locked, write_text
 
 HEADERS = {"User-Agent": "tinyvlm", "Accept-Encoding": "identity"}
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")    # a relative path that cannot leave its folder: no "..", "/x", "C:"
-BROKEN = (OSError, ValueError, urllib3.exceptions.HTTPError)    # all that requests and urllib3 raise on bad answers
 
 
 class DownloadError(UserError):
@@ -39,11 +39,15 @@ class DownloadError(UserError):
         self.reason, self.transient, self.code, self.headers = reason, transient, code, headers
 
 
-def fault(url, error):
-    """One of BROKEN -> DownloadError. requests wraps what urllib3 wraps around the cause; its class is our reason."""
-    cause = getattr(error.args[0] if error.args else None, "reason", error)
-    hopeless = isinstance(error, (ValueError, requests.exceptions.SSLError))      # no address or header; TLS fails
-    return DownloadError(url, type(cause).__name__, not hopeless)
+@contextlib.contextmanager
+def faults(url):
+    """All that requests and urllib3 raise on bad answers becomes a DownloadError: the innermost cause is its reason."""
+    try:
+        yield
+    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+        cause = getattr(error.args[0] if error.args else None, "reason", error)
+        hopeless = isinstance(error, (ValueError, requests.exceptions.SSLError))  # no address or header; TLS fails
+        raise DownloadError(url, type(cause).__name__, not hopeless) from None
 
 
 def retry(attempt, tries=5, deadline=math.inf):
@@ -65,19 +69,17 @@ def request(session, method, url, headers, accept=(200,), timeout=30):
     requests could follow by itself, but it would read a redirect's body whole.
     """
     here = url
-    for _ in range(11):
-        try:
+    with faults(url):
+        for _ in range(11):
             if urlsplit(here)[:2] != urlsplit(url)[:2]:         # Guard: a token goes to the first scheme and host only
                 headers = {name: value for name, value in headers.items() if name != "Authorization"}
             answer = session.request(method, here, headers=headers, stream=True, allow_redirects=False, timeout=timeout,
                                      auth=lambda r: r)          # none; else requests sends what ~/.netrc holds
             there = session.get_redirect_target(answer)
-            if there is None or (method == "HEAD" and urlsplit(there).netloc):
+            if there is None or method == "HEAD" and urlsplit(there).netloc:
                 break
             answer.close()
             here = urljoin(here, there)
-        except BROKEN as error:
-            raise fault(url, error) from None
     code = answer.status_code
     if code not in accept:
         raise DownloadError(url, f"HTTP {code}", code in (408, 429) or code >= 500, code, answer.headers)
@@ -94,12 +96,11 @@ def body(url, answer, max_bytes):
     packed = answer.headers.get("Content-Encoding", "identity") != "identity"     # though we ask for no such thing
     if length is None and not answer.raw.chunked or packed:
         raise DownloadError(url, "no length, or packed", transient=True)          # cut within its head, for one
-    try:
-        while max(done, length or 0) <= max_bytes and (piece := answer.raw.read1(1 << 20, decode_content=False)):
+    with faults(url):
+        while piece and max(done, length or 0) <= max_bytes:
+            piece = answer.raw.read1(1 << 20, decode_content=False)
             done += len(piece)
             yield piece
-    except BROKEN as error:
-        raise fault(url, error) from None
     if piece:
         raise DownloadError(url, f"more than {max_bytes} bytes")
 
@@ -134,15 +135,15 @@ def download(url, path, sha256=None, headers=HEADERS, max_bytes=10**11, max_seco
         ranged = {**headers, "Range": f"bytes={start}-"} if start else headers
         with request(session, "GET", url, ranged, accept=(200, 206, 416)) as answer:
             start = 0 if answer.status_code == 200 else start
-            done, total = start, start + (answer.raw.length_remaining or 0)
+            total = start + (answer.raw.length_remaining or 0)
             if answer.status_code > 200 and answer.headers.get("Content-Range") != f"bytes {start}-{total - 1}/{total}":
                 part.unlink(missing_ok=True)                    # Guard: another part than we want, or none (416)
                 raise DownloadError(url, "wrong range", transient=True)
             with open(part, "ab" if start else "wb") as file:
                 for piece in body(url, answer, max_bytes - start):
-                    done += file.write(piece)
+                    file.write(piece)
                     if total > 1 << 20:
-                        progress(done, total, f"bytes of {path.name}")
+                        progress(file.tell(), total, f"bytes of {path.name}")
                     if monotonic() > deadline:                  # Guard: one byte a second never times out
                         raise DownloadError(url, f"not done within {max_seconds:.0f} s")
                 file.flush()
@@ -160,84 +161,72 @@ def download(url, path, sha256=None, headers=HEADERS, max_bytes=10**11, max_seco
 
 # ---- the hub: models--org--name/{refs/main, blobs/<etag>, snapshots/<commit>/<file> -> ../../blobs/<etag>}
 
-def _hub_fetch(url, home, folder, filename, revision):
-    """The blob, then the link to it, then the ref, which says that the rest is there.
-
-    The hub knows the etag, not the store it redirects to: the content's sha256 for a large file (X-Linked-Etag), git's
-    blob id for a small one. A redirect within it is a renamed repository (gpt2 -> openai-community/gpt2).
-    """
-    file, headers = home / "token", HEADERS
-    if token := (os.environ.get("HF_TOKEN") or (file.read_text() if file.is_file() else "")).strip():
-        headers = {**HEADERS, "Authorization": f"Bearer {token}"}
-    with requests.Session() as session:
-        head = retry(lambda: request(session, "HEAD", url, headers, (200, 301, 302, 303, 307, 308))).headers
-    commit, etag = head.get("X-Repo-Commit", ""), re.sub('^W/|"', "", head.get("X-Linked-Etag") or head.get("ETag", ""))
-    if not re.fullmatch(r"\w[\w.-]* \w[\w.-]*", f"{commit} {etag}"):              # Guard: both become file names
-        raise DownloadError(url, "no commit or no ETag, so this is no hub (see HF_ENDPOINT and the proxy)")
-    blob, link = folder / "blobs" / etag, folder / "snapshots" / commit / filename
-    download(url, blob, etag if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag) else None, headers)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    except OSError:
-        if not link.exists():                                   # else another process was as quick
-            os.link(blob, link)                                 # Windows without the privilege: a second name
-    if revision != commit:
-        write_text(folder / "refs" / revision, commit)
-    return link
-
-
 def hf_file(repo_id, filename, revision="main", missing_ok=False):
     """The Path of one file of a hub repository, from the shared cache or else the network (then cached).
 
     revision: branch, tag, `refs/pr/32`, or a commit sha. With missing_ok a file that the repository does not have
     gives None instead of a DownloadError (offline: one that the cache does not have).
     Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE as for huggingface_hub.
+
+    The hub knows the etag, not the store it redirects to: the content's sha256 for a large file (X-Linked-Etag), git's
+    blob id for a small one. A redirect within it is a renamed repository (gpt2 -> openai-community/gpt2).
     """
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    url = f"{endpoint}/{repo_id}/resolve/{quote(revision, safe='')}/{quote(filename)}"
+    get = os.environ.get
+    url = f"{get('HF_ENDPOINT') or 'https://huggingface.co'}/{repo_id}/resolve/{quote(revision, '')}/{quote(filename)}"
     if not all(map(NAME.fullmatch, (repo_id, filename, revision))) or "--" in repo_id:      # Guard: they become paths
         raise DownloadError(url, "no plain names of a hub repository, a file in it and a revision")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    folder = cache / f"models--{repo_id.replace('/', '--')}"
-    ref = folder / "refs" / revision
-    found = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision) / filename
-    if found.is_file():
-        return found
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if offline and not missing_ok:
-        raise DownloadError(url, f"there is no {found}, and HF_HUB_OFFLINE forbids the network")
+    home = Path(get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    folder = Path(get("HF_HUB_CACHE") or home / "hub").expanduser() / f"models--{repo_id.replace('/', '--')}"
+    offline = get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    ref, login = folder / "refs" / revision, home / "token"
+    link = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision) / filename
+    if link.is_file():
+        return link
+    if offline and missing_ok:
+        return None
+    if offline:
+        raise DownloadError(url, f"there is no {link}, and HF_HUB_OFFLINE forbids the network")
+    token = (get("HF_TOKEN") or (login.read_text() if login.is_file() else "")).strip()
+    headers = {**HEADERS, "Authorization": f"Bearer {token}"} if token else HEADERS
     try:
-        return None if offline else _hub_fetch(url, home, folder, filename, revision)
+        with requests.Session() as session:
+            head = retry(lambda: request(session, "HEAD", url, headers, (200, 301, 302, 303, 307, 308))).headers
+        commit, etag = head.get("X-Repo-Commit", ""), head.get("X-Linked-Etag") or head.get("ETag", "")
+        etag = re.sub('^W/|"', "", etag)
+        if not (NAME.fullmatch(commit) and re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag)):  # Guard: both become names
+            raise DownloadError(url, "no commit or no checksum, so this is no hub (see HF_ENDPOINT and the proxy)")
+        blob = download(url, folder / "blobs" / etag, etag, headers)
     except DownloadError as error:
         why = error.headers.get("X-Error-Code", "")
-        if error.code == 404 and why in ("", "EntryNotFound") and missing_ok:
+        if missing_ok and error.code == 404 and why in ("", "EntryNotFound"):
             return None
         hint = f" {why} (what is private or gated needs a token in HF_TOKEN)" if error.code in (401, 403, 404) else ""
         raise DownloadError(url, error.reason + hint) from None
+    link = folder / "snapshots" / commit / filename
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):                  # another process was as quick
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    if revision != commit:
+        write_text(ref, commit)                                 # last: it says that the rest is there
+    return link
 
 
 def extract_zip(zip_path, folder):
-    """Unpack into a new `folder` and return its Path: it appears whole or not at all. Raises UserError.
+    """Unpack into a new `folder`, which appears whole or not at all. Raises UserError.
 
     zipfile itself keeps every name inside the folder, makes plain files of links, and checks each size and CRC, so a
     zip cannot unpack to more than it declares; what it declares is checked here.
     """
-    folder = Path(folder)
-    work = folder.with_name(folder.name + ".incomplete")
+    work = Path(f"{folder}.incomplete")
     try:
         shutil.rmtree(work, ignore_errors=True)                 # what a killed run left
         with zipfile.ZipFile(zip_path) as archive:
             size, packed = sum(member.file_size for member in archive.infolist()), Path(zip_path).stat().st_size
             if size > 200 * packed + 10**6:                     # a bomb: photographs hardly shrink
                 raise ValueError(f"its {packed} bytes would become {size}")
-            for done, member in enumerate(archive.infolist(), 1):
-                archive.extract(member, work)
-                progress(done, len(archive.infolist()), f"files of {Path(zip_path).name}")
+            archive.extractall(work)
         os.replace(work, folder)
     except Exception as error:                                  # on a damaged zip zipfile raises nearly anything
         shutil.rmtree(work, ignore_errors=True)
         raise UserError(f"cannot unpack {zip_path} to {folder} ({error}); delete a damaged zip or make room, and run "
                         "again") from None
-    return folder

@@ -27,8 +27,8 @@ def caption_sheet(images, texts, columns=4, side=192):
     for k, (image, lines) in enumerate(zip(images, texts, strict=True)):
         x, y = gap + k % columns * wide, gap + k // columns * high
         scale = side / max(image.size)      # a small image is enlarged so that its pixels stay visible
-        small = image.resize([max(1, round(v * scale)) for v in image.size],
-                             Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        small = image.resize([max(1, round(v * scale)) for v in image.size], how)
         sheet.paste(small, (x + (side - small.width) // 2, y + (side - small.height) // 2))
         ImageDraw.Draw(sheet).text((x, y + side + 4), "\n".join(lines), INK, ImageFont.load_default(12), spacing=3)
     return sheet
@@ -69,7 +69,7 @@ def curves(series, title):
         pen.line([at(x, y0), at(x, y1)], GRID, 2)
         pen.text((at(x, y0)[0], bottom + 16), f"{x:,.10g}", INK, font, "mt")
     pen.text((left, 20), title + ", log scale" * log, INK, ImageFont.load_default(30))
-    start = left                        # of the legend, "-- training  -- validation": above the plot it covers no line
+    start = left                        # of the legend, above the plot: "-- training  -- validation"
     for (name, line), hue in zip(lines.items(), HUES):
         line = [at(x, y) for x, y in line]
         pen.line(line, hue, 4, "curve")
@@ -114,9 +114,8 @@ def progress(done, total, label):
     """One line that says how far, and how long still: redrawn on a terminal; in a log file, a line every 30 seconds."""
     now, live, last = time.monotonic(), sys.stderr.isatty(), done >= total
     start, shown = _clocks.pop(label, (now, now))
-    due = now - shown >= (0.1 if live else 30) or live and last
-    if not last:
-        _clocks[label] = start, now if due else shown
-    if due:
-        line = f"{label}: {done}/{total}, {(now - start) / max(1, done) * (total - done):.0f} s left "
+    if now - shown >= (0.1 if live else 30) or live and last:
+        line, shown = f"{label}: {done}/{total}, {(now - start) / max(1, done) * (total - done):.0f} s left ", now
         print("\r" * live + line, end="\n" if last or not live else "", file=sys.stderr, flush=True)
+    if not last:
+        _clocks[label] = start, shown

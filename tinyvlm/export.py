@@ -2,17 +2,17 @@
 
     python -m tinyvlm.export out/mine my-captioner          # a run's folder, then the folder to write
 
-The same name tables, read from left to right (names.outward), and three small files around them: config.json (sizes,
-in their words), generation_config.json (how a caption begins and ends) and preprocessor_config.json (the Recipe).
-Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here.
+The same tables, read from left to right (names.outward, families.SETTINGS), and how captions begin and end, and images
+are prepared. Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here.
 """
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from .config import UserError, run_script
-from .families import ACT_NAMES
+from .families import ACT_NAMES, SETTINGS
 from .files import write_json
 from .names import NAMINGS, outward
 from .pretrained import load_run
@@ -20,21 +20,12 @@ from .recipes import to_transformers
 from .vlm import CrossCaptioner
 from .weights import save_safetensors
 
-THEIRS = {ours: theirs for theirs, ours in ACT_NAMES.items()}
 
-
-def _gpt2_config(c):
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-            "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-            "n_inner": c.n_hidden, "activation_function": THEIRS[c.activation], "layer_norm_epsilon": c.eps,
-            "tie_word_embeddings": True, "add_cross_attention": True, "is_decoder": True}
-
-
-def _vit_config(c):
-    return {"model_type": "vit", "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
-            "num_attention_heads": c.n_head, "intermediate_size": c.n_hidden or 4 * c.n_embd,
-            "hidden_act": THEIRS[c.activation], "layer_norm_eps": c.eps, "image_size": c.image_size,
-            "patch_size": c.patch_size}
+def _config(c, kind):
+    """Our GPTConfig or ViTConfig -> the sizes and settings of their config.json, in its words."""
+    theirs = {ours: theirs for theirs, ours in ACT_NAMES.items()}
+    ours = asdict(c) | {"n_hidden": c.n_hidden or 4 * c.n_embd, "activation": theirs[c.activation]}
+    return {"model_type": kind} | {word: ours[field] for field, word in SETTINGS[kind].items() if field in ours}
 
 
 def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=None, max_tokens=None):
@@ -58,12 +49,12 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
     files["config"] = {
         "model_type": "vision-encoder-decoder", "architectures": ["VisionEncoderDecoderModel"], **ids,
         "is_encoder_decoder": True, "tie_word_embeddings": True, "torch_dtype": "float32",
-        "encoder": _vit_config(c.vision), "decoder": _gpt2_config(c.text)}
+        "encoder": _config(c.vision, "vit"), "decoder": _config(c.text, "gpt2") | {
+            "architectures": ["GPT2LMHeadModel"], "add_cross_attention": True, "is_decoder": True}}
     if tokenizer:
         tokenizer.save(folder)
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.id_to_token(end))
-        files["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names,
-                                     "clean_up_tokenization_spaces": False}
+        files["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     for name, content in files.items():
         write_json(folder / f"{name}.json", content)
 
@@ -73,8 +64,8 @@ def main():
     if len(sys.argv) != 3:
         raise UserError("usage: python -m tinyvlm.export RUN FOLDER")
     run = load_run(sys.argv[1])
-    export_vit_gpt2(run.model, sys.argv[2], run.recipe, run.tokenizer,
-                    *(run.config.get(key) for key in ("first", "end", "max_tokens")))
+    ids = (run.config.get(key) for key in ("first", "end", "max_tokens"))
+    export_vit_gpt2(run.model, sys.argv[2], run.recipe, run.tokenizer, *ids)
     print(f"wrote {sys.argv[2]}; open it with transformers: VisionEncoderDecoderModel.from_pretrained")
 
 

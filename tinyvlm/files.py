@@ -6,6 +6,7 @@ All that tinyvlm leaves on a disk goes through `atomic_write`: a kill at any mom
 """
 import contextlib
 import csv
+import fcntl
 import glob
 import io
 import json
@@ -18,14 +19,8 @@ from pathlib import Path
 
 from .config import UserError
 
-try:
-    import fcntl
-except ImportError:                     # Windows
-    fcntl = None
-
-# Cameras and phones write these. Pillow cannot open .heic by itself: such a file is named as broken, never overlooked.
-IMAGE_TYPES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic",
-               ".heif")
+# Pillow cannot open .heic, from phones, by itself: such a file is named as broken, never overlooked.
+IMAGE_TYPES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
 
 
 def atomic_write(path, write):
@@ -33,7 +28,7 @@ def atomic_write(path, write):
 
     os.replace swaps names in one step, so whoever opens `path` finds the old content or the new, never a part. On a
     failure (full disk, ctrl-C) the new file goes and the old one stays. Missing folders are made, links are followed.
-    Raises UserError where `path` is a device or a folder (a rename would replace /dev/null by a file), or OSError.
+    A device is refused: a rename would replace /dev/null by a file.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -42,19 +37,19 @@ def atomic_write(path, write):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")    # same folder: renames cannot cross file systems
     try:
         for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-            if time.time() - part.stat().st_mtime > 600:        # left by a process that was killed (-9)
+            if time.time() - part.stat().st_mtime > 600:        # left by a process that was killed
                 part.unlink()
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())     # without it a power cut could leave the good name on bytes never written
+            os.fsync(file.fileno())     # else a power cut could leave the good name on bytes never written
         os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)      # the name the user knows; a full disk comes without any
         raise
     finally:
-        with contextlib.suppress(OSError):                      # a read-only disk has a sentence already
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                      # it has been renamed, or could not be made
+            temporary.unlink()
 
 
 def write_text(path, text):
@@ -85,43 +80,39 @@ def write_image(path, image):
 def locked(path, wait=True):
     """`with locked(path):` lets one process in at a time; the others wait, or with wait=False get a UserError.
 
-    The kernel drops a lock with its process. The empty file stays: removing it would let in two, one with the old file
-    open and one with a new.
+    The kernel drops a lock with its process. The empty file stays: with old and new file open, two would be in.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{path.parent} is in use by another process; wait, or name another folder") from None
-        except (OSError, AttributeError):       # a network disk without locks, or Windows: go on without
+        except OSError:                 # a network disk without locks
             pass
         yield
 
 
-def read_json(path, error=UserError):
-    """The content of a JSON file. Raises `error`, a UserError naming the file, when it is missing or broken."""
+def read_json(path):
+    """The content of a JSON file. Raises UserError when it is broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as fault:
-        raise error(f"cannot read {path}: {fault.strerror}; check the path") from fault
-    except (ValueError, RecursionError) as fault:   # not UTF-8, not JSON, nested too deeply, a NUL in the path
-        raise error(f"{path} is not a readable JSON file: {str(fault)[:100]}; mend it or fetch it again") from fault
+    except (ValueError, RecursionError) as fault:   # not UTF-8, not JSON, nested too deeply
+        raise UserError(f"{path} is not a readable JSON file: {str(fault)[:100]}; mend it or fetch it again") from None
 
 
 def list_files(folder):
     """["b.txt", "a/b.jpg", ..]: every file in a folder, shallow ones first; links are followed.
 
-    Passed over: hidden ones, a Mac's ._7.jpg and __MACOSX, which are no pictures; what is being unpacked; and copies
-    in a folder of the same name, as Kaggle has them (Images/7.jpg, Images/Images/7.jpg).
+    Passed over: hidden ones and a Mac's ._7.jpg and __MACOSX; what is being unpacked; and copies in a folder of the
+    same name, as Kaggle has them (Images/7.jpg, Images/Images/7.jpg).
     """
-    every = glob.glob("**", root_dir=folder, recursive=True)
-    sizes = {path: os.path.getsize(os.path.join(folder, path)) for path in every
-             if not re.search(r"(^|/)__MACOSX/|\.incomplete/", path) and os.path.isfile(os.path.join(folder, path))}
-    first = {path: re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path) for path in sizes}         # Images/Images/ -> Images/
-    found = [path for path in sizes if path == first[path] or sizes.get(first[path]) != sizes[path]]
-    return sorted(found, key=lambda path: (path.count("/"), path))
+    first = {}
+    for path in sorted(glob.glob("**", root_dir=folder, recursive=True), key=lambda path: (path.count("/"), path)):
+        file = os.path.join(folder, path)
+        if os.path.isfile(file) and not re.search(r"(^|/)__MACOSX/|\.incomplete/", path):
+            first.setdefault((re.sub(r"(?<![^/])([^/]+/)\1+", r"\1", path), os.path.getsize(file)), path)
+    return [*first.values()]
 
 
 def list_images(folder):
@@ -150,22 +141,23 @@ class ImageFinder:
     """
 
     def __init__(self, folder):
-        self.folder, self.home, every = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
-        self.images = [path for path in every if path.lower().endswith(IMAGE_TYPES)]
-        self.files = sorted({*every} - {*self.images})          # captions and the like
+        self.folder, self.home, self.files = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
         self.ending, inner = {}, ["", *glob.glob("**/", root_dir=folder, recursive=True)]
         self.places = {place for path in inner for place, _ in _ends(tidy_name(f"{self.home}/{path}x"))}
+        self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)]
         for path in self.images:
             for _, end in _ends(tidy_name(f"{self.home}/{path}")):
                 self.ending.setdefault(end, []).append(path)    # {"cats/8.jpg": [the images whose paths end so]}
 
     def find(self, names, base=""):
         """{name: path} of those that are there: below `base`, the folder of the file that names them, else anywhere."""
-        by_name = not any(place in self.places for name in names for place, _ in _ends(tidy_name(name))[:-1])
+        tidy = {name: tidy_name(name) for name in names}
+        by_name = not any(place in self.places for name in tidy.values() for place, _ in _ends(name)[:-1])
         for start in (base and base + "/", ""):
-            if found := {name: path for name in names if (path := self._find(tidy_name(name), start, by_name))}:
+            found = {name: self._find(tidy[name], start, by_name) for name in names}
+            if any(found.values()):
                 break
-        return found
+        return {name: path for name, path in found.items() if path}
 
     def _find(self, name, start, by_name):
         whole = tidy_name(posixpath.join(self.home, start, name))

@@ -3,10 +3,7 @@
 A model takes part by offering three things (see vlm.py):
     prefill(img, idx, lengths, max_new_tokens) -> logits (B, V), state      encode the image, read the prompt, once
     step(idx (R,), state) -> logits (R, V)                                  read one more token in each of R rows
-    state.reorder(rows (R',))                                               row i continues what was row rows[i]
-Greedy, temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and beam search see only numbers over the
-vocabulary. Beams are scored as transformers scores them.
-"""
+    state.reorder(rows (R',))                                               row i continues what was row rows[i]"""
 import torch
 import torch.nn.functional as F
 
@@ -16,13 +13,10 @@ NEVER = -1e9    # a score no real sentence has; finite, because -inf - -inf is n
 @torch.inference_mode()
 def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, num_beams=1, eos_id=None,
              length_penalty=1.0, seed=None, forbidden=()):
-    """Continue each prompt; all images of the batch decode together. Returns B lists of new ids, without eos_id.
-
-    img: (B, 3, H, W) or features, or None for a model without images. idx: B prompts of ids, of any lengths.
-    temperature 0 takes the likeliest token every time (greedy); above 0 draws from softmax(logits / temperature), kept
-    to the top_k likeliest and to the smallest set with probability top_p. num_beams > 1 searches for the best sum of
-    log-probabilities / length ** length_penalty. forbidden: ids that are never produced.
-    """
+    """Continue B prompts of ids, of any lengths, together -> B lists of new ids, without eos_id, and never `forbidden`.
+    img: (B, 3, H, W) or features, or None for a model without images. temperature 0 takes the likeliest token every
+    time (greedy); above 0 draws from softmax(logits / temperature), kept to the top_k likeliest and to the smallest set
+    with probability top_p. num_beams > 1 searches for the best sum of log-probabilities / length ** length_penalty."""
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device, end = next(model.parameters()).device, -1 if eos_id is None else eos_id        # no token is -1
     lengths = [len(row) for row in idx]
@@ -41,8 +35,8 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
 
 
 def filter_logits(logits, top_k=None, top_p=None):
-    """Set all but the likeliest tokens to -inf: logits (B, V) -> (B, V). top_k keeps the k likeliest, top_p as many,
-    from the top, as reach probability p together: of .5 .3 .15 .05, top_p 0.7 keeps the first two."""
+    """Set all but the likeliest tokens to -inf: logits (B, V) -> (B, V). top_k keeps k, top_p (Holtzman et al. 2019,
+    arXiv:1904.09751) as many as reach probability p together: of .5 .3 .15 .05, top_p 0.7 keeps the first two."""
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]             # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -55,9 +49,8 @@ def filter_logits(logits, top_k=None, top_p=None):
 
 
 def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=None):
-    """One token at a time, the likeliest or drawn. Returns ids (B, T_new); rows are filled with `end` once done.
-    A draw from probabilities p is the argmax of p / e, each e from the exponential distribution: token i wins with
-    chance p[i]. torch.multinomial does the same, but makes the host wait for a GPU to check p."""
+    """One token at a time, the likeliest or drawn -> ids (B, T_new), filled with `end` once done. A draw from p is the
+    argmax of p / e, each e exponentially distributed: torch.multinomial's way, but without waiting for a GPU."""
     rng = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
     done, tokens = torch.zeros(len(logits), dtype=torch.bool, device=logits.device), []
     for n in range(1, max_new_tokens + 1):
@@ -67,56 +60,47 @@ def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=No
         token = torch.where(done, end, logits.argmax(dim=-1))
         done |= token == end
         tokens.append(token)
-        if n == max_new_tokens or time_to_read(n, done) and done.all():
+        if n == max_new_tokens or (n % 8 == 0 or done.is_cpu) and done.all():     # seldom wait for a GPU
             break
         logits = step(token)
     return torch.stack(tokens, dim=1)                                             # (B, T_new)
 
 
-def time_to_read(n, answer):
-    """Whether to read `answer` after step n: on a CPU always, else every 8th time, as the host has to wait for it."""
-    return n % 8 == 0 or answer.device.type == "cpu"
-
-
 def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
     """Keep the K best unfinished sentences of each image; remember the K best finished ones. Returns ids (B, T_new).
-    Of the K * V ways to extend the beams by a token the 2K best are taken, so that K unfinished ones remain even if the
-    other K just ended. One that ends among the first K is finished, with score sum / length ** length_penalty (its
-    end token counts). An image stops when it has K finished sentences and its best open beam, at the length so far, is
-    below the worst of them. Beams cut off by max_new_tokens count as finished.
-    K=2 after "a", with log p: "dog" -.2, "cat" -1.9; then "dog" -> "." -.1, "runs" -2.4; "cat" -> "." -.3: the sums are
-    "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open)."""
+    Of the K * V ways to extend the beams by a token the 2K best are taken, so that K unfinished ones remain. One that
+    ends (or is cut off) among the first K is finished, with score sum / length ** length_penalty, its end token
+    counted. An image stops when its best open beam, at the length so far, is below the worst of K finished ones: as in
+    transformers. K=2 after "a", with log p: "dog" -.2, "cat" -1.9; then "dog" -> "." -.1, "runs" -2.4; "cat" -> "."
+    -.3: the sums are "dog ." -.3 (finished, -.3 / 2), "cat ." -2.2 (finished), "dog runs" -2.6 (stays open)."""
     (B, V), device = logits.shape, logits.device
     total = torch.full((B, K), NEVER, device=device)          # sums of open beams
     total[:, 0] = 0.0                                         # all beams start equal: extend only one of them
     tokens = torch.full((B, K, max_new_tokens), end, device=device)
     best, best_tokens = torch.full_like(total, NEVER), tokens                     # finished sentences
     active = torch.ones(B, 1, dtype=torch.bool, device=device)                    # images still searching
-    first_row = torch.arange(B, device=device)[:, None] * K
-    reorder(torch.arange(B, device=device).repeat_interleave(K))
-    logits = logits.repeat_interleave(K, dim=0)
-    take = lambda rows, order: rows.gather(1, order[:, :, None].expand(-1, -1, max_new_tokens))     # of each image
+    image = torch.arange(B, device=device).repeat_interleave(K)                    # (B * K,) of each beam
+    reorder(image)
+    logits = logits[image]
     for n in range(1, max_new_tokens + 1):
         sums = total[:, :, None] + F.log_softmax(logits.float(), dim=-1).view(B, K, V)
         sums, flat = sums.flatten(1).topk(2 * K)                                  # (B, 2K), and the next three
         parent, token = flat // V, flat % V
         ended = (token == end) | (n == max_new_tokens)
-        extended = take(tokens, parent)                                           # (B, 2K, T_new)
+        extended = tokens.take_along_dim(parent[:, :, None], dim=1)               # (B, 2K, T_new)
         extended[:, :, n - 1] = token
-
         # the finished: old and new compete for K places
         score = (sums / n ** length_penalty).masked_fill(~(ended & active), NEVER)
         score[:, K:] = NEVER                                  # candidates beyond the first K are only a reserve
         best, order = torch.cat([best, score], dim=1).topk(K)
-        best_tokens = take(torch.cat([best_tokens, extended], dim=1), order)
-
+        best_tokens = torch.cat([best_tokens, extended], dim=1).take_along_dim(order[:, :, None], dim=1)
         # the open: the K best that did not end
         total, order = sums.masked_fill(ended, NEVER).topk(K)
-        tokens, parent = take(extended, order), parent.gather(1, order)
-        full = best[:, -1:] > NEVER / 2                       # K sentences are finished
-        active = active & ~(full & (total[:, :1] / n ** length_penalty <= best[:, -1:]))
-        if n == max_new_tokens or time_to_read(n, active) and not active.any():
+        tokens, parent = extended.take_along_dim(order[:, :, None], dim=1), parent.gather(1, order)
+        worst = best[:, -1:]                                  # NEVER, until K are finished
+        active = active & ~((worst > NEVER / 2) & (total[:, :1] / n ** length_penalty <= worst))
+        if n == max_new_tokens or (n % 8 == 0 or active.is_cpu) and not active.any():
             break
-        reorder((first_row + parent).flatten())
+        reorder(image * K + parent.flatten())
         logits = step(tokens[:, :, n - 1].flatten())                              # (B * K, V)
     return best_tokens[:, 0]                                                      # (B, T_new)

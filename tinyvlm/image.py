@@ -1,7 +1,7 @@
 """From a picture file to the tensor a model expects, and back. All that a model demands of its input is a Recipe.
 
 Every public checkpoint was trained on images prepared in one way; others give plausible, worse answers and no error. So
-the preparation is data, stored with each run and each checkpoint. Resizing is Pillow's, antialiased, as in torchvision.
+the preparation is data, kept with each run and checkpoint. Resizing is Pillow's, antialiased, as in torchvision.
 
     file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 
 from .config import UserError
 from .draw import progress
@@ -24,7 +24,6 @@ from .draw import progress
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")     # no other: Pillow would hand an EPS to Ghostscript
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 MAX_PIXELS, MAX_ASPECT = 100_000_000, 50    # above: bombs and maps; strips that become gigabytes when resized
 # Pillow's own limits come before ours and refuse good files: photographs of 90 megapixels, colour profiles above 1 MB.
 Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
@@ -34,9 +33,8 @@ Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
 class Recipe:
     """How an image becomes (3, size, size) numbers. Raises ValueError or TypeError where that is impossible.
 
-    mode: "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`;
-    "adaptive" pads long, thin images (short/long < 0.6) with black to a square, centre-crops the others, and squashes.
-    In the end the middle size x size is cut out. mean, std: per channel (RGB), of values in 0..1.
+    mode: "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`. Then
+    the middle size x size is cut out. mean, std: per channel (RGB), of values in 0..1.
     """
     size: int = 224
     mode: str = "crop"
@@ -49,7 +47,7 @@ class Recipe:
         side = self.size if self.resize is None else self.resize
         if not (type(self.size) is type(side) is int and 1 <= self.size <= side <= 10_000):
             raise ValueError(f"{self.size!r} pixels cannot be cut out of an image resized to {side!r}")
-        if self.mode not in ("squash", "crop", "adaptive") or self.interpolation not in tuple(FILTERS):
+        if self.mode not in ("squash", "crop") or self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"mode {self.mode!r} or interpolation {self.interpolation!r} is unknown")
         for name, least in (("mean", -math.inf), ("std", 0)):
             values = getattr(self, name)
@@ -58,54 +56,49 @@ class Recipe:
             setattr(self, name, tuple(values))                                    # json knows lists only
 
 
-# What public checkpoints were trained with; and, last, a recipe for images from the web.
-RECIPES = {
+RECIPES = {     # what public checkpoints were trained with
     "vit": Recipe(mode="squash", interpolation="bilinear"),                               # google/vit-*, nlpconnect
-    "vit-augreg": Recipe(resize=248),                                                     # timm vit_*: 224 / 0.9
-    "deit": Recipe(resize=248, mean=IMAGENET[0], std=IMAGENET[1]),                        # timm deit_*
+    "deit": Recipe(resize=248, mean=IMAGENET[0], std=IMAGENET[1]),                        # timm deit_*: 224 / 0.9
     "clip": Recipe(mean=CLIP[0], std=CLIP[1]),
     "resnet50": Recipe(resize=256, mean=IMAGENET[0], std=IMAGENET[1]),                    # microsoft: 224 / 0.875
     "torchvision": Recipe(resize=256, interpolation="bilinear", mean=IMAGENET[0], std=IMAGENET[1]),   # tv weights, VGG
-    "adaptive": Recipe(size=128, mode="adaptive"),                                        # web images
 }
 
 
 def load_image(source, name=None):
     """Open a path or bytes as an upright RGB PIL image: the one place where a file of unknown origin is decoded.
 
-    Grey, palette, CMYK and 16-bit images become 8-bit RGB, transparency is laid on white, of an animation the first
-    frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the file and the fault.
+    Of an animation the first frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError
+    naming the file and the fault.
     """
     name = name or (source if not isinstance(source, bytes) else "the image")
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         w, h = image.size
         if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
-            why = "too many" if w * h > MAX_PIXELS else "too long and thin to resize"
-            raise UserError(f"{name} is {w}x{h} pixels, {why}; make it smaller, or crop it")
+            raise UserError(f"{name} is {w}x{h} pixels, too many or too long and thin; make it smaller, or crop it")
         depth = image.tile[0][3] if image.tile else None                          # load() forgets it
         image.load()
         with contextlib.suppress(Exception):    # a damaged EXIF costs the turning, not the picture
             image = ImageOps.exif_transpose(image)
         return to_rgb(image, depth)
-    except (UnidentifiedImageError, KeyError):  # KeyError: an older Pillow has no AVIF
-        raise UserError(f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}; convert it") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:                  # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError(f"{name} cannot be opened ({type(error).__name__}: {str(error)[:99]}); replace it") from None
+        raise UserError(f"{name} cannot be opened ({type(error).__name__}: {str(error)[:99]}); replace it, or convert "
+                        "it to JPEG or PNG") from None
 
 
-def to_rgb(image, depth=None):
-    """Any PIL mode -> RGB, transparency on white. depth: Pillow's name for a pixel in the file, such as "RGB;16B".
+def to_rgb(image, depth):
+    """Grey, palette, CMYK, 16 bits -> 8-bit RGB, transparency on white. depth: the file's, such as "RGB;16B".
 
-    Pillow's convert() clips 16-bit grey: it is scaled here. The one colour that a PNG may call transparent comes in the
-    file's own depth, while the pixels have 8 bits by now.
+    Pillow's convert() would clip 16-bit grey. And the one colour that a PNG may call transparent comes in the file's
+    own depth, while the pixels have 8 bits by now.
     """
     clear = image.info.get("transparency")
     if image.mode == "F":
         raise ValueError("floating-point pixels")
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+    if image.mode.startswith("I"):                                                # 16 bits
         grey = np.array(image, dtype=np.float32)                                  # (H, W)
         grey[grey == clear] = 65535                                               # no pixel where clear is None
         return Image.fromarray((grey.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
@@ -124,20 +117,14 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def adaptive_square(image):
-    """Long, thin images (short/long < 0.6) would lose too much to a crop: pad them with black. Crop all others."""
-    short, long = sorted(image.size)
-    return centre_crop(image, short if short / long >= 0.6 else long)             # beyond the edges Pillow cuts black
-
-
 def to_uint8(image, recipe):
     """RGB PIL image -> (3, size, size) uint8 tensor, geometry done, colours untouched."""
     side, (w, h) = recipe.resize or recipe.size, image.size
-    image, shape = adaptive_square(image) if recipe.mode == "adaptive" else image, (side, side)
-    if recipe.mode == "crop":           # the long side is rounded down: 500x375, its short side to 224, gives 298x224
-        shape = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
-    pixels = np.array(centre_crop(image.resize(shape, FILTERS[recipe.interpolation]), recipe.size))    # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                 # (3, H, W)
+    if recipe.mode == "squash":
+        w = h = 1
+    shape = side * w // min(w, h), side * h // min(w, h)        # rounded down: 500x375, short side to 224, is 298x224
+    image = image.resize(shape, Image.Resampling[recipe.interpolation.upper()])
+    return torch.from_numpy(np.array(centre_crop(image, recipe.size))).permute(2, 0, 1).contiguous()   # (3, S, S)
 
 
 @functools.cache
@@ -157,12 +144,10 @@ def preprocess(image, recipe):
     return normalise(to_uint8(image, recipe), recipe)
 
 
-def to_pil(img, recipe=None):
-    """A model's input (3, H, W) back to a picture: undoes `normalise`, or without a recipe takes uint8 pixels."""
-    if recipe:
-        img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)
-        img = (img.clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(img.permute(1, 2, 0).cpu().numpy())
+def to_pil(img, recipe):
+    """A model's input (3, H, W) back to a picture."""
+    img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)
+    return Image.fromarray((img.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass
@@ -207,13 +192,14 @@ def open_batches(keys, open_one, batch_size, broken, label=None, threads=None):
     """
     def attempt(key):
         try:
-            return key, open_one(key), None
+            return open_one(key)
         except UserError as error:
-            return key, None, str(error)
+            return error
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:     # Pillow decodes outside Python's lock
         for start in range(0, len(keys), batch_size):
-            opened = list(pool.map(attempt, keys[start:start + batch_size]))
-            broken.update((key, why) for key, _, why in opened if why)
+            part = keys[start:start + batch_size]
+            opened = list(zip(part, pool.map(attempt, part)))
+            broken.update((key, str(found)) for key, found in opened if isinstance(found, UserError))
             if label:
-                progress(start + len(opened), len(keys), label)
-            yield [(key, found) for key, found, why in opened if not why]
+                progress(start + len(part), len(keys), label)
+            yield [(key, found) for key, found in opened if not isinstance(found, UserError)]

@@ -4,8 +4,7 @@
         -> captions.py: {image name: [caption, ..]}, {image name: split}, by caption file
         -> files.ImageFinder: which file of the folder each name means -> make_splits -> Dataset
 
-What was decided or left out stands in Dataset.notes; what could be meant in two ways is refused by name. The tables
-below say what each data set consists of. data.py makes batches.
+What was decided or left out stands in Dataset.notes; what could be meant in two ways is refused by name.
 """
 import posixpath
 import random
@@ -17,19 +16,19 @@ from pathlib import Path
 from .captions import SPLIT_WORDS, read_captions
 from .config import UserError
 from .download import download, extract_zip
-from .files import ImageFinder, locked
+from .files import ImageFinder, locked, read_json
 from .image import load_image
 
 SPLITS = ("train", "val", "test")
 MAX_LOST = 0.01                 # the share of images that may be missing or broken without --allow-broken
-# The caption files that publishers ship, best first: side by side, those of one data set hold the same captions.
+# The caption files that publishers ship, best first: side by side, they hold the same captions.
 PUBLIC = {"flickr8k": ("dataset_flickr8k.json", "captions.txt", "Flickr8k.token.txt"),
           "flickr30k": ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results.csv",
                         "results_20130124.token"),
           "coco": ("dataset_coco.json", "captions_*2014.json", "captions_*2017.json")}
 OWN = ("captions.txt", "captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
-COCO = "https://s3.amazonaws.com/images.cocodataset.org/"       # what http://images.cocodataset.org serves, with TLS
+COCO = "https://s3.amazonaws.com/images.cocodataset.org/"       # what images.cocodataset.org serves, with TLS
 GITHUB = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 HUB = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/"
 DOWNLOADS = {                                                   # captions last
@@ -44,9 +43,9 @@ class Dataset:
     Images that are not on this disk have urls[i], and an `opener` that is given i and fetches the image.
     """
 
-    def __init__(self, name, names, captions, splits, folder=None, notes=(), urls=None, opener=None):
+    def __init__(self, name, names, captions, splits, folder=None, notes=(), urls=None):
         self.name, self.names, self.captions, self.splits = name, names, captions, splits
-        self.folder, self.notes, self.urls, self.opener = folder, list(notes), urls, opener
+        self.folder, self.notes, self.urls, self.opener = folder, notes, urls, None
 
     def open(self, i):
         return self.opener(i) if self.opener else load_image(self.folder / self.names[i])
@@ -84,7 +83,7 @@ def make_splits(names, lists, seed, notes, folder):
     seed, is held out as val. With one list or none, or no train, all images are split 80/10/10.
     """
     order = {split: [i for i, n in enumerate(names) if n in lists[split]] for split in SPLITS if split in lists}
-    if len({i for members in order.values() for i in members}) < sum(map(len, order.values())):
+    if len(set().union(*order.values())) < sum(map(len, order.values())):
         raise UserError(f"the split lists in {folder} name an image twice; mend them")
     note, rng = "official split", random.Random(seed)
     if "train" not in order or len(order) < 2:
@@ -92,9 +91,9 @@ def make_splits(names, lists, seed, notes, folder):
         order = {"train": sorted(mixed[2 * k:]), "val": sorted(mixed[:k]), "test": sorted(mixed[k:2 * k])}
         note = f"no official split here: 80/10/10 by seed {seed}; scores are not comparable with published ones:"
     elif len(order) == 2:
-        train, official = order["train"], "val" if "val" in order else "test"
+        train, (official, test) = order.pop("train"), order.popitem()
         val = set(rng.sample(train, min(5000, len(train), max(1, len(train) // 10))))
-        order = {"train": [i for i in train if i not in val], "val": sorted(val), "test": order[official]}
+        order = {"train": [i for i in train if i not in val], "val": sorted(val), "test": test}
         note = f"the official {official} split is the test set here, and val was held out of train by seed {seed}:"
     sizes, left = "/".join(str(len(members)) for members in order.values()), len(names) - sum(map(len, order.values()))
     notes.append(f"{note} {sizes}" + (f"; {left} images are in none of its lists and stay unused" if left else ""))
@@ -114,17 +113,17 @@ def files_called(finder, known):
 def caption_files(finder, name, notes):
     """The caption files of a folder, all of one name. Raises UserError where there is none, or a choice to make."""
     public = PUBLIC.get(name, ())
-    found = {known: files_called(finder, known) for known in (*public, *OWN)}
-    kinds = [known for known in found if found[known]]
-    if not kinds:
+    found = {known: files for known in (*public, *OWN) if (files := files_called(finder, known))}
+    best, *others = found or [None]
+    if best is None:
         raise UserError(f"{finder.folder} holds no {', '.join(public or OWN)}; put one there, which names each image "
                         "and says what it shows (README: your own photos)")
-    if len(kinds) > 1 and not {*kinds} <= {*public}:
-        raise UserError(f"{finder.folder} holds captions in {' and in '.join(found[kind][0] for kind in kinds)}; keep "
-                        "what counts and move the rest away")
-    if len(kinds) > 1:
-        notes.append(f"captions are those of {kinds[0]}, not of {', '.join(kinds[1:])}")
-    return found[kinds[0]]
+    if others and not found.keys() <= {*public}:
+        raise UserError(f"{finder.folder} holds captions in {' and in '.join(files[0] for files in found.values())}; "
+                        "keep what counts and move the rest away")
+    if others:
+        notes.append(f"captions are those of {best}, not of {', '.join(others)}")
+    return found[best]
 
 
 def split_of_path(path):
@@ -158,10 +157,20 @@ def listed_splits(finder):
     lists = {}
     for split, known in LISTS.items():
         for file in files_called(finder, known):
-            found = {*finder.find((finder.folder / file).read_text(errors="replace").split()).values()}
-            if lists.setdefault(split, found) != found:
-                raise UserError(f"{finder.folder} holds two different {known}; keep the one that counts")
+            text = (finder.folder / file).read_text(errors="replace")
+            lists.setdefault(split, set()).update(finder.find(text.split()).values())
     return lists
+
+
+def coco_urls(finder, names):
+    """Where each image is: at the coco_url of its json, or else where COCO keeps it; from COCO itself always by TLS."""
+    told, karpathy = {}, any(file.endswith("dataset_coco.json") for file in finder.files)    # which has no addresses
+    for file in () if karpathy else finder.files:
+        if match := re.search(r"captions_(\w+)\.json$", file):
+            told |= {f"{match[1]}/{image['file_name']}": image.get("coco_url") or ""
+                     for image in read_json(finder.folder / file)["images"]}
+    urls = {name: url for name, url in told.items() if url and "//mscoco.org" not in url}         # a host that is gone
+    return [re.sub("^https?://images.cocodataset.org/", COCO, urls.get(name, COCO + name)) for name in names]
 
 
 def photos(name, folder, seed=0, allow_broken=False, stream=False):
@@ -170,24 +179,20 @@ def photos(name, folder, seed=0, allow_broken=False, stream=False):
     stream: no image need be in the folder; `urls` tells where each is, and the caller sets `opener` to fetch it. Raises
     UserError naming what is missing, or what could be meant in two ways.
     """
-    folder, notes = Path(folder), []
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give the right one with --data-dir")
-    finder = ImageFinder(folder)
+    finder, notes = ImageFinder(folder), []
     captions, splits = read_files(finder, name, stream, notes, allow_broken)
     names, lists = list(captions), {split: {n for n in splits if splits[n] == split} for split in {*splits.values()}}
     if len(lists) < 2:                          # nothing, or one word for all: {None: {..}}, {"train": {..}}
         lists = listed_splits(finder)
     if extra := set() if name in PUBLIC else {*finder.images} - {*names}:         # what is public may lie there twice
         notes.append(f"{len(extra)} images in the folder have no caption and were left out, such as {min(extra)}")
-    order = make_splits(names, lists, seed, notes, folder)
-    urls = [COCO + n for n in names] if stream else None
-    return Dataset(name, names, [captions[n] for n in names], order, folder, notes, urls)
+    order, urls = make_splits(names, lists, seed, notes, folder), coco_urls(finder, names) if stream else None
+    return Dataset(name, names, [*captions.values()], order, finder.folder, notes, urls)
 
 
 # ---- downloads
 
-def fetch(name, folder, stream=False):
+def fetch(name, folder, stream):
     """Download a public data set, or with stream only its captions, and unpack each zip as folder/NAME.
 
     As long as `zips` is in the folder, pieces are to come. Without it the folder is whole, or its owner filled it.
@@ -198,20 +203,20 @@ def fetch(name, folder, stream=False):
     with locked(folder / ".fetch.lock"):                        # one process (torchrun) fetches for all
         zips.mkdir(exist_ok=True)
         for url in DOWNLOADS[name][-1:] if stream else DOWNLOADS[name]:
-            file = posixpath.basename(url)
-            piece = folder / file.removesuffix(".zip")
+            piece = folder / posixpath.basename(url).removesuffix(".zip")
             if piece.suffix == ".csv":
                 download(url, piece)
             elif not piece.exists():
-                extract_zip(download(url, zips / file), piece)
-                (zips / file).unlink()
+                file = download(url, zips / f"{piece.name}.zip")
+                extract_zip(file, piece)
+                file.unlink()
         if not stream:
             shutil.rmtree(zips, ignore_errors=True)
 
 
 def open_photos(config):
     """A config with dataset, data_dir, seed, allow_broken and stream -> Dataset, downloaded if there is no data_dir."""
-    name, folder = config.dataset, Path(config.data_dir or f"data/{config.dataset}")
-    if name in DOWNLOADS and not config.data_dir:
-        fetch(name, folder, config.stream)
-    return photos(name, folder, config.seed, config.allow_broken, config.stream)
+    folder = Path(config.data_dir or f"data/{config.dataset}")
+    if config.dataset in DOWNLOADS and not config.data_dir:
+        fetch(config.dataset, folder, config.stream)
+    return photos(config.dataset, folder, config.seed, config.allow_broken, config.stream)

@@ -5,10 +5,8 @@
     c' = f * c + i * g       the memory: one product and one sum a step, so a gradient can survive many steps
     h' = o * tanh(c')        what the outside, and the next step, gets to see
 
-`plain_loop` is the lesson, and the oracle of the tests. `Recurrence` gives the same numbers faster: its way back is by
-hand. On a CPU torch.nn.LSTM stays a little ahead, as oneDNN squashes and adds while a product is still in the cache.
-Left out: bidirectional, projected and packed sequences, peepholes.
-"""
+`plain_loop` is the lesson; `Recurrence` gives the same numbers faster, with its way back by hand, and `LSTM` stacks
+layers of either. Left out: bidirectional, projected and packed sequences, peepholes."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,9 +14,8 @@ from torch.autograd.function import once_differentiable
 
 
 def plain_loop(x, w_x, w_h, b, h, c):
-    """One layer through time: x (T, B, I), h and c (B, H), w_x (4H, I), w_h (4H, H), b (4H) -> hs (T, B, H), last c.
-    The rows of the weights hold the gates in torch's order: input, forget, cell, output. With all weights and biases
-    zero each gate is sigmoid(0) = 0.5 and g is 0: the memory halves at every step."""
+    """One layer through time: x (T, B, I), h and c (B, H), w_x (4H, I), w_h (4H, H), b (4H), the gates' rows in torch's
+    order, i f g o -> hs (T, B, H), last c. If all weights are 0, gates are 1/2 and g is 0: c halves at every step."""
     hs = []
     for x_t in x:
         i, f, g, o = (F.linear(x_t, w_x, b) + F.linear(h, w_h)).chunk(4, dim=-1)            # each (B, H)
@@ -29,15 +26,14 @@ def plain_loop(x, w_x, w_h, b, h, c):
 
 
 class Recurrence(torch.autograd.Function):
-    """`plain_loop`, and the way back through time: the formulas above from the last to the first, by the chain rule.
-    d_y is the loss's gradient by y; `a` are the gates' sums before squashing (s' = s (1 - s), tanh' = 1 - tanh^2).
+    """`plain_loop`, and the way back through time, by the chain rule. d_y is the loss's gradient by y; `a` are the sums
+    in the gates before squashing (s' = s (1 - s), tanh' = 1 - tanh^2).
 
         (1) h' = o tanh(c')      d_o = d_h' tanh(c')    d_c' gains d_h' o (1 - tanh(c')^2)
         (2) c' = f c + i g       d_i = d_c' g    d_f = d_c' c    d_g = d_c' i    d_c = d_c' f
         (3) gates of a           d_a = [d_i, d_f, d_g, d_o] * slope,  slope = [i (1 - i), f (1 - f), 1 - g^2, o (1 - o)]
         (4) a = x w_x.T + h w_h.T + b       d_h = d_a w_h    d_x = d_a w_x    d_w_x = d_a.T x    d_w_h = d_a.T h
-
-    What does not depend on the step before is one product for all T steps: x's share of `a`, the last three of (4)."""
+    x's share of `a`, and the last three of (4), wait for no step: each is one product for all T."""
     @staticmethod
     def forward(ctx, x, w_x, w_h, b, h, c):
         gates, hs, cs = F.linear(x, w_x, b), [h], [c]                           # (T, B, 4H): the input's share of a
@@ -75,10 +71,9 @@ class Recurrence(torch.autograd.Function):
 
 
 class LSTM(nn.Module):
-    """Same numbers as torch.nn.LSTM(..., batch_first=True) given the same weights, gradients included.
-    input_size I, hidden_size H; dropout acts on the output of every layer but the last, while training. Parameters by
-    torch's names: weight_ih_l{k} (4H, I, or 4H, H above the first layer), weight_hh_l{k} (4H, H), bias_ih_l{k},
-    bias_hh_l{k} (4H). Two biases, where one would do, are a heritage of cuDNN."""
+    """Same numbers as torch.nn.LSTM(..., batch_first=True) given the same weights, gradients included. Parameters by
+    torch's names: weight_ih_l{k} (4H, I, or 4H, H above the first layer), weight_hh_l{k} (4H, H), and two biases (4H),
+    where one would do: a heritage of cuDNN. Dropout acts between layers, while training."""
     def __init__(self, input_size, hidden_size, num_layers=1, dropout=0.0):
         super().__init__()
         self.hidden_size, self.num_layers, self.dropout = hidden_size, num_layers, dropout
@@ -91,8 +86,7 @@ class LSTM(nn.Module):
 
     def forward(self, x, state=None, through_time=Recurrence.apply):
         """x (B, T, I), state None (zeros) or (h, c), each (L, B, H) -> the top layer's h of every step (B, T, H), and
-        the (h, c) after the last one, each (L, B, H): feed them back to go on reading where this call stopped.
-        In the weights' precision, also under autocast: c is a long sum, and half precision would round it off."""
+        the (h, c) to go on from. In float32 also under autocast: c is a long sum, half precision would round it off."""
         shape, dtype, last = (self.num_layers, len(x), self.hidden_size), self.weight_ih_l0.dtype, []
         h_0, c_0 = state or (x.new_zeros(shape),) * 2
         assert h_0.shape == c_0.shape == shape, f"an LSTM's state is a pair (h, c), both of shape {shape}"
@@ -104,7 +98,3 @@ class LSTM(nn.Module):
                 x, c = through_time(x, w_x, w_h, b_x + b_h, h_0[k].to(dtype), c_0[k].to(dtype))     # (T, B, H), (B, H)
                 last.append((x[-1], c))
         return x.transpose(0, 1), tuple(map(torch.stack, zip(*last)))           # (B, T, H), two of (L, B, H)
-
-    def plain(self, x, state=None):
-        """The same as `forward`, by `plain_loop`: slower, and gradients of gradients work."""
-        return self(x, state, plain_loop)

@@ -1,9 +1,9 @@
 """Whose weight is whose: the name tables of public checkpoints.
 
-A checkpoint is a bag of named arrays. Whoever trained it chose the names and, here and there, the layout: GPT-2 keeps
-its matrices transposed, Hugging Face's ViT keeps q, k and v apart. Below, the first column holds our name and each
-other one the same weight in another dialect, as transformers, timm, torchvision or OpenAI save it. To load, read a line
-from right to left: their tensor becomes ours. To export, from left to right.
+Whoever trained a checkpoint chose the names of its arrays and, here and there, the layout: GPT-2 keeps its matrices
+transposed, Hugging Face's ViT keeps q, k and v apart. Below, the first column holds our name, each other one the same
+weight as transformers, timm, torchvision or OpenAI save it. To load, read a line from right to left; to export, from
+left to right.
 
     ln_f.                   a dot at the end: the pair ln_f.weight and ln_f.bias; bn1.* adds running_mean and _var
     blocks.{i}.             {i} is a layer's number; blocks.{i}. on its own: the six lines of BLOCK, in every layer
@@ -16,7 +16,6 @@ Worked example. GPT-2's cross-attention, q from the text and k, v from the image
     ours    blocks.{i}.cross.qkv.                   theirs  h.{i}.crossattention.[q+c]_attn.^T
     blocks.0.cross.qkv.weight (2304, 768)  =  h.0.crossattention.q_attn.weight (768, 768), transposed,
                                     on top of h.0.crossattention.c_attn.weight (768, 1536), transposed
-    blocks.0.cross.qkv.bias   (2304,)      =  q_attn.bias (768,) on top of c_attn.bias (1536,)
 """
 import re
 from typing import NamedTuple
@@ -41,23 +40,20 @@ class Source(NamedTuple):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)     # q, k, v, (C, C) each -> (3C, C)
 
     def shape(self, tensors):
-        """The shape that `make` would give, without reading a number; None where the tensors have not even the axes."""
-        try:
-            return tuple(self.make([tensors[name].to("meta") for name in self.names]).shape)
-        except (RuntimeError, IndexError):
-            return None
+        """The shape that `make` would give, without reading a number."""
+        return tuple(self.make([tensors[name].to("meta") for name in self.names]).shape)
 
 
 # ---- the tables
 
-def _columns(text):
+def columns(text):
     """A table as text -> {title of a column: {our name: theirs}}."""
     titles, *rows = [line.split() for line in text.strip().splitlines()]
     return {title: {row[0]: row[k] for row in rows if row[k] != "-"} for k, title in enumerate(titles) if k}
 
 
 # One transformer block. GPT-2's Conv1D computes x @ W and so keeps W as (in, out); its columns are q, k, v as our rows.
-BLOCK = _columns("""
+BLOCK = columns("""
 ours       gpt2           vit                                    timm       clip                    openai
 ln_1.      ln_1.          layernorm_before.                      norm1.     layer_norm1.            ln_1.
 attn.qkv.  attn.c_attn.^T attention.attention.[query+key+value]. attn.qkv.  self_attn.[q+k+v]_proj. attn.in_proj_
@@ -68,7 +64,7 @@ mlp.proj.  mlp.c_proj.^T  output.dense.                          mlp.fc2.   mlp.
 """)
 
 # A text tower. Only the GPT-2 of a captioner attends to an image.
-TEXT = _columns("""
+TEXT = columns("""
 ours                    gpt2                              clip                                  openai
 wte.weight              wte.weight                        embeddings.token_embedding.weight     token_embedding.weight
 wpe.weight              wpe.weight                        embeddings.position_embedding.weight  positional_embedding
@@ -80,14 +76,14 @@ ln_f.                   ln_f.                             final_layer_norm.     
 """)
 
 # An image tower. "pre_layrnorm" is how they spell it; CLIP's patches have no bias.
-VISION = _columns("""
+VISION = columns("""
 ours          vit                                      timm
 cls           embeddings.cls_token                     cls_token
 pos           embeddings.position_embeddings           pos_embed
 patch.        embeddings.patch_embeddings.projection.  patch_embed.proj.
 blocks.{i}.   encoder.layer.{i}.                       blocks.{i}.
 ln_f.         layernorm.                               norm.
-""") | _columns("""
+""") | columns("""
 ours          clip                                     openai
 cls           embeddings.class_embedding^1             class_embedding^1
 pos           embeddings.position_embedding.weight^1   positional_embedding^1
@@ -98,7 +94,7 @@ ln_f.         post_layernorm.                          ln_post.
 """)
 
 # Stage {s}, which torchvision counts from one, {t}; convolution {k} of a block, which transformers counts from zero.
-RESNET = _columns("""
+RESNET = columns("""
 ours                            torchvision                   transformers
 conv1.weight                    conv1.weight                  embedder.embedder.convolution.weight
 bn1.*                           bn1.*                         embedder.embedder.normalization.*
@@ -171,12 +167,9 @@ def write_out(naming, names, ours=False):
 
 def best_naming(names):
     """The naming that finds the largest share of its names among `names`: (that share, its family, it written out)."""
-    found = []
-    for family, naming in ((family, naming) for family in NAMINGS for naming in NAMINGS[family]):
-        rules = write_out(naming, names)
-        theirs = {name for rule in rules.values() for name in rule.names}
-        found.append((len(theirs & set(names)) / len(theirs), family, rules))
-    return max(found, key=lambda fit: fit[0])
+    fits = [(family, write_out(naming, names)) for family in NAMINGS for naming in NAMINGS[family]]
+    return max(((sum(rule.names[0] in names for rule in rules.values()) / len(rules), family, rules)
+                for family, rules in fits), key=lambda fit: fit[0])
 
 
 def outward(naming, state):

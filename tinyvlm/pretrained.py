@@ -6,9 +6,7 @@
     copy     every weight of ours from a known place, every tensor of theirs used, or nothing at all   copy_weights
     dress    how its images are prepared (recipes.py), its tokenizer, how captions begin and end       load_pretrained
 
-    model = load_gpt2("openai-community/gpt2")              # a folder, a Hub id, or a Hub id with @revision behind
-
-Left out: pickled files, OpenAI's TorchScript archives, CLIP's ResNets, distilled DeiT, quantised files.
+Left out: pickled files, files of several parts, CLIP's ResNets, distilled DeiT, quantised files.
 """
 import contextlib
 import re
@@ -24,7 +22,7 @@ from .clip import CLIP, CLIPConfig
 from .cnn import ResNetConfig
 from .config import UserError
 from .download import hf_file
-from .families import FAMILIES, tie_lm_head
+from .families import FAMILIES, IGNORE, tie_lm_head
 from .files import read_json
 from .gpt import GPTConfig
 from .image import Recipe
@@ -33,7 +31,7 @@ from .recipes import read_recipe
 from .tokenizer import END, load_tokenizer
 from .vit import ViTConfig
 from .vlm import build, from_dict
-from .weights import copy_weights, load_safetensors, misfit, shards
+from .weights import copy_weights, load_safetensors
 
 
 @dataclass
@@ -50,8 +48,7 @@ def blame(where, remedy):
     """Whatever goes wrong while a model is built from a file's settings can only be that file's fault: one sentence."""
     try:
         yield
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, IndexError,
-            RuntimeError) as error:
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         fault = f"{error} is missing, or unknown" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise UserError(f"{where}: {fault:.160}; {remedy}") from None
 
@@ -76,24 +73,19 @@ def _finder(source):
     folder, (repo, _, revision) = Path(source).expanduser(), str(source).partition("@")
     if folder.is_dir():
         return lambda name: folder / name if (folder / name).is_file() else None
-    if repo.startswith(("/", ".", "~")):
-        raise UserError(f"there is no folder {source}; name one with config.json and model.safetensors, or a Hub id")
     return lambda name: hf_file(repo, name, revision or PINNED.get(repo, "main"), missing_ok=True)
 
 
 def open_checkpoint(source):
-    """A Hub id or a folder -> its config, tensors, their path, and read(name): the content of another JSON file."""
+    """A Hub id or a folder -> its config, tensors, their path; and the content of any other JSON file: read(name)."""
     find = _finder(source)
     config = _object(find("config.json"))
     # timm's CLIP folders hold two files, and the one called model.safetensors is the image tower alone
-    names = ["model.safetensors", "model.safetensors.index.json"]
-    names.insert(2 if "model_type" in config else 0, "open_clip_model.safetensors")
-    path = next(filter(None, map(find, names)), None)
+    path = None if "model_type" in config else find("open_clip_model.safetensors")
+    path = path or find("model.safetensors")
     if path is None:
         raise UserError(f"{source!s:.80} has no model.safetensors, and a pytorch_model.bin, which may run code, is not "
                         "opened; name a revision that has it, as org/name@refs/pr/1")
-    for file in shards(path):
-        find(Path(file).name)                                   # a hub's files come one by one, beside the index
     # DistributedDataParallel and torch.compile put something in front
     tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in load_safetensors(path).items()}
     return SimpleNamespace(config=config, tensors=tensors, path=path, read=lambda name: _object(find(name)))
@@ -101,34 +93,31 @@ def open_checkpoint(source):
 
 # ---- dress: text, and the loaders
 
-def _find_tokenizer(find):
-    """The first of three files decides; load_tokenizer reads the others where they lie beside it."""
-    paths = [find(name) for name in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer_config.json",
-                                     "added_tokens.json", "special_tokens_map.json")]
+def pretrained_tokenizer(source, missing_ok=False):
+    """The tokenizer of a Hub id or folder: GPT-2's, CLIP's, BERT's ("google-bert/bert-base-uncased"), or of a run.
+
+    The first of three files decides; load_tokenizer reads the others where they lie beside it.
+    """
+    paths = [*map(_finder(source), ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer_config.json",
+                                    "added_tokens.json", "special_tokens_map.json"))]
     path = paths[0] or paths[1] or paths[2]
-    return path and load_tokenizer(path)
-
-
-def pretrained_tokenizer(source):
-    """The tokenizer of a Hub id or folder: GPT-2's, CLIP's, BERT's ("google-bert/bert-base-uncased"), or of a run."""
-    tokenizer = _find_tokenizer(_finder(source))
-    if tokenizer is None:
+    if not path and not missing_ok:
         raise UserError(f"{source} holds no tokenizer.json, vocab.json + merges.txt or vocab.txt; name one that does")
-    return tokenizer
+    return path and load_tokenizer(path)
 
 
 def _check(config, model, tokenizer):
     """What config.json tells beside the sizes is refused here: where it is used, no error could name the file."""
-    text = getattr(model.config, "text", model.config)
-    V, room = getattr(text, "vocab_size", 0), range(1, getattr(text, "block_size", 10**6) + 1)
-    if tokenizer and V and tokenizer.vocab_size > V:            # fewer are well: padded tables
+    sizes = vars(getattr(model.config, "text", model.config) or model.config)
+    V, room = sizes.get("vocab_size", 0), range(1, sizes.get("block_size", 10**6) + 1)
+    if tokenizer and tokenizer.vocab_size > V > 0:              # fewer are well: padded tables
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {V} rows")
-    allowed = {"clean": CLEAN, "model": [model.config.model], "first": range(V), "end": range(V), "max_tokens": room,
-               "longest": room} if config["task"] in ("caption", "vqa") else {"clean": CLEAN}
-    for key, values in allowed.items():
-        if (key != "longest" or config["task"] == "vqa") and config[key] not in values:
+    allowed = {"clean": CLEAN, "options": [dict(config["options"])]}                # TypeError where it is none
+    if config["task"] in ("caption", "vqa"):
+        allowed |= {"model": [model.config.model], "first": range(V), "end": range(V), "max_tokens": room}
+    for key, values in (allowed | ({"longest": room} if config["task"] == "vqa" else {})).items():
+        if config[key] not in values:
             raise ValueError(f"{key} is {config[key]!r:.99}")
-    dict(config["options"])                                     # TypeError where it is none
 
 
 def _frame(ck, vocab_size):
@@ -151,16 +140,13 @@ def load_pretrained(source, family=None, special_tokens=()):
     if share < 0.5:
         raise UserError(f"{source} is none of {', '.join(FAMILIES)} (model_type {ck.config.get('model_type')}, tensors "
                         f"{', '.join(list(ck.tensors)[:3])!s:.80}, ..); name another model")
-    kind, model_class, measure, task, ignore = FAMILIES[found]
+    kind, model_class, measure, task = FAMILIES[found]
     if family not in (None, found):
         raise UserError(f"{source} is {kind} by the names of its tensors, not {FAMILIES[family][0]}; name another")
     tie_lm_head(ck.tensors, rules)
-    lost = sorted({name for rule in rules.values() for name in rule.names} - ck.tensors.keys())
-    if lost:
-        raise misfit(f"{ck.path} is not {kind}", [f"{name} is missing" for name in lost])
     with blame(source, "fetch config.json and the weights again, or name another model"):
         config = measure(ck, {ours: rule.shape(ck.tensors) for ours, rule in rules.items()})
-        tokenizer = None if task == "vision" else _find_tokenizer(_finder(source))
+        tokenizer = None if task == "vision" else pretrained_tokenizer(source, missing_ok=True)
         if task == "clip" and tokenizer and tokenizer.token_to_id(END):         # a text is read where that puts its end
             config.end_token = tokenizer.token_to_id(END)
         size = getattr(getattr(config, "vision", config), "image_size", None)
@@ -171,7 +157,7 @@ def load_pretrained(source, family=None, special_tokens=()):
                  "sizes": asdict(config), "recipe": recipe and asdict(recipe), "clean": "none", "features": None,
                  "options": {}, **(_frame(ck, config.text.vocab_size) if task == "caption" else {})}
         _check(about, model, tokenizer)
-    copy_weights(model, ck.tensors, rules, ignore, ck.path)
+    copy_weights(model, ck.tensors, rules, IGNORE, ck.path)
     if special_tokens and tokenizer:
         tokenizer.add_special_tokens(special_tokens)
         model.extend_vocab(max(config.vocab_size, tokenizer.vocab_size))
@@ -197,37 +183,32 @@ load_vit_gpt2 = partial(_load, "vit_gpt2")      # nlpconnect/vit-gpt2-image-capt
 def is_run(source):
     """Whether `source` is a folder that train.py left (and not a public checkpoint's)."""
     path = Path(source) / "config.json"
-    return path.is_file() and bool({"options", "sizes"} & set(_object(path)))
+    return path.is_file() and '"sizes": ' in path.read_text(errors="replace")
 
 
 def _build_run(config):
     """config.json of a run -> the freshly made model it describes. `blocks` tells a ResNet's sizes from a ViT's."""
+    from .classifying import Classifier, ClassifierConfig        # a task's module, which may import this one
     sizes, task = dict(config["sizes"]), config["task"]
     if task in ("caption", "vqa"):
         return build(from_dict(sizes))
+    model_class, kind = {"classify": (Classifier, ClassifierConfig), "clip": (CLIP, CLIPConfig)}[task]
     kinds = {"vision": ResNetConfig if "blocks" in (sizes["vision"] or {}) else ViTConfig, "text": GPTConfig}
-    sizes |= {part: kind(**sizes[part]) for part, kind in kinds.items() if sizes.get(part)}
-    if task == "classify":
-        from .classifying import Classifier, ClassifierConfig    # a task's module, which may import this one
-        return Classifier(ClassifierConfig(**sizes))
-    if task != "clip":
-        raise ValueError(f"task is {task!r}")
-    return CLIP(CLIPConfig(**sizes))
+    return model_class(kind(**sizes | {part: kinds[part](**sizes[part]) for part in kinds if sizes.get(part)}))
 
 
 def load_run(folder):
     """A run that train.py left in `folder` -> Loaded, in eval mode. Raises UserError naming the file and the fault."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
+    path = Path(folder) / "config.json"
+    if not path.exists():
         raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
-    config, tokenizer = _object(folder / "config.json"), _find_tokenizer(_finder(folder))
-    with blame(f"{folder / 'config.json'} describes no run of this version", "mend it, or train again"):
+    config = _object(path)
+    with blame(f"{path} describes no run of this version", "mend it, or train again"):
         with torch.device("meta"):
             model = _build_run(config)
+        tokenizer = pretrained_tokenizer(folder, missing_ok=getattr(model.config, "text", None) is None)
         recipe = Recipe(**config["recipe"])
         _check(config, model, tokenizer)
-    if getattr(model.config, "text", None) and tokenizer is None:
-        raise UserError(f"{folder} has lost its tokenizer.json; train again")
-    rules, path = {name: Source((name,)) for name in model.state_dict()}, folder / "model.safetensors"
+    rules, path = {name: Source((name,)) for name in model.state_dict()}, path.with_name("model.safetensors")
     copy_weights(model, load_safetensors(path), rules, source=path)
     return Loaded(model.eval(), tokenizer, recipe, config)

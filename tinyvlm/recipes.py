@@ -1,8 +1,7 @@
 """How a published folder tells what an image must become, read as its owner means it (and written back, for export.py).
 
 Hugging Face's preprocessor_config.json, or the `image_processor` in processor_config.json (transformers 5), and timm's
-`pretrained_cfg` in config.json become a Recipe. A setting that a Recipe cannot express is refused by its name, in a
-ValueError that pretrained.py makes a sentence of.
+`pretrained_cfg` in config.json become a Recipe. What it cannot express is refused by its name, in a ValueError.
 """
 import math
 import re
@@ -23,14 +22,6 @@ CLASSES = {                                                     # what each mean
 USUAL = {"clip": ("CLIP", "clip"), "resnet50": ("ConvNext", "resnet50"), "vgg16": ("", "torchvision")}
 
 
-def _side(size):
-    """224, {"shortest_edge": 224} or {"height": 224, "width": 224} -> (224, the names it stood under)."""
-    sides = {name: side for name, side in size.items() if side} if isinstance(size, dict) else {"": size}
-    if tuple(sides) not in (("",), ("shortest_edge",), ("height", "width")) or len(set(sides.values())) > 1:
-        raise ValueError(f"an image size of {size!r}")
-    return next(iter(sides.values())), tuple(sides)
-
-
 def from_transformers(p, kind):
     """preprocessor_config.json, filled up by its class -> Recipe.
 
@@ -38,12 +29,15 @@ def from_transformers(p, kind):
     {"size": {"shortest_edge": 256}, "do_center_crop": true, "crop_size": 224}          the short side, then the centre
     {"size": 224}                                   in old files: a square for ViT, else the short side
     """
-    side, names = _side(p["size"])
-    squash = names == ("height", "width") or names == ("",) and kind == "ViT"
-    crop = _side(p["crop_size"])[0] if p.get("do_center_crop") else side if squash else None
+    sizes = [p["size"], p["crop_size"] if p.get("do_center_crop") else None]
+    word = "height" if kind == "ViT" else "shortest_edge"
+    sizes = [size if isinstance(size, dict) else {word: size} for size in sizes]
+    (side, *odd), (crop, *odder) = (set(size.values()) for size in sizes)                   # odd: not square
+    squash = "height" in sizes[0]
     if kind == "ConvNext" and side < 384:                       # it crops by itself
         crop, side = side, int(side / p["crop_pct"])
-    if crop is None or kind == "ConvNext" and squash:
+    crop = crop or (side if squash else None)
+    if crop is None or odd or odder or "longest_edge" in sizes[0] or kind == "ConvNext" and squash:
         raise ValueError(f"size = {p['size']!r}, do_center_crop = {p.get('do_center_crop')!r} of class {kind}")
     return Recipe(crop, "squash" if squash else "crop", None if side == crop else side,
                   FILTERS.get(p["resample"]), p.get("image_mean", p["mean"]), p.get("image_std", p["std"]))
@@ -51,7 +45,7 @@ def from_transformers(p, kind):
 
 def from_timm(p):
     """pretrained_cfg -> Recipe. crop_pct 0.9: 224 pixels are cut from an image whose short side is 248."""
-    channels, side, width = p["input_size"]
+    side, width = p["input_size"][1:]
     if side != width:
         raise ValueError(f"input_size = {p['input_size']!r}")
     resize = math.floor(side / p["crop_pct"])
@@ -85,14 +79,11 @@ def read_recipe(ck, family, size=None):
 
 
 def to_transformers(recipe):
-    """Recipe -> preprocessor_config.json: CLIP's class crops, ViT's only squashes."""
+    """Recipe -> preprocessor_config.json of CLIP's class, which resizes, then crops."""
     if recipe.mode == "adaptive":
         raise UserError("adaptive padding of images is unknown to transformers; export with no recipe")
-    square, side = {"height": recipe.size, "width": recipe.size}, recipe.resize or recipe.size
-    how = {"image_processor_type": "ViTImageProcessor", "size": square}
-    if recipe.mode == "crop" or recipe.resize:
-        size = {"shortest_edge": side} if recipe.mode == "crop" else {"height": side, "width": side}
-        how = {"image_processor_type": "CLIPImageProcessor", "size": size, "do_center_crop": True, "crop_size": square}
-    return {**how, "do_resize": True, "resample": {"bilinear": 2, "bicubic": 3}[recipe.interpolation],
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(recipe.mean),
-            "image_std": list(recipe.std)}
+    side, crop = recipe.resize or recipe.size, {"height": recipe.size, "width": recipe.size}
+    return {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True, "crop_size": crop,
+            "size": {"shortest_edge": side} if recipe.mode == "crop" else {"height": side, "width": side},
+            "resample": {"bilinear": 2, "bicubic": 3}[recipe.interpolation], "do_rescale": True,
+            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": recipe.mean, "image_std": recipe.std}

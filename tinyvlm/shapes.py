@@ -1,9 +1,8 @@
 """shapes: coloured figures on a plain ground, a world small enough to be described without a mistake.
 
-One to three things, each with a size, a colour and a shape, none touching another; the one right caption; questions
-with answers; labels. All of it drawn from a random generator, so a scene is a function of its seed. The world exists
-because a model that is wrong here is wrong in a way one can see: `meaning` compares what two captions claim, not their
-words, and `score_parts` says which part is wrong. Scores on it say nothing about photographs.
+One to three things that do not touch, the one right caption, questions with answers, labels: all a function of a seed.
+A model that is wrong here is wrong in a way one can see: `meaning` compares what two captions claim, not their words,
+and `score_parts` says which part is wrong. Scores on it say nothing about photographs.
 """
 import math
 import random
@@ -59,7 +58,6 @@ def describe(scene):
     """The one right caption of a scene in its order (make_scene: large things first, then the leftmost).
 
     one thing:  "a small red circle in the top left"            (of the picture's ninths)
-    two:        "a large blue square right of a small red circle"
     three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)
     """
     first, *others = scene
@@ -98,8 +96,6 @@ def score_parts(prediction, truth):
 
     None is what the truth lacks: a lone thing's relation, the place of several. A part is right if it is for all, each
     thing paired with the true one that it resembles most; so with a wrong number of things nothing is.
-        truth "a small red circle above a large blue star", prediction "a large blue circle below a small red circle"
-        -> size, color and relation are right, shape is not
     """
     (things, claims), (others, theirs), scored = parse(truth), parse(prediction), []
     for pairing in permutations(range(len(things))) if len(others) == len(things) else ():
@@ -120,16 +116,12 @@ def make_scene(rng, n_objects):
             r = SIZES[size] + 2
             things.append(Thing(size, rng.choice(list(COLORS)), rng.choice(SHAPES),
                                 rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
-        things.sort(key=lambda t: (t.size != "large", t.x))
-        if _is_clear(things):
-            return things
-
-
-def _is_clear(things):
-    if len(things) == 1:                # off the lines between the ninths: where it stands is no matter of taste
-        return all(abs(v - line * CANVAS / 3) > 6 for v in (things[0].x, things[0].y) for line in (1, 2))
-    pairs = [(abs(a.x - b.x), abs(a.y - b.y), SIZES[a.size] + SIZES[b.size]) for a, b in combinations(things, 2)]
-    return all(max(dx, dy) > reach + 4 and abs(dx - dy) > 10 for dx, dy, reach in pairs)
+        pairs = [(abs(a.x - b.x), abs(a.y - b.y), SIZES[a.size] + SIZES[b.size]) for a, b in combinations(things, 2)]
+        clear = all(max(dx, dy) > reach + 4 and abs(dx - dy) > 10 for dx, dy, reach in pairs)
+        if not pairs:                   # a lone thing keeps off the lines between the ninths: its place is clear
+            clear = all(abs(v - line * CANVAS / 3) > 6 for v in (things[0].x, things[0].y) for line in (1, 2))
+        if clear:
+            return sorted(things, key=lambda t: (t.size != "large", t.x))
 
 
 def draw_scene(scene, rng):
@@ -152,29 +144,29 @@ def ask(scene, rng, i=0):
     Each is about things that its words single out, and its words alone do not tell the answer: whoever knows the best
     guess for every question, but sees nothing, is right less than 45% of the time.
     """
-    things, found, types = list(scene), [], {"yes/no": "yes/no", "count": "number"}
+    found, t = [], rng.choice(list(scene))
 
     def name(thing):
-        same = [u.color for u in things if u.shape == thing.shape]
+        same = [u.color for u in scene if u.shape == thing.shape]
         text = f"the {thing.shape}" if len(same) == 1 else f"the {thing.color} {thing.shape}"
         return text if same.count(thing.color) == 1 else None
-    t = rng.choice(things)
-    if sum(u.shape == t.shape for u in things) == 1:
+    if name(t) == f"the {t.shape}":
         found.append(("color", f"what color is the {t.shape}?", t.color))
         if t.size == "large" or rng.random() < 0.72:        # even out: 58% are small, as these find room more easily
             found.append(("size", f"how big is the {t.shape}?", t.size))
-    if sum(u.color == t.color for u in things) == 1:
+    if sum(u.color == t.color for u in scene) == 1:
         found.append(("shape", f"what shape is the {t.color} thing?", t.shape))
-    if len(things) > 1 or rng.random() < 0.74:                  # so do single things: 57% of scenes
-        found.append(("count", "how many things are there?", str(len(things))))
-    if len(things) > 1:
-        a, b = rng.sample(things, 2)
+    if len(scene) > 1 or rng.random() < 0.74:                   # so do single things: 57% of scenes
+        found.append(("count", "how many things are there?", str(len(scene))))
+    if len(scene) > 1:
+        a, b = rng.sample(scene, 2)
         if name(a) and name(b):
             found.append(("relation", f"where is {name(a)} relative to {name(b)}?", relation(a, b).removesuffix(" of")))
     yes = rng.random() < 0.5
-    color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in things)])
+    color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in scene)])
     found.append(("yes/no", f"is there a{'n' * (color[0] in 'aeiou')} {color} thing?", "yes" if yes else "no"))
     rng.shuffle(found)                      # in a dialogue any kind may come first
+    types = {"yes/no": "yes/no", "count": "number"}
     return [Question(1000 * i + k, i, question, [answer], answer, kind, types.get(kind, "other"))
             for k, (kind, question, answer) in enumerate(found)]
 
@@ -187,8 +179,7 @@ class Shapes(Dataset):
     """
 
     def __init__(self, n_objects=2, n_scenes=20000, seed=0):
-        self.seed, self.scenes, splits = seed, [], {}
-        held_out = max(1, min(1000, n_scenes // 10))
+        self.seed, self.scenes, splits, held_out = seed, [], {}, max(1, min(1000, n_scenes // 10))
         for split, size in {"train": n_scenes, "val": held_out, "test": held_out}.items():
             splits[split] = list(range(len(self.scenes), len(self.scenes) + size))
             for index in range(size):

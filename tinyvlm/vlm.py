@@ -5,9 +5,7 @@
     lstm     image features set the first state of an LSTM, which writes from memory        Show and Tell, NIC
 
 Each is `forward(img_or_feats, idx, targets) -> (logits (B, T, V), loss)` for training and `prefill` / `step` for
-generate.py. Sequences here are what the tokenizer made: `[start] a dog runs [end]` for cross and lstm, `<image> a dog
-runs [end]` for prefix. Targets come already shifted: targets[t] is the token that follows idx[..t].
-"""
+generate.py. Sequences are `[start] a dog runs [end]` for cross and lstm, `<image> a dog runs [end]` for prefix."""
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from .config import UserError, check_sizes
 from .gpt import GPT, GPTConfig, next_token_loss
 from .lstm import LSTM
-from .transformer import Attention
+from .transformer import Attention, init_weights
 from .vit import ViT, ViTConfig
 
 
@@ -29,7 +27,7 @@ class LSTMConfig:
     n_embd: int = 512           # C, width of a word
     n_hidden: int = 512         # H, width of the state
     dropout: float = 0.0        # on the image features, the words, and the state on its way out
-    n_head: int = 0             # above 0: soft attention over the image features with this many heads
+    n_head: int = 0             # above 0: soft attention over the image features
 
 
 @dataclass
@@ -45,9 +43,8 @@ class VLMConfig:
 
 
 class Captioner(nn.Module):
-    """What all three share: a vision tower or ready-made features, a language model, and the parts by name.
-    Each adds a `connector`; `encode(img)`, what its decoder gets of an image; and `read(img, idx)`, the decoder's last
-    hidden state at every token of idx."""
+    """What all three share. Each adds a `connector`; `encode(img)`, what its decoder gets of an image; and `read(img,
+    idx)`, the logits at every token."""
     def __init__(self, config):
         super().__init__()
         check_sizes(config, wiring=("final", "lockstep"))
@@ -57,56 +54,48 @@ class Captioner(nn.Module):
         self.text = None if config.model == "lstm" else GPT(config.text)
 
     def forward(self, img, idx, targets=None):
-        """idx (B * K, T), K captions for each of B images -> logits (B * K, T, V) and the loss (None without targets).
-        The captions of an image stand side by side, and its vision tower runs once for all of them."""
-        logits = self.head(self.read(img, idx))                                   # (B * K, T, V)
+        """idx (B * K, T): the K captions of each of B images, side by side; the vision tower runs once for all of them.
+        targets[:, t] is the token that follows idx[:, :t+1]. Returns logits (B * K, T, V), and the loss or None."""
+        logits = self.read(img, idx)                                              # (B * K, T, V)
         return logits, None if targets is None else next_token_loss(logits, targets)
-
-    def head(self, x):
-        return self.text.head(x)                                                  # (B, T, C) -> (B, T, V)
 
     def step(self, idx, state):
         return self.text.step(idx, state)                                         # (R,) -> (R, V): one more token a row
 
     def features(self, img):
-        """Pixels (B, 3, H, W) go through the vision tower; ready-made features (B, N, C) or (B, C) pass as they are."""
-        if img.dim() == 4:
-            return self.vision(img)                                               # (B, N, C)
-        return img if img.dim() == 3 else img[:, None]                            # (B, N, C)
+        """Pixels (B, 3, H, W), or ready-made features (B, N, C) or (B, C), of one token -> (B, N, C)."""
+        return self.vision(img) if img.dim() == 4 else img.reshape(len(img), -1, img.size(-1))
 
     def parts(self):
         """{"connector" | "decoder" | "vision": parameters}, for per-part learning rates and staged unfreezing."""
         parts = {"connector": [], "decoder": [], "vision": []}
         for name, p in self.named_parameters():
-            new = name.startswith("connector") or ".cross." in name or ".ln_cross." in name
+            new = name.startswith("connector") or "cross." in name
             parts["connector" if new else "vision" if name.startswith("vision") else "decoder"].append(p)
         return parts
 
 
 class CrossCaptioner(Captioner):
-    """ViT + GPT, joined by cross-attention in every decoder block.
-    wiring "final": all blocks read the ViT's last, normalised output. "lockstep": block i reads the output of ViT block
-    i, of as many, through a norm of its own (the last through the ViT's), so shallow blocks see edges and deep ones
-    objects. Where the two widths differ, one linear map brings the features to the decoder's."""
+    """ViT + GPT, joined by cross-attention in every decoder block. wiring "final": all read the ViT's last output,
+    normalised. "lockstep": block i reads that of ViT block i, of as many, through a norm of its own (the last through
+    the ViT's), so shallow blocks see edges and deep ones objects."""
     def __init__(self, config):
         config.text.cross = True
         super().__init__(config)
-        self.connector = nn.ModuleDict()
-        if config.wiring == "lockstep":
-            self.connector["norms"] = nn.ModuleList(nn.LayerNorm(self.width) for _ in range(config.text.n_layer - 1))
-        if self.width != config.text.n_embd:
-            self.connector["proj"] = nn.Linear(self.width, config.text.n_embd)
+        n_norm, n_embd = config.text.n_layer - 1 if config.wiring == "lockstep" else 0, config.text.n_embd
+        self.connector = nn.ModuleDict({
+            "norms": nn.ModuleList(nn.LayerNorm(self.width) for _ in range(n_norm)),
+            "proj": nn.Linear(self.width, n_embd) if self.width != n_embd else nn.Identity()})
 
     def encode(self, img):
         """img (B, 3, H, W) or features -> what the decoder attends to: (B, N, C), or a list of them, one per block."""
-        proj = self.connector["proj"] if "proj" in self.connector else nn.Identity()
-        if "norms" not in self.connector:
-            return proj(self.features(img))                                       # (B, N, C)
+        if self.config.wiring == "final":
+            return self.connector["proj"](self.features(img))
         norms = [*self.connector["norms"], self.vision.ln_f]
-        return [proj(norm(x)) for norm, x in zip(norms, self.vision.layers(img), strict=True)]    # n_layer x (B, N, C)
+        return [self.connector["proj"](norm(x)) for norm, x in zip(norms, self.vision.layers(img), strict=True)]
 
     def read(self, img, idx):
-        return self.text.hidden(idx, self.encode(img))                            # (B * K, T, C)
+        return self.text(idx, feats=self.encode(img))[0]
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         return self.text.prefill(self.encode(img), idx, lengths, max_new_tokens)
@@ -114,18 +103,15 @@ class CrossCaptioner(Captioner):
 
 def pixel_shuffle(feats, k):
     """Lay k x k neighbouring patches side by side: (B, N, C) -> (B, N / k^2, k^2 C). Fewer tokens cost less time, but
-    in each the decoder has to unmix k^2 places ("nanoVLM", after Shi et al. 2016, arXiv:1609.05158)."""
-    B, N, C = feats.shape
-    n = int(N ** 0.5) // k
-    grid = feats.view(B, n, k, n, k, C).transpose(2, 3)                           # (B, n, n, k, k, C)
-    return grid.reshape(B, n * n, k * k * C)
+    in each the decoder has to unmix k^2 places (nanoVLM, after Shi et al. 2016, arXiv:1609.05158)."""
+    n = int(feats.size(1) ** 0.5) // k
+    grid = feats.unflatten(1, (n, k, n, k)).transpose(2, 3)                       # (B, n, n, k, k, C)
+    return grid.flatten(3).flatten(1, 2)
 
 
 class PrefixVLM(Captioner):
-    """ViT -> two-layer projector -> image tokens spliced into the text where `<image>` stands -> GPT.
-    N = 196 for a ViT-B/16 at 224 pixels, 64 for P = 16 at 128. The decoder needs no new weights: to it the projected
-    patches are words of a language it has to learn. The class token, if any, stays out: it has no place in the image.
-    """
+    """ViT -> two-layer projector -> image tokens spliced into the text where `<image>` stands -> GPT: to that, patches
+    become words of a language it has to learn. The class token, if any, stays out: it has no place in the image."""
     def __init__(self, config):
         super().__init__(config)
         if config.image_token is None or config.image_token >= config.text.vocab_size:
@@ -133,47 +119,36 @@ class PrefixVLM(Captioner):
         n_embd, width = config.text.n_embd, self.width * config.shuffle ** 2
         self.connector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_embd), nn.GELU(),
                                        nn.Linear(n_embd, n_embd))
-        for layer in (self.connector[1], self.connector[3]):                      # start as small as word embeddings
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        init_weights(self.connector, n_layer=1)                                   # as small as word embeddings
 
     def encode(self, img):
-        """img (B, 3, H, W) or features -> image tokens (B, N, C), or (B, N / shuffle^2, C)."""
         feats = self.vision.grid(img) if img.dim() == 4 else self.features(img)   # (B, N, C)
-        return self.connector(pixel_shuffle(feats, self.config.shuffle) if self.config.shuffle > 1 else feats)
+        if self.config.shuffle > 1:
+            feats = pixel_shuffle(feats, self.config.shuffle)                     # (B, N / k^2, k^2 C)
+        return self.connector(feats)                                              # image tokens
 
     def splice(self, img, idx):
-        """Replace the one <image> of each row of idx (R, T), R = B * K, by the N image tokens of its image.
-
-        Returns x (R, L, C), L = T + N - 1, and `last` (R, T): where in x token t ends. A row alone would be torch.cat
-        over words, image tokens, words. For all at once, x picks from a table of the row's words and then its image
-        tokens: no shape depends on where <image> stands, so nothing waits for the device. With N = 3:
-            idx [a <image> dog]    table [a <image> dog | i0 i1 i2]    x = table[0 3 4 5 2]    last [0 3 4]
-        """
-        tokens, (R, T) = self.encode(img), idx.shape                              # (B, N, C)
-        N = tokens.size(1)
-        table = torch.cat([self.text.wte(idx), tokens.repeat_interleave(R // len(tokens), dim=0)], dim=1)
-        before = (idx == self.config.image_token).cumsum(dim=1) == 0              # (R, T) words before <image>
-        at = before.sum(dim=1, keepdim=True)                                      # (R, 1) its place; T if it is missing
+        """Replace the one <image> of each row of idx (B * K, T) by the N image tokens of its image: x (B * K, L, C),
+        L = T + N - 1, and `last` (B * K, T), where in x token t ends. No shape depends on where <image> stands, nothing
+        waits for the device: x picks from a table of the row's words and then its image tokens. With N = 3:
+            idx [a <image> dog]    table [a <image> dog | i0 i1 i2]    x = table[0 3 4 5 2]    last [0 3 4]"""
+        tokens, T = self.encode(img), idx.size(1)                                 # (B, N, C)
+        N, K = tokens.size(1), len(idx) // len(tokens)
+        table = torch.cat([self.text.wte(idx), tokens.repeat_interleave(K, dim=0)], dim=1)       # (B * K, T + N, C)
+        before = (idx == self.config.image_token).cumsum(dim=1) == 0              # (B * K, T) words before <image>
+        at = before.sum(dim=1, keepdim=True)                                      # (B * K, 1) its place; T if missing
         slot = torch.arange(T + N - 1, device=idx.device)                         # (L,)
-        place = torch.where(slot < at + N, T + slot - at, slot - N + 1)           # (R, L) image tokens, words after
-        last = torch.arange(T, device=idx.device) + (N - 1) * ~before
-        return pick(table, torch.where(slot < at, slot, place)), last             # (R, L, C), (R, T)
+        place = torch.where(slot < at + N, T + slot - at, slot - N + 1)           # (B * K, L) image tokens, words after
+        x = table.take_along_dim(torch.where(slot < at, slot, place)[:, :, None], dim=1)         # (B * K, L, C)
+        return x, slot[:T] + (N - 1) * ~before
 
     def read(self, img, idx):
-        """At text positions only: image positions have no logits and cannot be trained on. What follows <image> is
-        predicted from its last image token."""
         x, last = self.splice(img, idx)
-        return pick(self.text.hidden(x), last)                                    # (B * K, T, C)
+        return self.text.head(self.text.hidden(x).take_along_dim(last[:, :, None], dim=1))       # at text places only
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         x, last = self.splice(img, idx)
         return self.text.prefill(None, x, 1 + last.gather(1, lengths[:, None] - 1)[:, 0], max_new_tokens)
-
-
-def pick(x, places):
-    """The vectors of x (B, L, C) at `places` (B, T) of each row: (B, T, C)."""
-    return x.gather(1, places[:, :, None].expand(-1, -1, x.size(2)))
 
 
 class LSTMState:
@@ -181,23 +156,20 @@ class LSTMState:
     def __init__(self, h, c, image_kv):
         self.h, self.c, self.image_kv = h, c, image_kv
 
-    def reorder(self, rows):
-        """Row i continues what was row rows[i]. image_kv stays: beams never leave their image."""
+    def reorder(self, rows):                    # image_kv stays: beams never leave their image
         self.h, self.c = self.h[:, rows], self.c[:, rows]
 
 
 class LSTMCaptioner(Captioner):
     """Features -> the LSTM's first state; then a word in, a word out, and nothing but the state in between.
-    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the image in the first state, through tanh, as in
-    "Show, attend and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also attends to
-    the features (a grid, or the one vector there is): attention after the recurrence (Luong et al. 2015), so that all
-    steps of the LSTM still run as one pass. The word embedding is the output matrix as well.
-    """
+    From "Show and tell" (Vinyals et al. 2015, arXiv:1411.4555), with the image in the first state, as in "Show, attend
+    and tell" (Xu et al. 2015, arXiv:1502.03044). With n_head, each state on its way out also attends to the features:
+    after the recurrence (Luong et al. 2015), so that all steps of the LSTM still run as one pass."""
     def __init__(self, config):
         super().__init__(config)
         c = config.text
         check_sizes(c)
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C)
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C), also the output matrix
         nn.init.normal_(self.wte.weight, std=c.n_embd ** -0.5)
         self.drop = nn.Dropout(c.dropout)
         self.connector = nn.ModuleDict({"norm": nn.LayerNorm(self.width),
@@ -210,38 +182,35 @@ class LSTMCaptioner(Captioner):
         self.head_bias = nn.Parameter(torch.zeros(c.vocab_size))
 
     def encode(self, img):
-        """img (B, 3, H, W) or features -> the state before the first word."""
         feats = self.drop(self.connector["norm"](self.features(img)))             # (B, N, C_img)
         vector = self.vision.pool(feats) if self.vision else feats.mean(dim=1)    # (B, C_img)
         state = torch.tanh(self.connector["state"](vector))                       # (B, 2 L H)
-        h, c = state.view(len(feats), 2, self.config.text.n_layer, -1).permute(1, 2, 0, 3).contiguous()     # (L, B, H)
-        attn = self.connector["attn"] if "attn" in self.connector else None
-        return LSTMState(h, c, attn and attn.keys_values(self.connector["feats"](feats)))
+        h, c = state.unflatten(1, (2, self.config.text.n_layer, -1)).permute(1, 2, 0, 3).contiguous()       # (L, B, H)
+        attends = "attn" in self.connector
+        return LSTMState(h, c, attends and self.connector["attn"].keys_values(self.connector["feats"](feats)))
 
     def advance(self, x, state):
-        """Read words x (R, T, C), moving the state on -> hidden states (R, T, H), plus what each finds in the image."""
+        """Read words x (R, T, C), moving the state on -> logits (R, T, V)."""
         x, (state.h, state.c) = self.lstm(x, (state.h, state.c))                  # (R, T, H)
-        return x if state.image_kv is None else x + self.connector["attn"](x, state.image_kv)
-
-    def head(self, x):
-        return F.linear(self.drop(self.out(x)), self.wte.weight, self.head_bias)            # (R, T, H) -> (R, T, V)
+        if state.image_kv:
+            x = x + self.connector["attn"](x, state.image_kv)                     # plus what each finds in the image
+        return F.linear(self.drop(self.out(x)), self.wte.weight, self.head_bias)
 
     def read(self, img, idx):
         state = self.encode(img)
-        K = len(idx) // state.h.size(1)
-        state.h, state.c = (t.repeat_interleave(K, dim=1) for t in (state.h, state.c))      # (L, B * K, H)
-        return self.advance(self.drop(self.wte(idx)), state)                      # (B * K, T, H)
+        state.reorder(torch.arange(len(idx), device=idx.device) * state.h.size(1) // len(idx))   # K captions an image
+        return self.advance(self.drop(self.wte(idx)), state)                      # (B * K, T, V)
 
     def prefill(self, img, idx, lengths, max_new_tokens):
         state, last = self.encode(img), 0
         for t, words in enumerate(self.wte(idx).split(1, dim=1)):                 # prompts are short, and may differ
             h, c, going = state.h, state.c, t < lengths[:, None]                  # (L, B, H) both, (B, 1)
-            last = torch.where(going[:, :, None], self.advance(words, state), last)         # (B, 1, H)
+            last = torch.where(going[:, :, None], self.advance(words, state), last)         # (B, 1, V)
             state.h, state.c = torch.where(going, state.h, h), torch.where(going, state.c, c)
-        return self.head(last)[:, -1], state                                      # (B, V)
+        return last[:, -1], state                                                 # (B, V)
 
     def step(self, idx, state):
-        return self.head(self.advance(self.wte(idx[:, None]), state))[:, -1]      # (R, V)
+        return self.advance(self.wte(idx[:, None]), state)[:, -1]                 # (R, V)
 
 
 MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM, "lstm": LSTMCaptioner}

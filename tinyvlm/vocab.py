@@ -99,7 +99,7 @@ class Tokenizer:
         require("post_processor", [i for i in before + after if i not in names], [])
         self.special_ids = sorted({*before, *after, self.unk_id, *(t["id"] for t in added if t["special"])} - {None})
         self._finders = {(special, clean): self._finder([
-            token for token in added if bool(token["normalized"]) == clean and (special or not token["special"])], clean)
+            t for t in added if bool(t["normalized"]) == clean and (special or not t["special"])], clean)
             for special in (True, False) for clean in (True, False)}
         self._cached_ids = functools.lru_cache(1 << 16)(self._word_ids)     # captions repeat a few thousand words
 

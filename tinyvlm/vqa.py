@@ -48,9 +48,9 @@ def read_vqa(questions_path, annotations_path=None):
         if not annotations_path:
             return [Question(*ids, text, []) for ids, text in texts.items()]
         people = {(a["question_id"], a["image_id"]): a for a in read_json(annotations_path)["annotations"]}
-        return [Question(*ids, text, [each["answer"].strip() for each in people[ids]["answers"]],
-                         people[ids]["multiple_choice_answer"].strip(), str(people[ids]["question_type"]),
-                         str(people[ids]["answer_type"])) for ids, text in texts.items()]
+        return [Question(*ids, text, [each["answer"].strip() for each in people[ids]["answers"]], *(
+            people[ids][key].strip() for key in ("multiple_choice_answer", "question_type", "answer_type")))
+                for ids, text in texts.items()]
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UserError(f"{questions_path} and {annotations_path} should be one split as VQA publishes it ({fault!r}); "
                         "fetch both again") from None
@@ -65,10 +65,10 @@ def vqav2(folder, seed=0, allow_broken=False):
     folder, notes, about, lists = Path(folder), [], {}, {}
     files = {Path(path).name: path for path in reversed(list_files(folder))}                # of two, the shallower
     for split, subset in SUBSETS.items():
-        source, people = f"v2_OpenEnded_mscoco_{subset}_questions.json", f"v2_mscoco_{subset}_annotations.json"
-        if source not in files and split != "train":
+        parts = [f"v2_OpenEnded_mscoco_{subset}_questions.json", f"v2_mscoco_{subset}_annotations.json"]
+        parts, found = parts[:1] if split == "test" else parts, {}
+        if split != "train" and parts[0] not in files:
             continue
-        parts, found = [source] if split == "test" else [source, people], {}
         if lacking := [name for name in parts if name not in files]:
             raise UserError(f"{folder} holds no {lacking[0]}; put VQA's files there, or name it: --data-dir")
         for q in read_vqa(*(folder / files[name] for name in parts)):
@@ -76,7 +76,7 @@ def vqav2(folder, seed=0, allow_broken=False):
             found.setdefault(files.get(f"COCO_{subset}_{name}", files.get(name)), []).append(q)
         absent = {q.image_id for q in found.pop(None, [])}
         if found or split != "test":                            # many have the questions of test, but not its images
-            check_absent(notes, sorted(absent), len(found) + len(absent), source, folder, allow_broken)
+            check_absent(notes, sorted(absent), len(found) + len(absent), parts[0], folder, allow_broken)
             about, lists[split] = about | found, {*found}
     captions = [[f"{q.question} {q.answer}".strip() for q in questions] for questions in about.values()]
     dataset = Dataset("vqav2", [*about], captions, make_splits([*about], lists, seed, notes, folder), folder, notes)
@@ -143,14 +143,13 @@ def encode_dialogue(tokenizer, turns):
     Trained are the assistant's words and the end tag of each answer. No text from outside ever becomes a tag.
     """
     end, image, begin, user, assistant = map(tokenizer.token_to_id, TAGS)
-    ids = [begin, *tokenizer.encode_plain(SYSTEM), user, image]
-    trained = [False] * len(ids)
-    for k, (question, answer) in enumerate(turns):
-        masked = [user] * (k > 0) + [*tokenizer.encode_plain(" ".join(question.split())), assistant]
+    start, row = [begin, *tokenizer.encode_plain(SYSTEM), user, image], []
+    for question, answer in turns:
+        masked = [*start, *tokenizer.encode_plain(" ".join(question.split())), assistant]
         reply = [] if answer is None else [*tokenizer.encode_plain(answer), end]
-        ids += masked + reply
-        trained += [False] * len(masked) + [True] * len(reply)
-    return ids, trained
+        row += [(i, False) for i in masked] + [(i, True) for i in reply]
+        start = [user]
+    return [i for i, _ in row], [on for _, on in row]
 
 
 def rows_of(questions, tokenizer, max_len, turns, left_out):
@@ -178,15 +177,14 @@ def show_tokens(tokenizer, idx, targets, n_image_tokens, color=True):
     Trained tokens are shown as the loss sees them, from the targets: unshifted targets would double each word. What
     follows the last target is padding and not shown.
     """
-    colors, lines, image = {"image": 34, "masked": 90, "trained": 32}, [], tokenizer.token_to_id(IMAGE)
-    tokens = [("trained", target) if target != IGNORE else ("image" if i == image else "masked", i)
-              for i, target in zip(idx + [None], [IGNORE] + targets)]             # each token, or what stands for it
-    while tokens[-1][0] != "trained":
-        tokens.pop()
-    for kind, run in groupby(tokens, key=lambda token: token[0]):
+    image, lines = tokenizer.token_to_id(IMAGE), []
+    n = max(k for k, target in enumerate(targets, 1) if target != IGNORE)
+    tokens = [("trained", 32, target) if target != IGNORE else ("image", 34, i) if i == image else ("masked", 90, i)
+              for i, target in zip([*idx[:n], None], [IGNORE, *targets[:n]])]     # each token, or what stands for it
+    for (kind, hue), run in groupby(tokens, key=lambda token: token[:2]):
         times = f" x {n_image_tokens}" * (kind == "image")
-        line = f"{kind:8}|" + "".join(f"{repr(tokenizer.decode([i]))[1:-1]}{times}|" for _, i in run)
-        lines.append(f"\x1b[{colors[kind]}m{line}\x1b[0m" if color else line)
+        line = f"{kind:8}|" + "".join(f"{repr(tokenizer.decode([i]))[1:-1]}{times}|" for *_, i in run)
+        lines.append(f"\x1b[{hue}m{line}\x1b[0m" if color else line)
     return "\n".join(lines)
 
 

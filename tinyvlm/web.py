@@ -1,11 +1,11 @@
 """Images from the web, taken politely and safely: most links are fine; some are dead, slow, huge or hostile.
 
-    download_images(table_rows("pairs.csv"), "data/mine")   # -> a folder that layouts.photos reads, with report.csv
+    download_images(table_rows("pairs.csv"), "data/mine")   # -> a folder that layouts.photos reads
     ImageFolderCache("data/cache", 10**10).open(url)        # -> RGB PIL image, kept on disk for the next epoch
 
 Strangers wrote the links, so each is a request they make from inside your network (server-side request forgery): we
-talk to public addresses only. How a request is made and a body read is download.py's. `Guard:` stands at each
-protection. Left out: proxies, robots.txt, cookies.
+talk to public addresses only. How a request is made and a body read is download.py's. Left out: proxies, robots.txt,
+cookies.
 """
 import contextlib
 import csv
@@ -26,22 +26,22 @@ from time import monotonic
 
 import requests
 import urllib3
-from PIL import Image
+from PIL import ImageOps
 
 from .config import UserError
 from .download import DownloadError, body, download, request, retry
 from .draw import progress
-from .files import locked, write_csv
-from .image import adaptive_square, load_image
+from .files import locked, read_json, write_csv
+from .image import load_image
 
 HEADERS = {"User-Agent": "tinyvlm (collects training images)", "Accept": "image/*", "Accept-Encoding": "identity"}
 MAX_BYTES, TIMEOUT, MAX_SECONDS, TRIES = 20_000_000, 10, 30, 3  # of one image; seconds without a byte, and in all
 THREADS, PER_HOST = 32, 8                                       # requests at once, and of these to one host
 ODD = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")               # control characters and half ones
-REPORT = ["url", "file", "status", "caption"]
+HEADER = ["image", "caption", "status", "url"]                  # of captions.csv
 ROWS = "https://datasets-server.huggingface.co/rows?dataset=BAAI%2FCapsFusion-120M&config=default&split=train"
+COLUMNS = ("image_url", "url"), ("capsfusion", "caption", "text")
 
-_lock = threading.Lock()
 _here = threading.local()               # of each thread: the deadline of its request, and whether it may go anywhere
 
 
@@ -75,25 +75,21 @@ class _Checked:
         return sock
 
 
-class _Adapter(requests.adapters.HTTPAdapter):
-    """What makes a requests session connect in this way."""
-
-    def init_poolmanager(self, *args, **options):
-        context = ssl.create_default_context(cafile=requests.certs.where())       # checks names and certificates
-        context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})
-        super().init_poolmanager(*args, ssl_context=context, **options)
-        self.poolmanager.pool_classes_by_scheme = {
-            scheme: type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (_Checked, pool.ConnectionCls), {})})
-            for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool))}
-
-    def cert_verify(self, *args):
-        """requests would read all authorities anew for each connection: 45 ms."""
-
-
 @functools.cache
 def _adapter(process, allow_private):
-    """The open connections, for all threads. A forked process must not write into its parent's."""
-    return _Adapter(pool_maxsize=THREADS)
+    """What makes a requests session connect in this way; it keeps connections open, for all threads.
+
+    By process: one that was forked must not write into its parent's connections.
+    """
+    adapter = requests.adapters.HTTPAdapter()
+    context = ssl.create_default_context(cafile=requests.certs.where())           # checks names and certificates
+    context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})
+    adapter.init_poolmanager(THREADS, THREADS, ssl_context=context)
+    adapter.poolmanager.pool_classes_by_scheme = {
+        scheme: type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (_Checked, pool.ConnectionCls), {})})
+        for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool))}
+    adapter.cert_verify = lambda *args: None    # requests would read all authorities anew for each connection: 45 ms
+    return adapter
 
 
 def fetch(url, allow_private=False):
@@ -101,8 +97,7 @@ def fetch(url, allow_private=False):
     _here.allow_private, _here.deadline = allow_private, monotonic() + MAX_SECONDS
     session = requests.Session()
     session.trust_env = False                                   # Guard: a proxy would resolve the names, unchecked
-    with _lock:                                                 # else all threads make one at once
-        session.adapters = {"http": _adapter(os.getpid(), allow_private)}         # and https, by its first letters
+    session.adapters = {"http": _adapter(os.getpid(), allow_private)}             # and https, by its first letters
 
     def attempt():
         with request(session, "GET", url, HEADERS, timeout=TIMEOUT) as answer:
@@ -123,70 +118,59 @@ def _name(url):
 
 def _pairs(rows, known):
     """{"url": "http://a/1", "text": "a  dog", "id": 7} -> "http://a/1", "a dog", fit for any csv; each address once."""
-    for row in rows:
-        pair = [next((str(row[name] or "") for name in names if isinstance(row, dict) and name in row), None)
-                for names in (("image_url", "url"), ("capsfusion", "caption", "text"))]
-        if None in pair or None in row:                         # None: what csv found beyond the header's columns
-            raise UserError(f"a row holds {str(row)[:80]}; it needs image_url (or url) and capsfusion (or caption, or "
-                            "text), and no cell beyond the header")
-        url, caption = (" ".join(ODD.sub(" ", cell).split())[:10_000] for cell in pair)
-        if url and caption and url not in known:
-            known.add(url)
-            yield url, caption
-
-
-def _read_report(folder):
-    """{url: row} of report.csv."""
-    path = folder / "report.csv"
-    rows = list(csv.reader(path.read_text("utf-8", "replace").splitlines())) if path.exists() else [REPORT]
-    if rows[:1] != [REPORT] or not path.exists() and (folder / "captions.csv").exists():
-        raise UserError(f"{folder} has a csv that this program did not make; choose another folder")
-    return {row[0]: row for row in rows[1:] if len(row) == len(REPORT)}
-
-
-def _write_report(folder, report):
-    rows = sorted(report.values())
-    write_csv(folder / "report.csv", REPORT, rows)
-    write_csv(folder / "captions.csv", ["image", "caption"], ([row[1], row[3]] for row in rows if row[1]))
+    try:
+        for row in rows:
+            pair = [[row[name] for name in names if name in row][0] for names in COLUMNS]
+            url, caption = (" ".join(ODD.sub(" ", str(cell or "")).split())[:10_000] for cell in pair)
+            if None in row:
+                raise ValueError("more cells than the header has")
+            if url and caption and url not in known:
+                known.add(url)
+                yield url, caption
+    except (ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
+        raise UserError(f"the rows cannot be read ({str(error)[:99]}); each needs image_url (or url) and capsfusion "
+                        "(or caption, or text), in json lines or in a csv with a header") from None
 
 
 def download_images(rows, folder, size=128, limit=1000, allow_private=False):
     """Fetch images into `folder`, as JPEGs of size x size, until it holds `limit` -> {status: how many addresses}.
 
-    report.csv has a line per address with "ok" or the reason of its failure, and decides what is not fetched again: to
-    retry failures, delete their lines. captions.csv makes the folder one that layouts.photos reads. Never more rows are
-    taken than may still be needed, so that it holds the first good ones, however threads and kills fall.
+    captions.csv makes the folder one that layouts.photos reads. It has a line per address with "ok" or the reason of
+    its failure, and decides what is not fetched again: to retry failures, delete their lines. Never more rows are taken
+    than may still be needed, so that the folder holds the first good ones, however threads and kills fall.
     """
-    folder, pool, jobs = Path(folder), ThreadPoolExecutor(THREADS), [None]
+    table, pool, jobs = Path(folder, "captions.csv"), ThreadPoolExecutor(THREADS), [None]
     gates = defaultdict(lambda: threading.Semaphore(PER_HOST))  # by host
 
-    def work(gate, url, caption):       # -> the address's row in the report
+    def work(gate, url, caption):       # -> the line of the address
         try:
             with gate:
                 image = fetch(url, allow_private)[1]
         except DownloadError as error:
-            return [url, "", error.reason, caption]
-        image.thumbnail((4096, 4096))   # before padding: 25,000 x 600 pixels would become a square of 1.9 GB
-        image = adaptive_square(image).resize((size, size), Image.Resampling.BICUBIC)
-        image.save(folder / f"{_name(url)}.jpg", "JPEG", quality=95)
-        return [url, f"{_name(url)}.jpg", "ok", caption]
+            return ["", caption, error.reason, url]
+        short, long = sorted(image.size)        # a crop would lose too much of long, thin images: black is added
+        square = ImageOps.fit if short / long >= 0.6 else ImageOps.pad
+        square(image, (size, size)).save(table.with_name(name := f"{_name(url)}.jpg"), quality=95)
+        return [name, caption, "ok", url]
 
-    with locked(folder / ".lock"):      # two runs in one folder would overwrite each other's report
-        report = _read_report(folder)
-        pairs = _pairs(rows, set(report))
+    with locked(table.with_name(".lock")):      # two runs in one folder would overwrite each other's table
+        lines = [*csv.reader(table.read_text("utf-8", "replace").splitlines())] if table.exists() else [HEADER]
+        if lines[:1] != [HEADER]:
+            raise UserError(f"{table} was not made by this program; choose another folder")
+        done = {line[3]: line for line in lines[1:] if len(line) == 4}
+        pairs = _pairs(rows, set(done))
         try:
             while jobs:
-                wanted = limit - sum(row[2] == "ok" for row in report.values())
+                wanted = limit - sum(line[2] == "ok" for line in done.values())
                 jobs = [pool.submit(work, gates[str(url.split("/")[2:3])], url, caption)
-                        for url, caption in itertools.islice(pairs, max(0, min(wanted, 1000)))]
-                for done, job in enumerate(as_completed(jobs), 1):
-                    report[job.result()[0]] = job.result()
-                    progress(done, len(jobs), "addresses")
-                _write_report(folder, report)                   # a kill costs no more than the jobs since
-        finally:                        # ctrl-C, too, leaves a folder that can be trained on
+                        for url, caption in itertools.islice(pairs, max(0, min(wanted, 200)))]
+                for n, job in enumerate(as_completed(jobs), 1):
+                    done[job.result()[3]] = job.result()
+                    progress(n, len(jobs), "addresses")
+                write_csv(table, HEADER, sorted(done.values()))                   # a kill costs the jobs since
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            _write_report(folder, report)
-    counts = Counter(row[2] for row in report.values())
+    counts = Counter(line[2] for line in done.values())
     print(f"{folder} now holds: {dict(counts.most_common())}")
     return counts
 
@@ -198,38 +182,28 @@ def capsfusion_rows(cache):
     """
     offset, total = 0, 1
     while offset < total:
-        path = download(f"{ROWS}&offset={offset}&length=100", Path(cache, f"{offset:09d}.json"), tries=8)
-        try:
-            page = json.loads(path.read_text("utf-8"))
-            rows, total = [row["row"] for row in page["rows"]], page["num_rows_total"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} holds no page of rows; delete it and try again later") from None
-        yield from rows
-        offset += 100
+        page = read_json(download(f"{ROWS}&offset={offset}&length=100", Path(cache, f"{offset:09d}.json"), tries=8))
+        yield from (row["row"] for row in page["rows"])
+        offset, total = offset + 100, page["num_rows_total"]
 
 
 def table_rows(path):
     """The rows (dicts) of a local .jsonl, or of a .csv with a header, read as it goes."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            is_jsonl = str(path).endswith(".jsonl")
-            yield from map(json.loads, filter(str.strip, file)) if is_jsonl else csv.DictReader(file)
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"cannot read {path} as .jsonl, or else as .csv with a header: {error}; mend it") from None
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        is_jsonl = str(path).endswith(".jsonl")
+        yield from map(json.loads, filter(str.strip, file)) if is_jsonl else csv.DictReader(file)
 
-
-# ---- training while downloading
 
 class ImageFolderCache:
-    """Images by address: from a folder, else fetched, and kept there as long as it has less than max_bytes.
+    """For training while downloading: images from a folder, else fetched, and kept while it has less than max_bytes.
 
     What came first stays: in epochs over more than fits, the least recently used image is the one needed next.
     """
 
-    def __init__(self, folder, max_bytes, allow_private=False):
-        self.folder, self.allow_private = Path(folder), allow_private
-        self.folder.mkdir(parents=True, exist_ok=True)
-        room = max_bytes - sum(file.stat().st_size for file in self.folder.iterdir())
+    def __init__(self, folder, max_bytes, allow_private):
+        self.folder, self.allow_private = folder, allow_private
+        folder.mkdir(parents=True, exist_ok=True)
+        room = max_bytes - sum(file.stat().st_size for file in folder.iterdir())
         self.room = room / int(os.environ.get("WORLD_SIZE", 1))                   # torchrun's processes share it
 
     def open(self, url):

@@ -6,20 +6,19 @@ A safetensors file is three things in a row, all little-endian:
     N bytes   JSON: {"wte.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {...}}
     the rest  the numbers of every tensor, row by row; data_offsets count from here
 
-No code is stored, so opening a stranger's file cannot run any (a pickled .bin can). The original is at
-https://github.com/huggingface/safetensors; left out here: slices, elements smaller than a byte (F4, F6).
+No code is stored, so opening a stranger's file cannot run any (a pickled .bin can). As at github.com/huggingface/
+safetensors, but for slices, elements smaller than a byte (F4, F6) and models in several files.
 """
 import json
 import math
 import mmap
 import os
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 
 from .config import UserError
-from .files import atomic_write, read_json
+from .files import atomic_write
 
 # In the format's own order. Files hold the last kinds first: wide elements come before narrow ones, so each tensor
 # starts at a multiple of its element size without any padding.
@@ -48,24 +47,19 @@ def _unique(pairs):
 
 
 def _tensors(header, data):
-    """The header's entries -> {name: tensor over its part of the bytes `data`}; ValueError tells the fault.
+    """The header's entries -> {name: tensor over its part of the bytes `data`}.
 
     Every byte belongs to exactly one tensor: nothing can hide between two, nothing is read twice.
     """
-    entries, tensors, covered = [], {}, 0
-    for name, entry in header.items():
-        try:
-            kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
-            _demand(whole and math.prod(max(n, 1) for n in shape) < 2**60, "no shape")       # torch counts in 64 bits
-            size = math.prod(shape) * DTYPES[kind].itemsize
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"tensor {name!r:.60} lacks a known dtype, a shape or data_offsets: {entry}") from None
-        _demand(size == end - begin, f"tensor {name!r:.60} of {size} bytes has the data_offsets {begin}, {end}")
-        entries.append((begin, end, name, DTYPES[kind], shape))
-    for begin, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
+    tensors, covered = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**60 for n in [*shape, begin, end])
+        _demand(whole, f"{name!r:.60} has the shape {shape} and the data_offsets {begin}, {end}")
+        size = math.prod(shape) * dtype.itemsize
+        _demand(size == end - begin, f"{name!r:.60} of {size} bytes has the data_offsets {begin}, {end}")
         _demand(begin == covered, f"a hole or an overlap: {name!r:.60} begins at {begin}, others end at {covered}")
-        _demand(end <= len(data), f"tensor {name!r:.60} ends at {end} of {len(data)} bytes of data")
+        _demand(end <= len(data), f"{name!r:.60} ends at {end} of {len(data)} bytes of data")
         flat, covered = torch.empty(0, dtype=torch.uint8), end
         if begin < end:                         # frombuffer refuses to look at nothing
             flat = torch.frombuffer(data, dtype=torch.uint8, count=end - begin, offset=begin)
@@ -89,32 +83,22 @@ def _read(path):
         _demand(text.startswith("{"), "its header does not start with '{'")
         header = json.loads(text, object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", None) or {}
-        _demand(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
-                "its __metadata__ is not a map from strings to strings")
+        _demand(all(type(value) is str for value in metadata.values()), "its __metadata__ holds more than strings")
         return _tensors(header, memoryview(buffer)[8 + n:]), metadata
     except OSError as fault:
         raise SafetensorsError(f"cannot read {path}: {fault.strerror}; check the path") from fault
-    except (ValueError, RecursionError) as fault:                       # its text may quote megabytes of header
-        raise SafetensorsError(f"{path} is no valid safetensors file: {fault!s:.150}; fetch or save it again") from None
-
-
-def shards(path):
-    """The files of a model, all in one folder: those behind a `model.safetensors.index.json`, or the one there is."""
-    if Path(path).suffix != ".json":
-        return [path]
-    try:
-        return sorted({Path(path).with_name(Path(file).name) for file in read_json(path)["weight_map"].values()})
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise SafetensorsError(f"{path} has no weight_map from tensors to names of files; fetch it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as fault:    # may quote a megabyte of header
+        fault = f"{type(fault).__name__}: {fault}"
+        raise SafetensorsError(f"{path} is no valid safetensors file ({fault:.150}); fetch or save it again") from None
 
 
 def load_safetensors(path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, or of all the files behind an index: on the CPU, not copied.
+    """Every tensor of a file, on the CPU and not copied. Raises SafetensorsError naming the file and the fault.
 
     The file is mapped: a page is read when a tensor's numbers are first used. Writing into a tensor changes neither the
-    file nor another load of it. Raises SafetensorsError naming the file and the fault.
+    file nor another load of it.
     """
-    return {name: tensor for file in shards(path) for name, tensor in _read(file)[0].items()}
+    return _read(path)[0]
 
 
 def read_metadata(path) -> dict[str, str]:
@@ -149,34 +133,26 @@ def save_safetensors(tensors, path, metadata=None):
 
 # ---- one strict copy: every weight from a known place, or no model at all
 
-def misfit(what, faults):
-    """A UserError of at most 300 characters: the first five faults, fewer where they are long, and their number."""
-    for most in (5, 4, 3, 2, 1):
-        text = f"{what}: {', '.join(faults[:most])} ({len(faults)} in all); check the file and its config.json"
-        if len(text) <= 300:
-            return UserError(text)
-    return UserError(text[:297] + "...")
-
-
 def copy_weights(model, tensors, rules, ignore=(), source="the checkpoint"):
     """Fill every parameter and persistent buffer of `model` from the tensors of a file: all of them, or none.
 
     tensors: {their name: tensor} of any dtype; rules: {our name: Source}, see names.py; ignore: patterns such as
     "*.attn.masked_bias" for what is no weight; source: what the message calls the tensors. A model made on the "meta"
-    device gets its memory here, on the CPU, when all is known to fit. Raises UserError (misfit).
+    device gets its memory here, on the CPU, when all is known to fit. Raises UserError with the first five faults.
     """
     ours = model.state_dict()
     rules = {name: rule for name, rule in rules.items() if name in ours}
     used = {theirs for rule in rules.values() for theirs in rule.names}
     faults = sorted([f"{name} is missing" for name in (used - tensors.keys()) | (ours.keys() - rules.keys())] + [
         f"{name} has no use" for name in tensors.keys() - used if not any(fnmatchcase(name, glob) for glob in ignore)])
-    what, wrong = f"{source} does not fit {type(model).__name__}", []
-    if not faults:
-        wrong = [name for name, rule in rules.items() if rule.shape(tensors) != tuple(ours[name].shape)]
+    what = f"{source} does not fit {type(model).__name__}"
+    wrong = [] if faults else [name for name in rules if rules[name].shape(tensors) != tuple(ours[name].shape)]
     if wrong:
         what += f", the first {rules[wrong[0]].shape(tensors)} where ours is {tuple(ours[wrong[0]].shape)}"
-    if faults or wrong:
-        raise misfit(what, faults or [rules[name].names[0] for name in wrong])
+        faults = [rules[name].names[0] for name in wrong]
+    if faults:
+        what += f": {', '.join(faults[:5])}"
+        raise UserError(f"{what:.240} ({len(faults)} in all); check the file and its config.json")
     ours = model.to_empty(device="cpu").state_dict()
     for name, rule in rules.items():
         ours[name].copy_(rule.make([tensors[theirs] for theirs in rule.names]))             # ours keeps its dtype
