@@ -108,7 +108,7 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
     one, two = capsys.readouterr().out.splitlines()
     assert one.partition("example.png: ")[2] == two.partition("example.png: ")[2] != ""
     assert Image.open(tmp_path / "a.png").size[0] > 500
-    for name, words in (("none.png", "404"), ("log.csv", "log.csv is not an image")):
+    for name, words in (("none.png", "404"), ("log.csv", "log.csv cannot be opened")):
         refused(capsys, words, sample, "--image", f"{host.url}/{name}", "--out-dir", trained)
 
 
@@ -297,7 +297,7 @@ def test_two_processes_give_the_same_curve_as_one(tmp_path):
 def test_a_compiler_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *args, **how: (_ for _ in ()).throw(RuntimeError("no compiler here")))
     run(train, *RUN, "--out-dir", tmp_path, "--compile", "--epochs", "0.3")
-    assert "torch.compile failed (RuntimeError)" in capsys.readouterr().out and (tmp_path / "model.safetensors").exists()
+    assert "torch.compile failed (RuntimeError)" in capsys.readouterr().out and (tmp_path / "example.png").exists()
 
 
 def test_a_full_disk_is_a_sentence_and_keeps_the_old_run(copy, capsys, monkeypatch):
