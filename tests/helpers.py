@@ -129,8 +129,9 @@ class Training:
     """train.py in a process group of its own, with or without room for the images in memory. rank: of two."""
 
     def __init__(self, log, *argv, in_memory=True, rank=None, port=0):
-        env = {} if rank is None else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE":
-                                       "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {} if rank is None else {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.log = log
         self.process = FORKS.Process(target=_process, args=([*map(str, argv)], log, env, in_memory))
         self.process.start()

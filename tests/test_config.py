@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tinyvlm.config import UserError, option, out_of_memory, parse_config, peek, run_script
+from tinyvlm.config import UserError, option, parse_config, peek, run_script
 
 
 @dataclass
@@ -29,8 +29,10 @@ def test_defaults_presets_flags_in_that_order_of_authority():
     assert parse("--preset", "big") == Options(n_layer=9, fast=False)
     assert parse("--preset", "big", "--n-layer", "3", "--fast").n_layer == 3
     same = parse("--n-layer", "2", "--preset", "big")                             # given, even if equal to the default
-    assert same.n_layer == 2 and same.given == {"n_layer"} and same.preset == "big"
+    assert same.n_layer == 2 and same.given == {"n_layer"}
     assert parse_config(Options, [], {"big": {"n_layer": 9}}, default_preset="big").n_layer == 9
+    with pytest.raises(AssertionError, match="preset x sets fields that do not exist: .'depth'."):
+        parse_config(Options, [], {"x": {"depth": 1}})
 
 
 def test_every_kind_of_field():
@@ -41,12 +43,12 @@ def test_every_kind_of_field():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--n-layers", "3"], "did you mean --n-layer?"), (["--n-layer", "x"], "invalid int"), (["--model", "rnn"], "cross"),
+    (["--n-layers", "3"], "did you mean --n-layer?"), (["--n-layer", "x"], "invalid int"), (["--model", "x"], "cross"),
     (["--preset", "huge"], "big"), (["--n-lay", "3"], "unrecognized"), (["stray"], "unrecognized"),
     (["--fast", "False"], "False"), (["--lr"], "expected one"), (["--lr", "0"], "--lr must be above 0, not 0"),
     (["--lr", "1"], "--lr must be below 1"), (["--n-layer", "0"], "--n-layer must be at least 1"),
     (["--lr", "nan"], "ordinary number"), (["--top-k", "1" * 20], "ordinary number"),
-    (["--out-dir", ""], "--out-dir was given an empty value"), (["--image", "a", ""], "--image was given an empty value")])
+    (["--out-dir", ""], "--out-dir was given an empty value"), (["--image", "a", ""], "--image was given an empty")])
 def test_mistakes_are_one_sentence(argv, words):
     with pytest.raises(UserError) as error:
         parse(*argv)
@@ -57,8 +59,8 @@ def test_help_lists_every_flag_with_its_default_under_its_heading(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    places = [text.index(words) for words in ("--preset", "numbers:", "--lr LR rate, 100% yours [0.001]", "--no-fast",
-                                              "--top-k TOP_K limit", "names:", "--image IMAGE", "--model {cross,prefix}")]
+    wanted = ("--preset", "numbers:", "--lr LR rate, 100% yours [0.001]", "--no-fast", "--top-k TOP_K limit", "names:")
+    places = [text.index(words) for words in (*wanted, "--image IMAGE", "--model {cross,prefix}")]
     assert stop.value.code == 0 and places == sorted(places)
 
 
@@ -68,15 +70,12 @@ def test_peek_finds_what_the_whole_line_will_mean():
         "vqa", "a=b", True, "-x", "", "none"]
 
 
-def test_a_preset_of_a_field_that_does_not_exist_is_our_own_bug():
-    with pytest.raises(AssertionError, match="preset x sets fields that do not exist: .'depth'."):
-        parse_config(Options, [], {"x": {"depth": 1}})
-
-
 @pytest.mark.parametrize("error, code, words", [
-    (UserError("no such dog"), 2, "error: no such dog\n"), (KeyboardInterrupt(), 130, ""), (MemoryError(), 2, "memory ran"),
-    (OSError(28, "No space left on device", "/x/y"), 2, "cannot use /x/y: No space left on device; free some space"),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "memory ran out")])
+    (UserError("no such dog"), 2, "error: no such dog\n"), (KeyboardInterrupt(), 130, ""),
+    (OSError(28, "No space left", "/x/y"), 2, "cannot use /x/y: No space left; free some space"),
+    *((bad, 2, "memory ran out") for bad in (
+        MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("CUDA out of memory. Tried to allocate 2"),
+        RuntimeError("CPUAllocator: you tried to allocate 4e12 bytes"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))])
 def test_run_script_ends_with_a_sentence_and_a_code(error, code, words, capsys):
     def main():
         raise error
@@ -85,7 +84,7 @@ def test_run_script_ends_with_a_sentence_and_a_code(error, code, words, capsys):
     assert stop.value.code == code and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("size mismatch"), RuntimeError("reset by peer")])
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("cannot share"), RuntimeError("reset by peer")])
 def test_run_script_does_not_hide_our_bugs(bug):
     def main():
         raise bug
@@ -99,11 +98,3 @@ def test_names_are_printed_as_the_bytes_they_are(monkeypatch):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         run_script(lambda: print("\udce9 \u20ac", end="", flush=True))
         assert sys.stdout.buffer.getvalue() == wanted
-
-
-def test_a_machine_without_memory_says_so_however_it_is_said():
-    assert all(map(out_of_memory, (MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError(
-        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4e12 bytes"), RuntimeError(
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))))
-    others = OSError(28, "No space left"), RuntimeError("unable to allocate shared memory"), ValueError("no memory")
-    assert not any(map(out_of_memory, others))

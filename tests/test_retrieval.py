@@ -18,7 +18,6 @@ from tinyvlm.pretrained import load_clip
 from tinyvlm.retrieval import TEMPLATES, classify, embed_folder, fill, label_embeddings, search
 from tinyvlm.tokenizer import BPETokenizer
 from tinyvlm.vit import ViTConfig
-from tinyvlm.weights import load_safetensors
 
 RECIPE = Recipe(size=16, mode="squash")
 TOKENIZER = BPETokenizer.train(["a photo of a dog", "two boats"], 300)
@@ -36,8 +35,6 @@ def tiny(**more):
     return model
 
 
-# ---- labels
-
 @pytest.mark.parametrize("template, label, sentence", [
     ("a photo of a {}.", "dog", "a photo of a dog."), ("a photo of a {}.", " the sea ", "a photo of the sea."),
     ("a {} and an {}", "two dogs", "two dogs and two dogs"), ("a {}", "theatre", "a theatre"), ("a {}", "{}", "a {}")])
@@ -50,7 +47,7 @@ def test_text_rows_end_where_the_model_reads():
     model = tiny()
     rows = text_rows(TOKENIZER, ["dog", "a photo of a dog " * 9, "<|endoftext|>"], model.config)
     assert rows.shape == (3, 12) and rows[1, -1] == END and (rows == END).sum(dim=1).tolist() == [1, 1, 1]
-    assert rows[0].tolist()[:rows[0].tolist().index(END)] == TOKENIZER.encode("dog") and rows[0, -1] == 0
+    assert rows[0].tolist() == [*TOKENIZER.encode("dog"), END] + [0] * (11 - len(TOKENIZER.encode("dog")))
     model.config.end_token = None                               # read at the largest id, so that one must be the end
     assert text_rows(TOKENIZER, ["dog", "two"], model.config).amax(dim=1).tolist() == [TOKENIZER.vocab_size - 1] * 2
 
@@ -69,8 +66,6 @@ def test_classify_and_search_by_arithmetic():
     assert best.tolist() == [1, 2] and scores.tolist() == pytest.approx([1, 0.6])
 
 
-# ---- training
-
 def test_public_towers_are_where_training_starts(tmp_path, steps):
     """--vision and --text from one CLIP: before any step the model is that CLIP, its way into the space included."""
     clip = tiny_clip(tmp_path / "clip")
@@ -86,8 +81,6 @@ def test_micro_batches_do_not_change_a_contrastive_run(tmp_path):
     a, b = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(a) == 6 and [*a.values()] == pytest.approx([*b.values()], abs=2e-4)
 
-
-# ---- a folder
 
 @pytest.fixture
 def album(tmp_path, monkeypatch):
@@ -112,7 +105,7 @@ def test_only_what_is_new_changed_or_broken_is_opened(album):
     (folder, cache, opened), model, notes = album, tiny(), []
     names, emb = embed_folder(model, RECIPE, folder, cache, "key", batch_size=2, say=notes.append)
     assert names == ["a.png", "b.png", "below/e.png", "c.JPG", "d.png"] and is_of(model, folder, names, emb)
-    assert len(notes) == 1 and "broken.jpg" in notes[0] and load_safetensors(cache)["emb"].dtype == torch.float16
+    assert "6 of 6" in notes[0] and "broken.jpg" in notes[1] and len(notes) == 2
     opened.clear()
     again = embed_folder(model, RECIPE, folder, cache, "key", say=str)
     assert opened == ["broken.jpg"] and again[0] == names and torch.equal(again[1], emb)
@@ -122,35 +115,29 @@ def test_only_what_is_new_changed_or_broken_is_opened(album):
     for name, colour in (("new.png", "white"), ("b.png", "black")):
         Image.new("RGB", (20, 20), colour).save(folder / name)
     os.utime(folder / "c.JPG", (1, 1))                          # the same bytes, another time: who knows
-    names, emb = embed_folder(model, RECIPE, folder, cache, "key")
+    names, emb = embed_folder(model, RECIPE, folder, cache, "key", say=str)
     assert sorted(opened) == ["b.png", "c.JPG", "new.png"]
     assert names == ["b.png", "below/e.png", "c.JPG", "d.png", "new.png"] and is_of(model, folder, names, emb)
 
 
-@pytest.mark.parametrize("spoil", [lambda file: file[:-20], lambda file: b"", lambda file: file.replace(b"a.png", b"\xff"),
-                                   lambda file: file.replace(b'"ids"', b'"sid"')])
-def test_a_damaged_cache_is_made_anew(album, spoil):
-    (folder, cache, _), notes = album, []
-    names, emb = embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
-    whole = cache.read_bytes()
-    cache.write_bytes(spoil(whole))
-    again = embed_folder(tiny(), RECIPE, folder, cache, "key", say=notes.append)
-    assert again[0] == names and torch.equal(again[1], emb) and cache.read_bytes() == whole != spoil(whole)
-    assert f"{cache} is damaged" in notes[0]
-
-
-def test_a_cache_of_other_weights_is_made_anew(album):
+def test_a_cache_that_is_damaged_or_of_other_weights_is_made_anew(album):
     """A search among mixed embeddings gives plausible nonsense; and it once failed until the user removed the file."""
-    (folder, cache, opened), other = album, tiny()
+    folder, cache, opened = album
+    names, emb = embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
+    whole, other = cache.read_bytes(), tiny()
+    for spoilt in (whole[:-20], b"", whole.replace(b'"ids"', b'"sid"'), whole.replace(rb'[\"', rb'{\"')):
+        cache.write_bytes(spoilt)
+        assert spoilt != whole and embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)[0] == names
+        assert cache.read_bytes() == whole
     other.vision.blocks[0].mlp.fc.weight.data.mul_(2)
-    embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
-    assert is_of(other, folder, *embed_folder(other, RECIPE, folder, cache, "other key", say=str)) and len(opened) == 12
+    opened.clear()
+    assert is_of(other, folder, *embed_folder(other, RECIPE, folder, cache, "other key", say=str)) and len(opened) == 6
 
 
 def test_folders_that_are_of_no_use(tmp_path):
-    for model, words in ((tiny(vision=None, feat_dim=4), "no vision tower"), (tiny(), "holds no images"),
-                         (tiny(), "none of the 1 images")):
-        (tmp_path / "x.jpg").write_bytes(b"no") if "none" in words else None
+    for model, words, name in ((tiny(vision=None, feat_dim=4), "no vision tower", "x"), (tiny(), "no images", "x"),
+                               (tiny(), "none of the 1", "x.jpg")):
+        (tmp_path / name).write_bytes(b"no")
         with pytest.raises(UserError, match=words):
             embed_folder(model, RECIPE, tmp_path, tmp_path / "c", "key", say=str)
     assert not (tmp_path / "c").exists()

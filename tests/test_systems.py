@@ -52,8 +52,6 @@ def moved(before, after, part):
                "cross" not in name)
 
 
-# ---- the five systems
-
 def test_1_vit_and_gpt2_in_lockstep_on_flickr30k(pub, tmp_path, steps, capsys):
     where, out = public.flickr30k(tmp_path / "d", png), tmp_path / "out"
     run(data, *where, "--sheet", tmp_path / "s.png")
@@ -87,13 +85,12 @@ def page(k):
 
 def test_2_prefix_on_streamed_coco(streamed, pub, host, tmp_path, capfd, stop_at):
     """16 image tokens in the place of <image>, whose id comes behind --vocab-size others: 32,000 at full size."""
-    argv = [*streamed, *SIZES, *STEPS, *TEXT, "--model", "prefix", "--image-size", "32", "--patch-size", "8", "--dropout",
-            "0.2", "--epochs", "1"]
+    argv = [*streamed, *SIZES, *STEPS, *TEXT, *"--model prefix --image-size 32 --patch-size 8 --dropout 0.2".split()]
+    argv += ["--epochs", "1"]
     run(data, *streamed, "--sheet", tmp_path / "s.png")
     run(train, *argv, "--out-dir", tmp_path / "a")
-    printed = capfd.readouterr()
-    assert "images could not be fetched so far" in printed.out and "Traceback" not in printed.err + printed.out
-    assert "3 held-out examples" in printed.out
+    out, err = capfd.readouterr()
+    assert "images could not be fetched so far" in out and "3 held-out examples" in out and "Traceback" not in out + err
     model = load_run(tmp_path / "a").model
     assert model.config.image_token == 320 and model.config.text.vocab_size == 321
     assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 16)
@@ -167,21 +164,21 @@ def test_4_resnet50_with_cached_texts_on_coco(pub, tmp_path, steps, capsys):
     run(sample, "--image", out / "example.png", "--labels", "a dog", "a cat", "--out-dir", out, "--json")
     labels = json_lines(capsys)[0]["labels"]
     assert labels.keys() == {"a dog", "a cat"} and sum(labels.values()) == pytest.approx(1)
-    argv = ["--search", "a dog", "--images", tmp_path / "d" / "val2014", "--sheet", tmp_path / "f.png", "--out-dir", out]
-    run(sample, *argv, "--json")
-    tensors = load_safetensors(out / "model.safetensors")       # other weights: a search then failed until a file was gone
+    argv = ["--search", "dog", "--images", where[-1] / "val2014", "--sheet", out / "f.png", "--out-dir", out, "--json"]
+    run(sample, *argv)
+    tensors = load_safetensors(out / "model.safetensors")       # other weights: a search failed until a file was gone
     save_safetensors({name: t.flip(0) if t.dim() == 1 else t.clone() for name, t in tensors.items()},
                      out / "model.safetensors", {"format": "pt"})
-    run(sample, *argv, "--json")
+    run(sample, *argv)
     hits = json_lines(capsys)
-    assert len(hits) == 8 and {*hits[0]} == {"image", "score"} and (tmp_path / "f.png").exists()
+    assert len(hits) == 8 and {*hits[0]} == {"image", "score"} and (out / "f.png").exists()
     assert {hit["image"] for hit in hits[:4]} == {hit["image"] for hit in hits[4:]} and hits[:4] != hits[4:]
     run(train, "--eval-only", "--out-dir", out)
     assert json.loads((out / "scores.json").read_text())["text to image R@1"] >= 0
 
 
 def test_5_from_addresses_to_answers(pub, host, tmp_path, steps, capsys):
-    """Images by URL, pseudo-labels by CLIP, a tower that learns them, captions, then questions; and dialogues as csv."""
+    """Images by URL, pseudo-labels by CLIP, a tower that learns them, captions, questions; and dialogues as csv."""
     host.pages.update({f"/{k}": send(png(k)) for k in range(24) if k not in (2, 5)})
     host.pages["/5"] = send(b"<html>")
     rows = [(f"{host.url}/{k}", f'picture "{k}", a dog', "x") for k in range(24)]
@@ -200,26 +197,23 @@ def test_5_from_addresses_to_answers(pub, host, tmp_path, steps, capsys):
         assert {*load_run(tmp_path / tower).config["labels"]} == {"kind", "place"}
     begins_as(steps[2], "vision", load_resnet50(pub["resnet"]))
     argv = [*where, *STEPS, *SIZES, *TEXT, "--model", "prefix", "--epochs", "0.5"]
-    refused(capsys, "a captioner takes a ViT", train, *argv, "--vision", tmp_path / "resnet", "--out-dir", tmp_path / "x")
+    refused(capsys, "a captioner takes a ViT", train, *argv, "--vision", tmp_path / "resnet")
     run(train, *argv, "--vision", tmp_path / "own", "--out-dir", tmp_path / "captions")
     begins_as(steps[6], "vision", load_run(tmp_path / "own").model.vision)
     questions, out = public.vqav2(tmp_path / "q", png), tmp_path / "vqa"
     run(data, *questions, *sheet, "--export", tmp_path / "q.csv")
     assert (tmp_path / "q.csv").read_text().count("<image>") == 16
-    run(train, *questions, *STEPS, "--task", "vqa", "--init", tmp_path / "captions", "--max-tokens", "400", "--turns", "1",
-        "--epochs", "1", "--eval-images", "2", "--test-images", "2", "--out-dir", out)
+    run(train, *questions, *STEPS, *"--task vqa --max-tokens 400 --turns 1 --epochs 1 --test-images 2".split(),
+        "--init", tmp_path / "captions", "--out-dir", out)
     begins_as(steps[8], "text", load_run(tmp_path / "captions").model.text)
     assert {"val accuracy", "test accuracy"} <= {*load_run(out).config["scores"]}
     run(train, "--eval-only", "--out-dir", out, "--split", "val")
     assert {"blank accuracy", "shuffled accuracy", "accuracy"} <= {*json.loads((out / "scores.json").read_text())}
-    results = json.loads((out / "results.json").read_text())
-    assert results and all({*row} == {"question_id", "answer"} for row in results)
+    assert {*json.loads((out / "results.json").read_text())[0]} == {"question_id", "answer"}
     capsys.readouterr()
     run(sample, "--image", out / "example.png", "--prompt", "Is it red?", "What is it?", "--out-dir", out, "--json")
     assert [row["question"] for row in json_lines(capsys)] == ["Is it red?", "What is it?"]
 
-
-# ---- every pair of task and towers
 
 TASKS = {"cross": ["--model", "cross"], "prefix": ["--model", "prefix"], "lstm": ["--model", "lstm"], "clip": ["--task",
          "clip"], "vqa": ["--task", "vqa", "--max-tokens", "200"], "classify": ["--task", "classify"]}
@@ -244,8 +238,9 @@ def refusal(task, vision, text):
     return "--model lstm has no GPT-2" if text == "public" and task == "lstm" else None
 
 
+# what the five systems have run is not run again
 ABOVE = [("cross", "vit", "public"), ("prefix", None, None), ("prefix", "vit", "public"), ("lstm", "features", None),
-         ("clip", "resnet", "embeddings"), ("classify", "vit", None), ("classify", "resnet", None)]    # the five systems
+         ("clip", "resnet", "embeddings"), ("classify", "vit", None), ("classify", "resnet", None)]
 PAIRS = [pair for pair in itertools.product(TASKS, (None, "vit", "resnet", "features"), (None, "public", "embeddings"))
          if pair not in ABOVE and not (pair[2] and refusal(*pair[:2], None))]
 
@@ -254,11 +249,10 @@ PAIRS = [pair for pair in itertools.product(TASKS, (None, "vit", "resnet", "feat
 def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp_path, capsys, task, vision, text):
     words, out, scenes = refusal(task, vision, text), tmp_path / "out", encoded / "scenes"
     argv = [*SMALL, "--n-scenes", "8", *TASKS[task], "--epochs", "1", "--out-dir", out]
-    if vision:
-        argv += ["--features", scenes / "features-vgg.safetensors"] if vision == "features" else ["--vision", pub[vision]]
-    if text:
-        argv += ["--text-embeddings", scenes / "text-embeddings-clip.safetensors"] if text == "embeddings" else \
-            ["--text", pub["clip" if task == "clip" else "gpt2"]]
+    argv += {None: [], "features": ["--features", scenes / "features-vgg.safetensors"]}.get(
+        vision, ["--vision", pub.get(vision)])
+    argv += {None: [], "embeddings": ["--text-embeddings", scenes / "text-embeddings-clip.safetensors"],
+             "public": ["--text", pub["clip" if task == "clip" else "gpt2"]]}[text]
     if words:
         refused(capsys, words, train, *argv)
         assert not out.exists()
@@ -274,8 +268,6 @@ def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp
     assert f"{out}/example.png: " in capsys.readouterr().out
 
 
-# ---- every preset
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs(pub, encoded, tmp_path, capsys, name):
     """At tiny sizes, on a data set of its kind: what a preset sets fits its task, and works."""
@@ -289,7 +281,7 @@ def test_every_preset_runs(pub, encoded, tmp_path, capsys, name):
     if name == "public":
         argv += ["--vision", pub["vit"], "--text", pub["gpt2"]]
     if name in ("lstm", "decoder", "reward"):
-        argv += ["--features", folder / "features-vgg.safetensors", *(["--n-hidden", "24"] if name != "decoder" else [])]
+        argv += ["--features", folder / "features-vgg.safetensors"]
     if name == "reward":
         run(train, *argv, "--preset", "lstm", "--out-dir", tmp_path / "init")
         argv += ["--init", tmp_path / "init"]
