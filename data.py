@@ -180,7 +180,7 @@ def fetch_capsfusion(config):
     rows = table_rows(config.rows) if config.rows else capsfusion_rows(folder / "rows")
     counts = download_images(rows, folder, config.size, config.limit, config.allow_private)
     if not counts["ok"]:
-        raise UserError(f"none of the addresses gave an image; {folder / 'report.csv'} says why for each of them")
+        raise UserError(f"none of the addresses gave an image; {folder / 'captions.csv'} says why for each of them")
 
 
 def main():

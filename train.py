@@ -112,7 +112,7 @@ def read_options(argv):
     unknown = saved.keys() - cls.__dataclass_fields__.keys()
     if unknown or saved.get("task") not in TASKS:
         raise UserError(f"the run in {out} is not of this version (its options: {sorted(unknown)[:3]}); train again")
-    config = parse_config(cls, argv, {"run": saved}, default_preset="run")
+    config = parse_config(cls, argv, dict.fromkeys(("run", *PRESETS), saved), default_preset="run")
     for name in sorted(config.given - free):
         if getattr(config, name) != saved.get(name):
             raise UserError(f"the run in {out} was made with {flag_name(name)} {saved.get(name)}, not "

@@ -1,11 +1,11 @@
 """How fast, always as a ratio: two ways of doing the same thing, in turn, in one process. Absolute times only explain.
 
-    python tests/bench.py tokenizer --captions captions.txt     training and encoding, beside the Rust `tokenizers` library
-    python tests/bench.py decode                                ViT-B/16 + GPT-2 captioning beside transformers, and uncached
-    python tests/bench.py train                                 one training step of the same pair
-    python tests/bench.py weights                               opening safetensors files beside the public library
-    python tests/bench.py lstm                                  a training step beside torch.nn.LSTM, and word by word
-    python tests/tests/bench.py parity                                not speed: full-size models beside transformers, same weights
+    python tests/bench.py tokenizer --captions F     training and encoding, beside the Rust `tokenizers` library
+    python tests/bench.py decode                     ViT-B/16 + GPT-2 captioning beside transformers, and uncached
+    python tests/bench.py train                      one training step of the same pair
+    python tests/bench.py weights                    opening safetensors files beside the public library
+    python tests/bench.py lstm                       a training step beside torch.nn.LSTM, and word by word
+    python tests/bench.py parity                     not speed: full-size models beside transformers, same weights
 
 The peers (transformers, tokenizers, safetensors) are no part of this project: install them to compare, or read our side
 alone. All weights are random; speed does not depend on them. Pairs alternate, and the median of the ratios is quoted,

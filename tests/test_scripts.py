@@ -259,9 +259,10 @@ def test_a_signal_to_the_group_saves_and_leaves(trained, tmp_path, capsys, sign)
     out = tmp_path / "r"
     process = Training(tmp_path / "log", *RUN, "--out-dir", out, in_memory=False)
     process.until("step 5/12")
-    if sign == signal.SIGTERM:
-        refused(capsys, "in use by another process", train, *RUN, "--out-dir", out)
+    process.signal(signal.SIGSTOP)                              # or it might be through before the other one is refused
+    refused(capsys, "in use by another process", train, *RUN, "--out-dir", out)
     process.signal(sign)
+    process.signal(signal.SIGCONT)
     assert process.wait() == 0 and "stopped after step" in process.printed(), process.printed()
     assert "decoded as needed" in process.printed() and 5 <= read_state(out)["step"] < 12
     run(train, "--resume", "--out-dir", out)

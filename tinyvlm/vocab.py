@@ -167,7 +167,7 @@ class Tokenizer:
         return NOT_SPACE.findall(text)
 
     def _encode(self, text, special, clean=False):
-        """Added tokens are searched for in the text as given; between them, in the text once it is clean; then words."""
+        """Added tokens are found in the text as given; between them, in the text once it is clean; then words."""
         (pattern, found), ids = self._finders[special, clean], []
         for part in pattern.split(text):                    # "a<image>b" -> "a", "<image>", "b"
             if part and part in found:
