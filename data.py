@@ -69,6 +69,8 @@ def load_dataset(config):
     folder, seed = Path(config.data_dir or f"data/{config.dataset}"), config.seed
     if config.stream and config.dataset != "coco":
         raise UserError(f"--stream fetches the images of coco one by one; leave it out for {config.dataset}")
+    if config.dataset == "shapes" and config.data_dir:
+        raise UserError(f"--data-dir {config.data_dir} holds no drawn scenes; say what it holds with --dataset")
     if config.dataset == "shapes":
         return Shapes(config.n_objects, config.n_scenes, seed)
     if config.dataset == "vqav2":

@@ -189,6 +189,7 @@ def read_labels(labels):
             labels = [line.strip() for line in Path(labels[0]).read_text("utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError):
         pass
+    labels = list(dict.fromkeys(labels))
     if len(labels) < 2:
         raise UserError(f"{labels} is neither two labels nor a file of them, and one alone is always 100%; add some")
     return labels

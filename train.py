@@ -178,6 +178,8 @@ def train(config, setup, features, state=None):
         step, best, log = state["step"], state["best"], state["log"]
     device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K}"
                f" texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
+    if not state and len(old_files(out)) > 1:
+        device.say(f"the run in {out} will be replaced after the first step; Ctrl-C keeps it")
     if device.cuda and n_params > 1e7 if config.compile is None else config.compile:
         compile_blocks(model, device)
     first, losses, stop, mark, since = step, [], [], time.perf_counter(), None

@@ -124,7 +124,7 @@ def test_bad_files_are_one_sentence_with_the_true_reason(tmp_path):
     saved(tmp_path, Image.new("1", (20000, 20000)), "bomb.png")                   # 50 kB on disk, 1.2 GB as RGB
     saved(tmp_path, Image.new("1", (51, 1)), "strip.png")
     for name, words in (("cut.jpg", "truncated"), ("page.jpg", "cannot identify"), ("empty.png", "cannot identify"),
-                        ("script.jpg", "cannot identify .*convert it"), ("no.jpg", "No such file"),
+                        ("script.jpg", "cannot identify .*convert it"), ("no.jpg", "there is no image .*check the path"),
                         ("dir.jpg", "Is a directory"), ("bomb.png", "20000x20000 pixels, too many"),
                         ("strip.png", "51x1 pixels, .*too long and thin")):
         with pytest.raises(UserError, match=words) as error:

@@ -103,9 +103,9 @@ def test_json_lines(tmp_path):
     ("a.csv", 'image,caption\n0.jpg,"a dog\n1.jpg,"a cat"', "quote"),
     ("a.csv", 'image,caption\n0.jpg,"open' + "x" * 200_000, "quote"), ("a.jsonl", "[3]", "not in a known layout"),
     ("a.jsonl", '{"image": 3, "text": "a"}', "is not"), ("a.jsonl", '{"image": "7.jpg", "captions": [3]}', "is not"),
-    ("a.csv", "image,caption,split\n7.jpg,a,holdout", "gives 7.jpg the split 'holdout'"),
-    ("a.csv", "image,caption,split\n7.jpg,a,val\n7.jpg,b,train", "gives 7.jpg the split 'train'"),
-    ("a.csv", b"image,caption\n7.jpg,caf\xe9", "UnicodeDecodeError.* position 23"),
+    ("a.csv", "image,caption,split\n7.jpg,a,holdout", "gives '7.jpg' the split 'holdout'"),
+    ("a.csv", "image,caption,split\n7.jpg,a,val\n7.jpg,b,train", "gives '7.jpg' the split 'train', and elsewhere 'val'"),
+    ("a.csv", b"image,caption\n7.jpg,caf\xe9", "not UTF-8 .byte 23.; save it as UTF-8"),
     ("dataset_coco.json", '{"images": [{"filename": "a", "split": "x", "sentences": [{"raw": "a"}]}]}', "split 'x'"),
     ("captions_val2014.json", '{"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "a"}]}', "is not"),
     ("captions_val2014.json", "{", "is not a readable JSON")])
@@ -140,7 +140,7 @@ def test_a_missing_image_is_missing_though_another_has_its_name(tmp_path):
     """cats/8.jpg is not there; dogs/8.jpg was once taken for it."""
     pictures(tmp_path, [f"dogs/{k}.jpg" for k in range(9)] + [f"cats/{k}.jpg" for k in range(8)])
     table(tmp_path / "captions.csv", [f"cats/{k}.jpg,a cat" for k in range(9)] + ["dogs/1.jpg,a dog"])
-    refused(r"names 1 images that are not in .* \(such as cats/8.jpg\)", "folder", tmp_path)
+    refused(r"names 1 images that are not in .* \(such as 'cats/8.jpg'\)", "folder", tmp_path)
     table(tmp_path / "captions.csv", ["images/8.jpg,a dog", "img/8.jpg,a cow"])
     refused("captions to dogs/8.jpg a second time, as img/8.jpg", "folder", tmp_path)
 
@@ -156,7 +156,7 @@ def test_all_caption_files_of_one_name_are_read_and_their_folders_are_the_splits
     for split, colour in (("train", (0, 0, 255)), ("test", (255, 0, 0))):
         assert {(ds.captions[i][0], ds.open(i).getpixel((0, 0))) for i in ds.splits[split]} == {(split, colour)}
     (tmp_path / "train" / "img" / "4.png").unlink()
-    refused("train/metadata.jsonl names 1 images .*such as 4.png", "folder", tmp_path)
+    refused("train/metadata.jsonl names 1 images .*such as '4.png'", "folder", tmp_path)
     os.rename(tmp_path / "train", tmp_path / "more")
     refused("give a split to some images and none to more/img/0.png", "folder", tmp_path, allow_broken=True)
     table(tmp_path / "captions.csv", ["test/img/0.png,a"])

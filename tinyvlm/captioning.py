@@ -260,7 +260,7 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **how):
         rows = write(model, batch.img, [[prepared.meta["first"]]] * len(batch.img), setup, **how)
         return {i: prepared.tokenizer.decode(row).strip() for i, row in zip(batch.members, rows)}
     captions, value, shuffled, n_tokens = run_split(model, setup, split, limit, predict, cross_entropy, n_predict)
-    n_words = sum(len(clean_caption(text, config.clean).split()) for i in setup.store.usable(split)[:limit]
+    n_words = sum(scored_words(clean_caption(text, config.clean), prepared) for i in setup.store.usable(split)[:limit]
                   for text in dataset.captions[i])
     members, texts = [*captions], [*captions.values()]
     scores = {"loss": value, "shuffled loss": shuffled, "perplexity": math.exp(min(value, 50)),
@@ -272,6 +272,14 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **how):
         scores = {key: scores[key], **scores} if config.reinforce else scores
     return scores, [{"image": i, "prediction": text, "truth": dataset.captions[i][0], "text": text}
                     for i, text in captions.items()]
+
+
+def scored_words(text, prepared):
+    """How many words of a caption the loss is taken on: of a cut one, or one with unknown words, in proportion."""
+    tokenizer, longest = prepared.tokenizer, prepared.meta["max_tokens"]
+    ids = tokenizer.encode_plain(text)
+    scored = sum(i != tokenizer.unk_id for i in ids[:longest]) + (len(ids) <= longest)       # and its end
+    return len(text.split()) * scored / (len(ids) + 1) if ids else 0
 
 
 def score_captions(dataset, members, predictions):

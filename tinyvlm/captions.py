@@ -21,7 +21,8 @@ from .files import IMAGE_TYPES, read_json, tidy_name
 
 COLUMNS = (("image", "file_name", "filename", "image_name", "image_path"),
            ("caption", "captions", "text", "comment", "raw"),   # raw: Flickr30k at the hub, a json list
-           ("split",))
+           ("split", "subset", "partition", "set", "fold"))
+APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u02bc\uff07\u2032\u00b4`"), "'") | {0x2010: "-", 0x2011: "-", 0xAD: None}
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "restval": "train"}   # restval: what Karpathy left over of COCO's val
 CLEAN = ("none", "lower", "words")
@@ -30,15 +31,16 @@ CLEAN = ("none", "lower", "words")
 def clean_caption(text, how):
     """A caption, or a prompt, simplified before it is tokenised; white space always becomes single blanks.
 
-    "lower" makes small letters. "words" also leaves nothing but apostrophes, hyphens, and letters of every script with
-    the marks that belong to them: "A dog, 2 cats." -> "a dog cats". Typographic apostrophes and hyphens become plain.
+    "lower" makes small letters, and one spelling of those that have several: typographic apostrophes and hyphens become
+    plain, accents are composed. "words" also leaves nothing but apostrophes, hyphens, and letters of every script with
+    the marks that belong to them: "A dog, 2 cats." -> "a dog cats".
     """
     text = " ".join(text.split())
     if how == "none":
         return text
+    text = unicodedata.normalize("NFC", text.lower()).translate(APOSTROPHES)
     if how == "lower":
-        return text.lower()
-    text = unicodedata.normalize("NFC", text.lower()).translate({0x2019: "'", 0x2010: "-", 0x2011: "-", 0xAD: None})
+        return text
     # \p{M}: vowel signs and accents; 200C and 200D, without width, stand inside words of Persian and Hindi
     return " ".join(regex.findall(r"[\p{L}'-][\p{L}\p{M}\u200c\u200d'-]*", text))
 
@@ -56,7 +58,10 @@ def read_captions(path, notes=None):
             name = tidy_name(name)
             captions.setdefault(name, []).extend(texts)
             if split is None and word or splits.setdefault(name, split) != split:
-                raise UserError(f"{path} gives {name} the split {word!r}; each image needs one of train, val, test")
+                raise UserError(f"{path} gives {name[:60]!r} the split {word[:20]!r}" + (
+                    f", and elsewhere {splits[name]!r}" if split else "") + "; each image needs one of train, val, test")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not in a known layout ({type(error).__name__}: {str(error)[:80]}); mend it, or "
                         "fetch it again; in a table, a quote left open or not doubled is the usual cause") from None

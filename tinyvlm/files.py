@@ -72,7 +72,9 @@ def write_csv(path, header, rows):
 
 
 def write_image(path, image):
-    """A PIL image as a PNG file."""
+    """A PIL image as a PNG file. Raises UserError for another ending: it would replace somebody's weights or table."""
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"{path} will be a picture: give it a name that ends in .png")
     atomic_write(path, lambda file: image.save(file, "PNG"))
 
 

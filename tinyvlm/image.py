@@ -84,6 +84,8 @@ def load_image(source, name=None):
         return to_rgb(image, depth)
     except (UserError, MemoryError):
         raise
+    except FileNotFoundError:
+        raise UserError(f"there is no image {name}; check the path") from None
     except Exception as error:                  # Pillow's decoders raise nearly anything on a damaged file
         raise UserError(f"{name} cannot be opened ({type(error).__name__}: {str(error)[:99]}); replace it, or convert "
                         "it to JPEG or PNG") from None

@@ -70,10 +70,10 @@ def report(dataset):
 def check_absent(notes, absent, total, where, folder, allow_broken):
     """Note which of the `total` images that `where` names are absent. More than 1% of them are a UserError."""
     if absent:
-        notes.append(f"{len(absent)} of {total} images of {where} are not in the folder, such as {absent[0]}")
+        notes.append(f"{len(absent)} of {total} images of {where} are not in the folder, such as {str(absent[0])[:60]!r}")
     if len(absent) > MAX_LOST * total and not allow_broken:
-        raise UserError(f"{where} names {len(absent)} images that are not in {folder} (such as {absent[0]}); "
-                        "add them, or go on without them with --allow-broken")
+        raise UserError(f"{where} names {len(absent)} images that are not in {folder} (such as "
+                        f"{str(absent[0])[:60]!r}), or are of no kind that is read; add them, or go on without them with --allow-broken")
 
 
 def make_splits(names, lists, seed, notes, folder):
@@ -128,7 +128,8 @@ def caption_files(finder, name, notes):
 
 def split_of_path(path):
     """"data/validation/cats/7.jpg" -> "val": what the folders of a path say of its split, if they say one thing."""
-    found = {SPLIT_WORDS[part] for part in path.lower().split("/")[:-1] if part in SPLIT_WORDS}
+    parts = [re.sub(r"_?20\d\d$", "", part) for part in path.lower().split("/")[:-1]]       # train2017
+    found = {SPLIT_WORDS[part] for part in parts if part in SPLIT_WORDS}
     return found.pop() if len(found) == 1 else None
 
 
