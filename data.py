@@ -23,7 +23,7 @@ from tinyvlm.config import UserError, option, parse_config, run_script
 from tinyvlm.device import check_device
 from tinyvlm.draw import caption_sheet
 from tinyvlm.features import write_features, write_text_embeddings
-from tinyvlm.files import write_image
+from tinyvlm.files import list_images, write_image
 from tinyvlm.image import open_batches, to_uint8
 from tinyvlm.layouts import MAX_LOST, open_photos, photos, report
 from tinyvlm.shapes import Shapes
@@ -69,7 +69,7 @@ def load_dataset(config):
     folder, seed = Path(config.data_dir or f"data/{config.dataset}"), config.seed
     if config.stream and config.dataset != "coco":
         raise UserError(f"--stream fetches the images of coco one by one; leave it out for {config.dataset}")
-    if config.dataset == "shapes" and config.data_dir:
+    if config.dataset == "shapes" and config.data_dir and list_images(config.data_dir):
         raise UserError(f"--data-dir {config.data_dir} holds no drawn scenes; say what it holds with --dataset")
     if config.dataset == "shapes":
         return Shapes(config.n_objects, config.n_scenes, seed)

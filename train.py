@@ -32,6 +32,7 @@ from tinyvlm.config import UserError, flag_name, option, parse_config, peek, run
 from tinyvlm.device import Device, compile_blocks
 from tinyvlm.features import FeatureFile
 from tinyvlm.files import locked, write_json, write_text
+from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Augment
 from tinyvlm.layouts import report
 from tinyvlm.optimizer import make_optimizer, unfreeze
@@ -293,7 +294,8 @@ def show_batch(config, setup, features):
     model = TASKS[config.task].build(config, setup.prepared, features)
     n_image = captioning.n_image_tokens(config.model, model.config.vision, model.config.shuffle, features) or 1
     batch = next(load_steps(batches, 0, 1, setup.device, 0))[0]
-    for idx, targets in zip(batch.idx[:8].tolist(), batch.targets[:8].tolist()):
+    rows = [row for row in zip(batch.idx.tolist(), batch.targets.tolist()) if any(t != IGNORE for t in row[1])]
+    for idx, targets in rows[:8]:
         print(show_tokens(setup.prepared.tokenizer, idx, targets, n_image, color=sys.stdout.isatty()) + "\n")
 
 

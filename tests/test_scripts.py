@@ -138,7 +138,7 @@ MISTAKES = {
         "--stream": "leave it out for shapes", "--features ./none": "./none", "--device cuda:99": "cuda:99",
         "--text-embeddings VIT": "is no CLIP with", "--label L --labeler VIT": "no CLIP",
         "--dataset capsfusion --rows none.csv": "none.csv", "--dataset vqav2 --data-dir ALBUM": "ALBUM",
-        f"{ALBUM} --export x.csv": "holds no questions", "--sheet /dev/null": "is no ordinary file"}}
+        f"{ALBUM} --export x.csv": "holds no questions", "--sheet /dev/null": "ends in .png"}}
 
 
 @pytest.mark.parametrize("script, line, words", [(s, *row) for s, rows in MISTAKES.items() for row in rows.items()])
