@@ -22,7 +22,8 @@ from .files import IMAGE_TYPES, read_json, tidy_name
 COLUMNS = (("image", "file_name", "filename", "image_name", "image_path"),
            ("caption", "captions", "text", "comment", "raw"),   # raw: Flickr30k at the hub, a json list
            ("split", "subset", "partition", "set", "fold"))
-APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u02bc\uff07\u2032\u00b4`"), "'") | {0x2010: "-", 0x2011: "-", 0xAD: None}
+APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u02bc\uff07\u2032\u00b4`"), "'")
+PLAIN = APOSTROPHES | {0x2010: "-", 0x2011: "-", 0xAD: None}    # one spelling; a soft hyphen is none
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "restval": "train"}   # restval: what Karpathy left over of COCO's val
 CLEAN = ("none", "lower", "words")
@@ -38,7 +39,7 @@ def clean_caption(text, how):
     text = " ".join(text.split())
     if how == "none":
         return text
-    text = unicodedata.normalize("NFC", text.lower()).translate(APOSTROPHES)
+    text = unicodedata.normalize("NFC", text.lower()).translate(PLAIN)
     if how == "lower":
         return text
     # \p{M}: vowel signs and accents; 200C and 200D, without width, stand inside words of Persian and Hindi
@@ -58,8 +59,9 @@ def read_captions(path, notes=None):
             name = tidy_name(name)
             captions.setdefault(name, []).extend(texts)
             if split is None and word or splits.setdefault(name, split) != split:
-                raise UserError(f"{path} gives {name[:60]!r} the split {word[:20]!r}" + (
-                    f", and elsewhere {splits[name]!r}" if split else "") + "; each image needs one of train, val, test")
+                other = f", and elsewhere {splits[name]!r}" if split else ""
+                raise UserError(f"{path} gives {name[:60]!r} the split {word[:20]!r}{other}; each image needs one of "
+                                "train, val, test")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

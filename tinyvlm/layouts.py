@@ -69,11 +69,12 @@ def report(dataset):
 
 def check_absent(notes, absent, total, where, folder, allow_broken):
     """Note which of the `total` images that `where` names are absent. More than 1% of them are a UserError."""
+    first = repr(str(absent[0])[:60]) if absent else ""         # a name may hold a line break, or 400 letters
     if absent:
-        notes.append(f"{len(absent)} of {total} images of {where} are not in the folder, such as {str(absent[0])[:60]!r}")
+        notes.append(f"{len(absent)} of {total} images of {where} are not in the folder, such as {first}")
     if len(absent) > MAX_LOST * total and not allow_broken:
-        raise UserError(f"{where} names {len(absent)} images that are not in {folder} (such as "
-                        f"{str(absent[0])[:60]!r}), or are of no kind that is read; add them, or go on without them with --allow-broken")
+        raise UserError(f"{where} names {len(absent)} images that are not in {folder} (such as {first}), or are of no kind "
+                        "that is read; add them, or go on without them with --allow-broken")
 
 
 def make_splits(names, lists, seed, notes, folder):

@@ -118,7 +118,7 @@ def evaluate(model, setup, split, limit=None, **_):
     found = run_split(model, setup, split, None if distinct else limit, predict)[0]
     members = sorted({dataset.captions[i][0]: i for i in reversed(found)}.values())[:limit] if distinct else [*found]
     if len(members) < 2:
-        raise UserError(f"the {split} split has {len(members)} image to search among; recall needs two, better hundreds")
+        raise UserError(f"the {split} split has {len(members)} image to search among; recall needs two at least")
     img = torch.stack([found[i][0] for i in members])                             # (n, D)
     txt = torch.cat([found[i][1] for i in members])                               # (m, D)
     first = torch.stack([found[i][1][0] for i in members])                        # (n, D)
