@@ -1,6 +1,7 @@
 """Captions scored: which words the loss was taken on, and what is refused before it misleads."""
-import pytest
 from types import SimpleNamespace
+
+import pytest
 
 import data
 import train

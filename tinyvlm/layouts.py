@@ -73,7 +73,7 @@ def check_absent(notes, absent, total, where, folder, allow_broken):
     if absent:
         notes.append(f"{len(absent)} of {total} images of {where} are not in the folder, such as {first}")
     if len(absent) > MAX_LOST * total and not allow_broken:
-        raise UserError(f"{where} names {len(absent)} images that are not in {folder} (such as {first}), or are of no kind "
+        raise UserError(f"{where} names {len(absent)} images that are not in {folder} (such as {first}), or of no kind "
                         "that is read; add them, or go on without them with --allow-broken")
 
 
