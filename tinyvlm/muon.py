@@ -3,8 +3,9 @@
 From "Muon: an optimizer for hidden layers in neural networks" (Jordan et al. 2024, kellerjordan.github.io/posts/muon),
 with the step length of "Muon is scalable for LLM training" (Liu et al. 2025, arXiv:2502.16982).
 A gradient of a matrix is mostly a few directions, and Adam follows them. Muon takes the momentum U S V^T and steps
-along U V^T, all directions alike: the idea is that what is rare in the data is then learned as well. Embeddings,
-convolutions, heads, norms and biases stay with AdamW. Left out: several matrices of one shape as one stack.
+along U V^T, all directions alike: the idea is that what is rare in the data is then learned as well. A convolution's
+filters (C_out, C_in, k, k) are a matrix, too, of a row for each filter. Embeddings, heads, norms and biases stay with
+AdamW. Left out: several matrices of one shape as one stack.
 """
 import torch
 
@@ -26,7 +27,7 @@ def orthogonalise(x, steps=5):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the groups with "muon": True, of matrices (R, C) only, step by Muon. Both share lr and weight_decay:
+    """AdamW, but the groups with "muon": True, of matrices and filters only, step by Muon. Both share lr and weight_decay:
     an orthogonal R x C matrix times 0.2 sqrt(max(R, C)) has entries as large as AdamW's steps usually are."""
     def __init__(self, params, **options):
         super().__init__(params, **options)
@@ -37,12 +38,13 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         for group in (group for group in groups if group.get("muon")):
             for p in (p for p in group["params"] if p.grad is not None):
+                grad = p.grad.flatten(1)                                            # (R, C)
                 if p not in self.state:                     # AdamW's load_state_dict wants a "step" everywhere
-                    self.state[p] = {"mean": torch.zeros_like(p), "step": torch.zeros(())}
-                mean = self.state[p]["mean"].lerp_(p.grad, 0.05)                    # (R, C)
-                update = orthogonalise(p.grad.lerp(mean, 0.95)).to(p.dtype)         # Nesterov: look ahead
+                    self.state[p] = {"mean": torch.zeros_like(grad), "step": torch.zeros(())}
+                mean = self.state[p]["mean"].lerp_(grad, 0.05)                      # (R, C)
+                update = orthogonalise(grad.lerp(mean, 0.95)).to(p.dtype)           # Nesterov: look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=0.2 * max(p.shape) ** 0.5 * group["lr"])
+                p.sub_(update.reshape(p.shape), alpha=0.2 * max(grad.shape) ** 0.5 * group["lr"])
         self.param_groups = [group for group in groups if not group.get("muon")]
         super().step()                                      # AdamW, for the rest
         self.param_groups = groups

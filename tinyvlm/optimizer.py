@@ -8,15 +8,15 @@ from .muon import Muon
 
 
 def make_optimizer(model, config):
-    """AdamW, where --optimizer muon has Muon move the matrices inside; a group for each part and kind. A part's rate is
-    a factor of --lr, which train.py multiplies in. Matrices decay; norms, biases, a transformer's tables do not."""
+    """AdamW, where --optimizer muon has Muon move the matrices and filters inside; a group for each part and kind. A
+    part's rate is a factor of --lr, which train.py multiplies in. Matrices decay; norms, biases, tables do not."""
     factor = {"connector": 1.0, "decoder": getattr(config, "lr_decoder", 1.0), "vision": config.lr_vision}
     names, groups = {id(p): name for name, p in model.named_parameters()}, []
 
     def kind(p):
         """(does Muon move it, does it decay)"""
         table = names[id(p)].endswith((".wte.weight", ".wpe.weight", ".pos", ".cls"))
-        inside = p.dim() == 2 and (".blocks." in names[id(p)] or names[id(p)].startswith("connector."))
+        inside = p.dim() == 4 or p.dim() == 2 and (".blocks." in names[id(p)] or names[id(p)].startswith("connector."))
         return inside and config.optimizer == "muon", p.dim() >= 2 and not table
     for part, params in model.parts().items():
         for muon, decays in dict.fromkeys(map(kind, params)):
