@@ -13,7 +13,6 @@ import random
 import re
 import shlex
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,13 +81,8 @@ def load_dataset(config):
     dataset = open_photos(config)
     if dataset.urls:
         cache = ImageFolderCache(folder / "stream", STREAM_CACHE, config.allow_private)
-        dataset.opener = partial(open_streamed, cache, dataset.urls)
+        dataset.opener = lambda i: cache.open(dataset.urls[i])
     return dataset
-
-
-def open_streamed(cache, urls, i):
-    """Image i from its address. (No lambda: macOS pickles it for the processes of the loader.)"""
-    return cache.open(urls[i])
 
 
 class ImageStore:

@@ -80,7 +80,6 @@ class TrainConfig(DataConfig):
     device: str = option("auto", "cpu, cuda, mps or auto", group="the machine")
     dtype: str = option("auto", "of products; auto: 16 bits on cuda", ("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "torch.compile the blocks; default: on cuda, from 10 million weights on")
-    workers: int = option(2, "processes that decode images where they do not fit into memory", least=0)
     eval_interval: int = option(1000, "steps between evaluations (and saves)", above=0, group="reports")
     eval_images: int = option(500, "validation images of each evaluation", above=0)
     test_images: int = option(1000, "test images scored at the end", above=0)
@@ -88,8 +87,8 @@ class TrainConfig(DataConfig):
 
 
 # what may be given anew to a run that is continued; and what else to one that is only scored
-FREE = {"resume", "eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "workers", "data_dir",
-        "features", "log_interval"}
+FREE = {"resume", "eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "data_dir", "features",
+        "log_interval"}
 FREE_TO_SCORE = FREE | {"dtype", "batch_size", "allow_broken"}
 
 
@@ -189,7 +188,7 @@ def train(config, setup, features, state=None):
         save_state(out, model, optimizer, device, step=step, best=best, log=log, options=asdict(config), data=data)
 
     with locked(out / ".lock", wait=False) if device.main else nullcontext(), catch_signals(stop):
-        for micro_batches in load_steps(batches, step, total, device, config.workers):
+        for micro_batches in load_steps(batches, step, total, device):
             # The rate of this step, and the parts of the model that may learn by now.
             lr = one_cycle(step, total, config.lr, pct_start=config.warmup)
             for group in optimizer.param_groups:
@@ -293,7 +292,7 @@ def show_batch(config, setup, features):
     batches = Batches(setup.store, setup.rows, config.batch_size, config.captions_per_image, seed=config.seed)
     model = TASKS[config.task].build(config, setup.prepared, features)
     n_image = captioning.n_image_tokens(config.model, model.config.vision, model.config.shuffle, features) or 1
-    batch = next(load_steps(batches, 0, 1, setup.device, 0))[0]
+    batch = batches.make(0)[0]
     rows = [row for row in zip(batch.idx.tolist(), batch.targets.tolist()) if any(t != IGNORE for t in row[1])]
     for idx, targets in rows[:8]:
         print(show_tokens(setup.prepared.tokenizer, idx, targets, n_image, color=sys.stdout.isatty()) + "\n")

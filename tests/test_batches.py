@@ -6,9 +6,10 @@ from PIL import Image
 
 from data import ImageStore
 from helpers import album
-from tinyvlm.batches import NO_ROW, Batches, Rows, eval_batches, pad_rows, step_order
+from tinyvlm.batches import NO_ROW, Batches, Rows, eval_batches, load_steps, pad_rows, step_order
 from tinyvlm.captioning import caption_rows
 from tinyvlm.config import UserError
+from tinyvlm.device import Device
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Recipe
 from tinyvlm.layouts import Dataset, photos
@@ -105,8 +106,8 @@ def test_all_captions_take_their_turn():
 @pytest.mark.parametrize("features", [False, True])
 def test_processes_and_micro_batches_share_one_step(features):
     """2 processes x 2 micro-batches of 2 are the 8 images of the one-process step; their weights add up to one."""
-    whole = toy(20, 2, 8, features)[5][0]
-    ranks = [toy(20, 2, 8, features, world=2, accum=2, rank=rank)[5] for rank in (0, 1)]
+    whole = toy(20, 2, 8, features).make(5)[0]
+    ranks = [toy(20, 2, 8, features, world=2, accum=2, rank=rank).make(5) for rank in (0, 1)]
     parts = [ranks[rank][m] for m in (0, 1) for rank in (0, 1)]
     assert torch.equal(torch.cat([p.img for p in parts]), whole.img)
     assert sum(p.share for p in parts) == pytest.approx(1) and whole.share == 1
@@ -122,7 +123,7 @@ def test_images_whose_captions_say_left_or_right_are_never_mirrored():
     batches = toy(n=20, batch_size=20)
     batches.store.dataset.may_flip = lambda i: i >= 10
     picks = [i for i, _ in step_order(20, 20, 0, seed=0)]
-    mirror = batches[0][0].rand[4].tolist()
+    mirror = batches.make(0)[0].rand[4].tolist()
     assert all((value == 1) == (i < 10) for value, i in zip(mirror, picks))
 
 
@@ -180,11 +181,24 @@ def test_a_streamed_image_that_is_gone_gives_its_place_to_another(capsys):
         return Image.new("RGB", (4, 4), (i, i, i))
     dataset.open, dataset.urls = fetch, ["http://x"] * 6
     batches.store = ImageStore(dataset, Recipe(size=4))
-    batch = batches[0][0]
+    batch = batches.make(0)[0]
     assert batch.img[:, 0, 0, 0].tolist() == batch.members and not {2, 3} & {*batch.members} and len(batch.members) == 6
     assert all(row.tolist() == batches.rows.idx[batches.rows.of(i, 1)[0], :len(row)].tolist()
                for row, i in zip(batch.idx, batch.members))
     assert sorted(i for b in eval_batches(batches.store, batches.rows, "val", 6) for i in b.members) == [0, 1, 4, 5]
     assert "could not be fetched" in capsys.readouterr().out
     dataset.open = lambda i: fetch(2)
-    assert isinstance(batches[0], UserError)
+    with pytest.raises(UserError, match="2 is gone"):
+        next(load_steps(batches, 0, 9, Device("cpu")))
+
+
+def test_steps_made_ahead_are_those_made_at_once():
+    """From memory, and by a thread that runs three steps in front of the one it is asked for, to the last."""
+    batches, seen = toy(), []
+    bare = ImageStore(batches.store.dataset, Recipe(size=4))
+    whole, batches.store, real = [*load_steps(batches, 2, 9, Device("cpu"))], bare, batches.make
+    batches.make = lambda step: seen.append(step) or real(step)
+    steps = load_steps(batches, 2, 9, Device("cpu"))
+    for k, ([a], [b]) in enumerate(zip(whole, steps, strict=True)):
+        assert torch.equal(a.img, b.img) and torch.equal(a.idx, b.idx) and torch.equal(a.rand, b.rand)
+        assert seen == [*range(2, 2 + len(seen))] and len(seen) <= min(7, k + 3)

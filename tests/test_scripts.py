@@ -254,8 +254,8 @@ def test_a_killed_run_resumes_to_the_same_end(trained, tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_group_saves_and_leaves(trained, tmp_path, capsys, sign):
-    """Schedulers and terminals signal the whole group: the workers that decode images once died of it, and the run with
-    them. It ends as the run that had its images in memory; and while it runs, nobody else trains in its folder."""
+    """As schedulers and terminals do. Steps made ahead are dropped, and made again by who resumes: the run ends as the
+    one that had its images in memory. And while it runs, nobody else trains in its folder."""
     out = tmp_path / "r"
     process = Training(tmp_path / "log", *RUN, "--out-dir", out, in_memory=False)
     process.until("step 5/12")

@@ -6,7 +6,6 @@ a sentence; and each preset runs. A picture's colour tells its number, as its ca
 """
 import itertools
 import json
-import pickle
 
 import pytest
 import torch
@@ -108,11 +107,10 @@ def test_2_prefix_on_streamed_coco(streamed, pub, host, tmp_path, capfd, stop_at
 
 
 def test_each_streamed_image_meets_its_own_caption(streamed):
-    """Whatever cannot be fetched, the pairs that are left belong together; and other systems than Linux can hand the
-    data set to the processes that fetch."""
+    """Whatever cannot be fetched, the pairs that are left belong together."""
     config = train.parse_config(train.config_class("caption"), [*map(str, streamed), *SMALL, *TEXT])
     setup, _ = train.build_setup(config, train.Device("cpu"))
-    batches, seen = pickle.loads(pickle.dumps(Batches(setup.store, setup.rows, 10, 2, accum=2))), []
+    batches, seen = Batches(setup.store, setup.rows, 10, 2, accum=2), []
     for batch in itertools.chain(*map(batches.make, range(4))):
         for img, rows in zip(batch.img, batch.targets.view(5, 2, -1)):
             texts = sorted(setup.prepared.tokenizer.decode(row[row >= 0].tolist()[:-1]) for row in rows)
@@ -122,7 +120,7 @@ def test_each_streamed_image_meets_its_own_caption(streamed):
 
 
 def test_a_server_without_images_is_one_sentence(streamed, host, tmp_path, capsys):
-    """Met in the loader's process, where an error once came with its traceback; and while evaluating."""
+    """Met in the thread that makes steps ahead; and while evaluating."""
     host.pages.clear()
     for there, words in (((), "HTTP 404; try again"), (range(20), "no usable image to evaluate with")):
         host.pages.update({page(k): send(png(k)) for k in there})
