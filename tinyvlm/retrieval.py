@@ -6,8 +6,6 @@
 
 Left out: an index for millions of pictures (a plain product over 100,000 takes milliseconds).
 """
-import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from . import metrics
 from .captions import clean_caption
 from .clip import CLIP, CLIPConfig, chance, gather, info_nce, similarities
 from .config import UserError, option
-from .features import TextEmbeddings, encode_rows, read_features, text_embeddings, text_rows
+from .features import TextEmbeddings, digest, encode_rows, read_features, text_embeddings, text_rows
 from .files import list_images
 from .gpt import GPTConfig
 from .image import Recipe, load_image, preprocess
@@ -183,25 +181,24 @@ def search(image_emb, text_emb, k=10):
 def embed_folder(model, recipe, folder, cache, model_key, batch_size=32, device="cpu", say=print):
     """All images in and below a folder -> their names (n) within it, sorted, and embeddings (n, D) of length 1.
 
-    The file `cache` keeps embeddings by a hash of what they depend on: model_key, which stands for the model's weights,
-    and the image's name, size and time. Broken images are counted and left out.
+    The file `cache` keeps them, with a key: what they depend on, that is model_key, which stands for the model's
+    weights, and the images' names, sizes and times. Another key, and all are made anew. Broken ones are left out.
     """
     if model.vision is None:
         raise UserError("this model learned from ready-made features and has no vision tower: use another model")
-    folder, cache, names = Path(folder), Path(cache), {}
-    for name in sorted(list_images(folder)):
-        if (folder / name).is_file():                           # not a link that leads nowhere
-            stat = (folder / name).stat()
-            key = json.dumps([model_key, name, stat.st_size, stat.st_mtime_ns])
-            names[hashlib.sha256(key.encode()).hexdigest()] = name
+    folder, names = Path(folder), sorted(list_images(folder))
     if not names:
         raise UserError(f"the folder {folder} holds no images; check the path")
+    stats = [(name, (folder / name).stat()) for name in names]
+    key = digest([model_key, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     try:
-        read_features(cache)
-    except (UserError, FileNotFoundError):                      # a damaged one is made anew
-        cache.unlink(missing_ok=True)
-    model.to(device).eval()
-    paths = [folder / name for name in names.values()]
-    ids, emb = encode_rows(cache, [*names], lambda k: preprocess(load_image(paths[k]), recipe), lambda images:
-                           model.encode_image(torch.stack(images).to(device)), {}, batch_size, say)
-    return [names[i] for i in ids], F.normalize(emb.float(), dim=-1)              # (n), (n, D)
+        numbers, emb, meta = read_features(cache)
+    except UserError:                                           # there is none yet, or a damaged one
+        meta = {}
+    if meta.get("key") != key:
+        model.to(device).eval()
+        numbers, emb = encode_rows(cache, [*map(str, range(len(names)))],
+                                   lambda k: preprocess(load_image(folder / names[k]), recipe),
+                                   lambda images: model.encode_image(torch.stack(images).to(device)),
+                                   {"key": key}, batch_size, say)
+    return [names[int(k)] for k in numbers], F.normalize(emb.float(), dim=-1)     # (n), (n, D)

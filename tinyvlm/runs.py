@@ -4,8 +4,6 @@
     state.pt                                            everything at the last save: weights, optimizer, random numbers
     log.csv, curves.png                                 a line per logged step, and the same as a picture
 """
-import hashlib
-import json
 import shlex
 import zipfile
 from dataclasses import asdict
@@ -15,7 +13,7 @@ import torch
 
 from .config import UserError, out_of_memory
 from .draw import caption_sheet, curves, similarity_picture
-from .features import short_names
+from .features import digest, short_names
 from .files import atomic_write, read_json, write_csv, write_image, write_json
 from .pretrained import is_run
 from .task import show
@@ -41,8 +39,7 @@ def old_files(out):
 
 def fingerprint(dataset, prepared):
     """A hash of what is learned from. On other captions the vocabulary would change under the weights."""
-    data = [short_names(dataset.names), dataset.captions, dataset.splits, prepared.rows]
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    return digest([short_names(dataset.names), dataset.captions, dataset.splits, prepared.rows])
 
 
 def save_model(model, setup, features, scores):
