@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import DataConfig, ImageStore, load_dataset
 from tinyvlm import answering, captioning, classifying, retrieval
-from tinyvlm.batches import Batches, Rows, eval_batches, load_steps
+from tinyvlm.batches import Batches, Rows, load_steps
 from tinyvlm.clip import contrastive_step
 from tinyvlm.config import UserError, flag_name, option, parse_config, peek, run_script
 from tinyvlm.device import Device, compile_blocks
@@ -98,12 +98,9 @@ def read_options(argv):
     out, state = Path(str(peek(argv, "out_dir", "out"))), None
     if peek(argv, "eval_only"):
         saved, free = load_run(out).config["options"], FREE_TO_SCORE
-    elif peek(argv, "resume") and (out / "state.pt").exists():
+    elif peek(argv, "resume") and old_files(out):
         state = read_state(out)
         saved, free = state["options"], FREE
-    elif peek(argv, "resume") and old_files(out):
-        raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its weights "
-                        f"with --init {out} (or --vision) in another --out-dir")
     else:
         task, preset = choose(argv)
         presets = {name: values for name, values in PRESETS.items() if values.get("task", "caption") == task}
@@ -127,7 +124,7 @@ def config_class(task):
 
 
 def build_setup(config, device, run=None):
-    """Options -> Setup and FeatureFile (or None): data set, then tokenizer and rows, then images. run: to evaluate."""
+    """Options -> Setup: data set, then tokenizer and rows, then images. run: the one that is only to be evaluated."""
     dataset, path = load_dataset(config), getattr(config, "features", None)
     device.say(report(dataset))
     features = FeatureFile(path, dataset, device.say) if path else None
@@ -135,17 +132,14 @@ def build_setup(config, device, run=None):
     for note in prepared.notes:
         device.say(note)
     if features:
-        store = ImageStore(dataset, features.recipe, features.data, features.row)
+        store = ImageStore(dataset, None, features.data, features.row)
     else:
         store = ImageStore.of_pixels(dataset, [config.split] if run else ["train", "val", "test"], prepared.recipe,
                                      config.allow_broken, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.say)
     rows = Rows(prepared.rows, fixed=device.cuda)
     if store.to(device.torch) and device.cuda:                  # batches are then made on the GPU, from a few numbers
         rows.idx, rows.targets = rows.idx.to(device.torch), rows.targets.to(device.torch)
-
-    def batches_of(split, limit=None):
-        return eval_batches(store, rows, split, max(2, min(64, config.batch_size)), limit, device.rank, device.world)
-    return Setup(config, device, dataset, prepared, store, rows, batches_of), features
+    return Setup(config, device, dataset, prepared, store, rows)
 
 
 @contextmanager
@@ -162,11 +156,12 @@ def catch_signals(stop):
             signal.signal(sign, handler)
 
 
-def train(config, setup, features, state=None):
+def train(setup, state=None):
     """The loop. Returns the trained model, or None when it was stopped before the end. state: to resume from."""
-    task, device, out = TASKS[config.task], setup.device, Path(config.out_dir)
+    config, device = setup.config, setup.device
+    task, out = TASKS[config.task], Path(config.out_dir)
     torch.manual_seed(config.seed)
-    model = task.build(config, setup.prepared, features).to(device.torch)
+    model = task.build(config, setup.prepared).to(device.torch)
     optimizer = make_optimizer(model, config)
     batches = Batches(setup.store, setup.rows, config.batch_size, getattr(config, "captions_per_image", 1),
                       config.accum, config.seed, device.rank, device.world, whole=config.task == "clip")
@@ -247,7 +242,7 @@ def train(config, setup, features, state=None):
 
             # Evaluate, save, leave.
             if evaluating:
-                best = validate(model, setup, features, step, best, log[-1])
+                best = validate(model, setup, step, best, log[-1])
                 mark = time.perf_counter()
             if (evaluating or leaving) and device.main:
                 save()
@@ -259,7 +254,7 @@ def train(config, setup, features, state=None):
     return model
 
 
-def validate(model, setup, features, step, best, row):
+def validate(model, setup, step, best, row):
     """Evaluate, print, keep the best model so far. Returns the new best cost; row: the log line to complete."""
     scores, examples = TASKS[setup.config.task].evaluate(model, setup, "val", setup.config.eval_images, n_predict=24)
     name, first = next(iter(scores.items()))
@@ -269,14 +264,14 @@ def validate(model, setup, features, step, best, row):
     setup.device.say("\n".join([f"step {step}: validation {show(scores)}", *map(show_example, examples[:3])]))
     row.update(val_loss=scores["loss"], shuffled_loss=scores["shuffled loss"])
     if cost < best and setup.device.main:
-        save_model(model, setup, features, {"step": step, **{f"val {key}": value for key, value in scores.items()}})
+        save_model(model, setup, {"step": step, **{f"val {key}": value for key, value in scores.items()}})
     return min(cost, best)
 
 
 def evaluate_run(config, device):
     """--eval-only: score a finished run on a whole split; leaves scores.json and predictions.jsonl."""
     run, out = load_run(config.out_dir), Path(config.out_dir)
-    setup, _ = build_setup(config, device, run)
+    setup = build_setup(config, device, run)
     how = {name: getattr(config, name) for name in ("num_beams", "length_penalty") if hasattr(config, name)}
     scores, examples = TASKS[config.task].evaluate(run.model.to(device.torch), setup, config.split, **how)
     device.say(f"{config.split} split: {show(scores)}")
@@ -287,11 +282,11 @@ def evaluate_run(config, device):
         write_json(out / "scores.json", {"split": config.split, **how, **scores})
 
 
-def show_batch(config, setup, features):
+def show_batch(config, setup):
     """--show-batch: what the first step trains on. The bug every VLM author makes, visible at a glance."""
     batches = Batches(setup.store, setup.rows, config.batch_size, config.captions_per_image, seed=config.seed)
-    model = TASKS[config.task].build(config, setup.prepared, features)
-    n_image = captioning.n_image_tokens(config.model, model.config.vision, model.config.shuffle, features) or 1
+    model = TASKS[config.task].build(config, setup.prepared)
+    n_image = captioning.n_image_tokens(model.config, setup.prepared.features) or 1
     batch = batches.make(0)[0]
     rows = [row for row in zip(batch.idx.tolist(), batch.targets.tolist()) if any(t != IGNORE for t in row[1])]
     for idx, targets in rows[:8]:
@@ -309,12 +304,12 @@ def main():
     if config.eval_only:
         return evaluate_run(config, device)
     if getattr(config, "show_batch", False):
-        return show_batch(config, *build_setup(config, device))
+        return show_batch(config, build_setup(config, device))
     old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work
-    setup, features = build_setup(config, device)
-    model = train(config, setup, features, state)
+    setup = build_setup(config, device)
+    model = train(setup, state)
     if model is not None:
-        report_test(model, setup, features, TASKS[config.task].evaluate)
+        report_test(model, setup, TASKS[config.task].evaluate)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_a_run_on_somebody_elses_features(made, tmp_path, capsys, shape, how):
     if "clip" in how and len(shape) == 3:
         return refused(capsys, "--task clip takes one vector for each image", *argv)
     run(*argv)
-    assert f"--features='{tmp_path}/their'\"'\"'s.safetensors'" in capsys.readouterr().out.splitlines()[-1]
+    assert f"'--features={tmp_path}/their'\"'\"'s.safetensors'" in capsys.readouterr().out.splitlines()[-1]
     argv = [sample, "--out-dir", out, *(["--labels", "a dog", "a cat"] if "clip" in how else [])]
     run(*argv, "--image", "5.jpg", "--features", theirs)
     assert "5.jpg: " in capsys.readouterr().out

@@ -153,7 +153,7 @@ def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1)
             if not store.dataset.urls:
                 raise
             continue                                            # none of these could be fetched: others may be
-        kept = sorted({*places})                                # without what could not be fetched
+        kept = sorted({*places})                                # without those that come again: see ImageStore.get
         part, img = [part[k] for k in kept], img[kept]
         K = max(1, max(rows.count[i] for i in part))
         numbers = [n for i in part for n in rows.of(i, K)]

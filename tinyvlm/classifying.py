@@ -75,13 +75,11 @@ def prepare(config, dataset, features=None, run=None):
     given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
     if given is None:
         raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, then give --labels")
-    labels, notes, rows = {}, [], []
-    for category, name in sorted((pair for i in dataset.splits["train"] for pair in given.get(i, {}).items())):
-        labels.setdefault(category, {})[name] = True            # each once, in alphabetical order
-    labels = run.model.config.labels if run else {category: [*names] for category, names in labels.items()}
-    for i in range(len(dataset.names)):
-        found = [given.get(i, {}).get(category) for category in labels]
-        row = [names.index(name) if name in names else IGNORE for name, names in zip(found, labels.values())]
+    pairs = sorted({pair for i in dataset.splits["train"] for pair in given.get(i, {}).items()})
+    labels = run.model.config.labels if run else {c: [name for k, name in pairs if k == c] for c, _ in pairs}
+    rows, notes = [], []
+    for known in (given.get(i, {}) for i in range(len(dataset.names))):
+        row = [names.index(known[c]) if known.get(c) in names else IGNORE for c, names in labels.items()]
         rows.append([(row, [0] + [IGNORE] * (len(row) - 1))] if {*row} - {IGNORE} else [])
     for split, members in dataset.splits.items():
         dataset.splits[split] = kept = [i for i in members if rows[i]]
@@ -106,7 +104,7 @@ def read_labels(path, dataset):
     return found
 
 
-def build(config, prepared, features=None):
+def build(config, prepared):
     """A tower, public or fresh, and a new head for each category."""
     start = prepared.start
     model = Classifier(ClassifierConfig(start.config if start else fresh_vision(config), prepared.meta["labels"]))
@@ -138,7 +136,7 @@ def evaluate(model, setup, split, limit=None, **_):
 
     def text(row):
         return ", ".join(names[n] for n, names in zip(row, labels.values()) if n != IGNORE)
-    return scores, [{"image": i, "prediction": text(g), "truth": text(t), "text": text(g)}
+    return scores, [{"image": i, "prediction": text(g), "truth": text(t)}
                     for i, g, t in zip(guesses, guess.tolist(), truth.tolist())]
 
 
@@ -156,7 +154,7 @@ def read_categories(path):
 
 @torch.inference_mode()
 def write_pseudo_labels(config, dataset, path, say=print):
-    """Each image's best label per category, by CLIP, with its probability, into the csv `path`. Returns the path.
+    """Each image's best label per category, by CLIP, with its probability, into the csv `path`.
 
     A label that is hardly likelier than the next best (--margin) teaches more noise than it is worth: it is left empty.
     config: data.PrepareConfig.
@@ -179,4 +177,3 @@ def write_pseudo_labels(config, dataset, path, say=print):
     write_csv(path, ["image", "category", "label", "probability", "margin"], rows)
     say(f"{len(rows) - unsure} labels, {unsure} too unsure (margin {config.margin}); {len(broken)} images could not be "
         f"opened {[*broken.values()][:1]}")
-    return path

@@ -70,10 +70,10 @@ def prepare(config, dataset, features=None, run=None):
     rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, model_config).tolist()]
                                      for captions in texts]
     return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
-                    SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config))
+                    SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config), features)
 
 
-def build(config, prepared, features=None):
+def build(config, prepared):
     """A CLIP whose towers are public where --vision and --text name some, and fresh elsewhere."""
     start, model = prepared.start, CLIP(prepared.start.config)
     if start.vision:
@@ -127,7 +127,7 @@ def evaluate(model, setup, split, limit=None, **_):
     scores |= {f"{way.replace('_', ' ')} {name}": value for way, part in recall.items() for name, value in part.items()}
     captions = [text for i in members for text in dataset.captions[i]]
     best = (img @ txt.t()).argmax(dim=1).tolist()                                 # (n,)
-    return scores, [{"image": i, "prediction": captions[k], "truth": dataset.captions[i][0], "text": captions[k],
+    return scores, [{"image": i, "prediction": captions[k], "truth": dataset.captions[i][0],
                      "similarity": (img[n] @ first[:12].t()).tolist() if n < 12 else None}
                     for n, (i, k) in enumerate(zip(members, best))]
 

@@ -3,18 +3,18 @@
 Each is a module (captioning, answering, retrieval, classifying): a dataclass of its own options, and four functions.
 
     prepare(config, dataset, features) -> Prepared      tokenizer, image recipe, and all texts as rows of numbers
-    build(config, prepared, features) -> model          from scratch, from public weights, or from another run
+    build(config, prepared) -> model                    from scratch, from public weights, or from another run
     loss(model, batch, setup) -> scalar                 of one micro-batch
     evaluate(model, setup, split, ..) -> scores, examples       validation, the report at the end and --eval-only
 
 The first of the scores decides which checkpoint is kept: the lower the better if it is called "loss", else the higher.
 """
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
 
+from .batches import eval_batches
 from .cnn import BatchNorm2d, ResNet50
 from .config import UserError, option
 from .features import open_encoder
@@ -46,6 +46,7 @@ class Prepared:
     tokenizer: object = None
     meta: dict = field(default_factory=dict)    # what sample.py must know, for config.json
     start: object = None                # the run, tower or public weights that `build` begins with
+    features: object = None             # the features.FeatureFile whose numbers stand in place of images
     notes: list = field(default_factory=list)   # what was cut or left out, to be reported
 
 
@@ -58,7 +59,6 @@ class Setup:
     prepared: Prepared
     store: object                       # data.ImageStore
     rows: object                        # batches.Rows
-    eval_batches: Callable              # (split, limit) -> this process's batches
 
 
 def train_mode(model):
@@ -113,20 +113,21 @@ def run_split(model, setup, split, limit, predict, loss=None, n_predict=None):
     loss(model, batch), in nats per target, n of them; the shuffled loss is the same with each image in its neighbour's
     place: if it is no larger, the model ignores the image.
     """
-    found, total, before = {}, [0.0, 0.0, 0], None
+    found, total, before, device = {}, [0.0, 0.0, 0], None, setup.device
     model.eval()
-    for batch in setup.eval_batches(split, limit):
-        batch = batch.to(setup.device.torch, setup.prepared.recipe)
+    for batch in eval_batches(setup.store, setup.rows, split, max(2, min(64, setup.config.batch_size)), limit,
+                              device.rank, device.world):
+        batch = batch.to(device.torch, setup.prepared.recipe)
         # a last batch of one image takes one of the batch before it
         other = batch.img.roll(1, 0) if len(batch.img) > 1 or before is None else before[-1:]
-        with setup.device.autocast():
+        with device.autocast():
             values = [loss(model, b).item() for b in (batch, replace(batch, img=other))] if loss else [0, 0]
             if n_predict is None or len(found) < n_predict:
                 found.update(predict(batch))
         total = [a + b * batch.n_targets for a, b in zip(total, [*values, 1])]
         before = batch.img
     train_mode(model)
-    (true, shuffled, n), found = setup.device.total(*total), setup.device.merge(found)
+    (true, shuffled, n), found = device.total(*total), device.merge(found)
     if not n:
         raise UserError(f"the {split} split of {setup.dataset.name} has no usable image to evaluate with, see above")
     members = [i for i in setup.store.usable(split) if i in found][:n_predict]
