@@ -124,9 +124,9 @@ def test_images_whose_captions_say_left_or_right_are_never_mirrored():
 def test_evaluation_sees_every_caption_once_also_in_several_processes():
     batches = toy()
     for world in (1, 2, 3):
-        parts = [b for rank in range(world) for b in eval_batches(batches.store, batches.rows, "val", 2, None, rank, world)]
-        found = [(i, row) for b in parts for i, row in zip(np.repeat(b.members, len(b.idx) // len(b.members)),
-                                                           b.targets.tolist()) if 60 in row]
+        found = [(i, row) for rank in range(world)
+                 for b in eval_batches(batches.store, batches.rows, "val", 2, None, rank, world)
+                 for i, row in zip(np.repeat(b.members, len(b.idx) // len(b.members)), b.targets.tolist()) if 60 in row]
         assert sorted(i for i, _ in found) == sorted(i for i in range(7) for _ in range(1 + i % 3))
 
 

@@ -232,7 +232,7 @@ PAIRS = [pair for pair in itertools.product(TASKS, (None, "vit", "resnet", "feat
 @pytest.mark.parametrize("task, vision, text", PAIRS)
 def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp_path, capsys, task, vision, text):
     words, out, scenes = refusal(task, vision, text), tmp_path / "out", encoded / "scenes"
-    argv = [*SMALL, "--n-scenes", "30", *TASKS[task], "--epochs", "1", "--out-dir", out]
+    argv = [*SMALL, "--n-scenes", "30", *TASKS[task], "--out-dir", out]
     argv += {None: [], "features": ["--features", scenes / "features-vgg.safetensors"]}.get(
         vision, ["--vision", pub.get(vision)])
     argv += {None: [], "embeddings": ["--text-embeddings", scenes / "text-embeddings-clip.safetensors"],
@@ -243,7 +243,7 @@ def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp
         return
     run(train, *argv)
     printed = capsys.readouterr().out
-    assert "step 8/8" in printed and "test split: " in printed
+    assert "step 4/4" in printed and "test split: " in printed
     how = {"vqa": ["--prompt", "Is it red?"], "clip": ["--labels", "a dog", "a cat"]}.get(task, [])
     argv = [sample, "--image", out / "example.png", *how, "--out-dir", out]
     if task == "classify":

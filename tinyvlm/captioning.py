@@ -161,7 +161,7 @@ def build(config, prepared):
     else:
         c.text = GPTConfig(block_size=room, vocab_size=vocab_size, **sizes(config))
     if c.wiring == "lockstep" and (not vision or vision.n_layer != c.text.n_layer):
-        raise UserError(f"--wiring lockstep needs as many vision layers as the decoder's {c.text.n_layer}: --n-layer")
+        raise UserError(f"--wiring lockstep needs as many vision layers as the decoder: {c.text.n_layer}; see --n-layer")
     model = build_vlm(c)
     if start.vision:
         model.vision.load_state_dict(start.vision.weights)
