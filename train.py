@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -148,12 +148,10 @@ def catch_signals(stop):
     def interrupt(*_):
         stop.append(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        for sign in (signal.SIGINT, signal.SIGTERM):            # afterwards, each gets back the handler it had
+            stack.callback(signal.signal, sign, signal.signal(sign, interrupt))
         yield
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
 
 
 def train(setup, state=None):
@@ -282,12 +280,12 @@ def evaluate_run(config, device):
         write_json(out / "scores.json", {"split": config.split, **how, **scores})
 
 
-def show_batch(config, setup):
+def show_batch(setup):
     """--show-batch: what the first step trains on. The bug every VLM author makes, visible at a glance."""
+    config = setup.config
     batches = Batches(setup.store, setup.rows, config.batch_size, config.captions_per_image, seed=config.seed)
-    model = TASKS[config.task].build(config, setup.prepared)
+    batch, model = batches.make(0)[0], TASKS[config.task].build(config, setup.prepared)
     n_image = captioning.n_image_tokens(model.config, setup.prepared.features) or 1
-    batch = batches.make(0)[0]
     rows = [row for row in zip(batch.idx.tolist(), batch.targets.tolist()) if any(t != IGNORE for t in row[1])]
     for idx, targets in rows[:8]:
         print(show_tokens(setup.prepared.tokenizer, idx, targets, n_image, color=sys.stdout.isatty()) + "\n")
@@ -303,10 +301,10 @@ def main():
     device = Device(config.device, config.dtype)
     if config.eval_only:
         return evaluate_run(config, device)
-    if getattr(config, "show_batch", False):
-        return show_batch(config, build_setup(config, device))
     old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work
     setup = build_setup(config, device)
+    if getattr(config, "show_batch", False):
+        return show_batch(setup)
     model = train(setup, state)
     if model is not None:
         report_test(model, setup, TASKS[config.task].evaluate)

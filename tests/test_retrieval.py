@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import train
-from helpers import TEXT, TINY, losses, run
+from helpers import TEXT, TINY, losses, refused, run
 from public import tiny_clip
 from tinyvlm import retrieval
 from tinyvlm.clip import CLIP, CLIPConfig
@@ -80,6 +80,11 @@ def test_micro_batches_do_not_change_a_contrastive_run(tmp_path):
         run(train, *CLIP_RUN, "--epochs", "1", "--accum", accum, "--out-dir", tmp_path / str(accum))
     a, b = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(a) == 6 and [*a.values()] == pytest.approx([*b.values()], abs=2e-4)
+
+
+def test_recall_among_one_image_is_no_result(tmp_path, capsys):
+    """It was 100%, and decided which checkpoint is kept."""
+    refused(capsys, "recall needs two", train, *CLIP_RUN, "--n-scenes", "16", "--out-dir", tmp_path / "r")
 
 
 @pytest.fixture

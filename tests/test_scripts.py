@@ -129,12 +129,14 @@ MISTAKES = {
         f"--task vqa {ALBUM}": "holds no questions", f"--task classify {ALBUM}": "--labels",
         "--task clip --batch-size 64": "--batch-size cannot be 64", "--task clip --text-embeddings none": "none",
         "--out-dir": "expected one argument", "--out-dir f": "f is a file", "--out-dir f/below": "f",
+        "--data-dir ALBUM": "say what it holds with --dataset",     # drawn scenes were trained on, whatever it held
         "--out-dir FOREIGN": "not of a run", "--vision none --out-dir none": "give another --out-dir"},
     data: {
         "--dataset cocoo": "coco", "--dataset folder": "data/folder", "--label none.json": "none.json",
         "--stream": "leave it out for shapes", "--features ./none": "./none", "--device cuda:99": "cuda:99",
         "--text-embeddings VIT": "is no CLIP with", "--label L --labeler VIT": "no CLIP",
         "--dataset capsfusion --rows none.csv": "none.csv", "--dataset vqav2 --data-dir ALBUM": "ALBUM",
+        "--data-dir ALBUM": "say what it holds with --dataset",
         f"{ALBUM} --export x.csv": "holds no questions", "--sheet /dev/null": "ends in .png"}}
 
 

@@ -43,7 +43,7 @@ def prepare(config, dataset, features=None, run=None):
         raise UserError(f"--max-tokens {config.max_tokens} leaves no room for any answer; raise it")
     meta["longest"] = run.config["longest"] if run else longest
     notes = [f"{n} {what}" for what, n in (+left_out).items()]
-    return Prepared(start.recipe, rows, tokenizer, meta, start, notes=notes)
+    return Prepared((start.run or start.vision).recipe, rows, tokenizer, meta, start, notes=notes)
 
 
 def room_for_text(model):

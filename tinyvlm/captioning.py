@@ -17,12 +17,10 @@ from .batches import pad_rows
 from .captions import clean_caption
 from .config import UserError, flag_name, option
 from .gpt import IGNORE, GPTConfig
-from .image import Recipe
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
 from .shapes import meaning, score_parts
-from .task import (Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, sizes, train_mode,
-                   write)
+from .task import Prepared, TextOptions, load_vision, make_tokenizer, run_split, sizes, train_mode, write
 from .tokenizer import END
 from .vit import ViTConfig
 from .vlm import MODELS, LSTMConfig, VLMConfig
@@ -67,12 +65,12 @@ def prepare(config, dataset, features=None, run=None):
     start = load_start(config, dataset, features, run)
     rows, notes = caption_rows(dataset.captions, start.tokenizer, **start.meta)
     start.reward = make_reward(dataset) if config.reinforce else None
-    return Prepared(start.recipe, rows, start.tokenizer, start.meta, start, features, notes)
+    return Prepared((start.run or start.vision).recipe, rows, start.tokenizer, start.meta, start, features, notes)
 
 
 def load_start(config, dataset, features=None, run=None):
-    """What a model begins with, as a namespace: run (--init, or the one to evaluate), vision (--vision), gpt (--text);
-    the recipe and tokenizer that follow from them, or new ones; and meta, how texts become the tokenizer's ids."""
+    """What a model begins with, as a namespace: run (--init, or the one to evaluate), or vision, and gpt (--text);
+    their tokenizer, or a new one; and meta, how texts become its ids."""
     if config.reinforce and not (config.init and features and config.reinforce > 1 and config.captions_per_image == 1):
         raise UserError("--reinforce needs 2 or more captions, --init RUN, --features, and --captions-per-image 1")
     if config.init and (config.vision or config.text) or config.text and config.model == "lstm":
@@ -89,8 +87,8 @@ def load_start(config, dataset, features=None, run=None):
                 raise UserError(f"--init {config.init} was made with another {flag_name(name)}, which stays: drop it")
         if run.model.config.feat_dim != (features and features.feat_dim):
             raise UserError(f"the run has learned from {run.model.config.feat_dim or 'no'} features: see --features")
-    vision = load_vision(config.vision) if config.vision and not run else None
-    if vision and (features or not isinstance(vision.config, ViTConfig)):
+    vision = None if run else load_vision(config)
+    if config.vision and vision and (features or not isinstance(vision.config, ViTConfig)):
         raise UserError(f"--vision {config.vision}: a captioner takes a ViT, or ready-made --features of any network")
     new = TAGS if config.task == "vqa" else ("<image>",) if config.model == "prefix" else ()
     gpt = load_gpt2(config.text, special_tokens=new) if config.text and not run else None
@@ -100,9 +98,8 @@ def load_start(config, dataset, features=None, run=None):
     first = tokenizer and tokenizer.token_to_id("<image>") if config.model == "prefix" else end
     if first is None or end is None:
         raise UserError(f"{config.text or config.out_dir} came without a tokenizer that knows {END}; name another")
-    recipe = run.recipe if run else vision.recipe if vision else Recipe(size=config.image_size)
     meta = {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean}
-    return SimpleNamespace(run=run, vision=vision, gpt=gpt, recipe=recipe, tokenizer=tokenizer, meta=meta)
+    return SimpleNamespace(run=run, vision=vision, gpt=gpt, tokenizer=tokenizer, meta=meta)
 
 
 def corpus(config, dataset):
@@ -145,8 +142,7 @@ def build(config, prepared):
     start, features, vocab_size = prepared.start, prepared.features, prepared.tokenizer.vocab_size
     if start.run:
         return extend(start.run.model, config, vocab_size, features)
-    vision = None if features else replace(start.vision.config, dropout=config.dropout) if start.vision else \
-        fresh_vision(config)
+    vision = None if features else replace(start.vision.config, dropout=config.dropout)
     c = VLMConfig(model=config.model, vision=vision, text=None, wiring=config.wiring, shuffle=config.shuffle,
                   feat_dim=features and features.feat_dim,
                   image_token=prepared.meta["first"] if config.model == "prefix" else None)
@@ -161,9 +157,9 @@ def build(config, prepared):
     else:
         c.text = GPTConfig(block_size=room, vocab_size=vocab_size, **sizes(config))
     if c.wiring == "lockstep" and (not vision or vision.n_layer != c.text.n_layer):
-        raise UserError(f"--wiring lockstep needs as many vision layers as the decoder: {c.text.n_layer}; see --n-layer")
+        raise UserError(f"--wiring lockstep needs as many vision layers as the decoder's {c.text.n_layer}; --n-layer")
     model = build_vlm(c)
-    if start.vision:
+    if start.vision.weights:
         model.vision.load_state_dict(start.vision.weights)
     if start.gpt:
         model.text.load_state_dict(start.gpt.state_dict(), strict=False)          # cross-attention is new

@@ -17,9 +17,9 @@ from .config import UserError, option
 from .features import Encoder
 from .files import read_json, tidy_name, write_csv
 from .gpt import IGNORE
-from .image import Recipe, open_batches
+from .image import open_batches
 from .retrieval import classify, label_embeddings
-from .task import Prepared, fresh_vision, load_vision, run_split
+from .task import Prepared, load_vision, run_split
 from .vit import ViTConfig, build_vision
 
 
@@ -71,7 +71,7 @@ def prepare(config, dataset, features=None, run=None):
 
     A label that the training split lacks has no number: nothing could learn it. Images without a label are left out.
     """
-    start = load_vision(config.vision) if config.vision and not run else None
+    start = run or load_vision(config)
     given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
     if given is None:
         raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, then give --labels")
@@ -87,8 +87,7 @@ def prepare(config, dataset, features=None, run=None):
             raise UserError(f"no image of the {split} split has a label that is learned; label more, or lower --margin")
         if len(kept) < len(members):
             notes.append(f"{len(members) - len(kept)} images of the {split} split have no label and are left out")
-    recipe = run.recipe if run else start.recipe if start else Recipe(size=config.image_size)
-    return Prepared(recipe, rows, meta={"labels": labels}, start=start, notes=notes)
+    return Prepared(start.recipe, rows, meta={"labels": labels}, start=start, notes=notes)
 
 
 def read_labels(path, dataset):
@@ -107,8 +106,8 @@ def read_labels(path, dataset):
 def build(config, prepared):
     """A tower, public or fresh, and a new head for each category."""
     start = prepared.start
-    model = Classifier(ClassifierConfig(start.config if start else fresh_vision(config), prepared.meta["labels"]))
-    if start:
+    model = Classifier(ClassifierConfig(start.config, prepared.meta["labels"]))
+    if start.weights:
         model.vision.load_state_dict(start.weights)
     return model
 

@@ -21,9 +21,9 @@ from .config import UserError, option
 from .features import TextEmbeddings, digest, encode_rows, read_features, text_embeddings, text_rows
 from .files import list_images
 from .gpt import GPTConfig
-from .image import Recipe, load_image, preprocess
+from .image import load_image, preprocess
 from .pretrained import load_clip
-from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, sizes
+from .task import Prepared, TextOptions, load_vision, make_tokenizer, run_split, sizes
 from .tokenizer import END
 
 
@@ -45,10 +45,10 @@ def prepare(config, dataset, features=None, run=None):
 
     start: what `build` begins with: the towers vision and reader (a CLIP), ready text embeddings, the CLIPConfig.
     """
-    vision = load_vision(config.vision) if config.vision and not run else None
+    vision = None if run else load_vision(config)
     reader = load_clip(config.text) if config.text and not run else None
     ready = TextEmbeddings(config.text_embeddings, dataset) if config.text_embeddings else None
-    if vision and features or reader and ready:
+    if config.vision and features or reader and ready:
         raise UserError("a tower has made --features or --text-embeddings: drop --vision or --text, or the file")
     if features and features.data.dim() != 2:
         raise UserError(f"--task clip takes one vector for each image, and {config.features} has {features.n_tokens}")
@@ -58,25 +58,24 @@ def prepare(config, dataset, features=None, run=None):
     if tokenizer is None and not ready:
         raise UserError(f"--text {config.text} came without its tokenizer; name a checkpoint that has one")
     if run:
-        model_config, recipe = run.model.config, run.recipe
+        model_config = run.model.config
     else:
         text = reader.config if reader else CLIPConfig(text=None, n_joint=ready.dim) if ready else CLIPConfig(
             text=GPTConfig(block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **sizes(config)),
             n_joint=config.n_joint, end_token=tokenizer.token_to_id(END))
-        tower = None if features else vision.config if vision else fresh_vision(config)
-        model_config = replace(text, vision=tower, head=config.head, dropout=config.dropout,
-                               feat_dim=features and features.feat_dim)
-        recipe = vision.recipe if vision else Recipe(size=config.image_size)
+        model_config = replace(text, vision=None if features else vision.config, head=config.head,
+                               dropout=config.dropout, feat_dim=features and features.feat_dim)
     rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, model_config).tolist()]
                                      for captions in texts]
-    return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
-                    SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config), features)
+    meta = {"clean": config.clean, "text_embeddings": ready and ready.source}
+    start = SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config)
+    return Prepared((run or vision).recipe, rows, tokenizer, meta, start, features)
 
 
 def build(config, prepared):
     """A CLIP whose towers are public where --vision and --text name some, and fresh elsewhere."""
     start, model = prepared.start, CLIP(prepared.start.config)
-    if start.vision:
+    if start.vision.weights:
         model.vision.load_state_dict(start.vision.weights)
         theirs, ours = start.vision.head, model.image_head      # a CLIP's tower comes with its way into the space
         if str(theirs) == str(ours):                            # .. if that has the same layers and sizes

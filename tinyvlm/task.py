@@ -69,24 +69,23 @@ def train_mode(model):
             module.eval()
 
 
-def load_vision(source):
-    """The vision tower of a run or of a public checkpoint: its config, weights and recipe, and CLIP's image head."""
-    loaded = open_encoder(source)
-    tower, head = getattr(loaded.model, "vision", loaded.model), getattr(loaded.model, "image_head", None)
-    if not isinstance(tower, (ViT, ResNet50)):
-        raise UserError(f"--vision {source} holds no vision tower that can be trained here (a ViT or a ResNet)")
-    weights = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
-    return SimpleNamespace(config=replace(tower.config, n_class=0), weights=weights, recipe=loaded.recipe, head=head)
-
-
 def sizes(config, *more):
     """The options by which both towers are made from scratch, and more of them, as a dict."""
     return {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", *more)}
 
 
-def fresh_vision(config):
-    """A vision tower from scratch, as the options say: ViTConfig."""
-    return ViTConfig(**sizes(config, "image_size", "patch_size", "class_token", "stem"))
+def load_vision(config):
+    """The vision tower to begin with: config and recipe; weights and CLIP's image head, where --vision names a run or a
+    public checkpoint, and otherwise None."""
+    if not config.vision:
+        fresh = ViTConfig(**sizes(config, "image_size", "patch_size", "class_token", "stem"))
+        return SimpleNamespace(config=fresh, recipe=Recipe(size=config.image_size), weights=None, head=None)
+    loaded = open_encoder(config.vision)
+    tower, head = getattr(loaded.model, "vision", loaded.model), getattr(loaded.model, "image_head", None)
+    if not isinstance(tower, (ViT, ResNet50)):
+        raise UserError(f"--vision {config.vision} holds no vision tower that can be trained here (a ViT or a ResNet)")
+    weights = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
+    return SimpleNamespace(config=replace(tower.config, n_class=0), recipe=loaded.recipe, weights=weights, head=head)
 
 
 def make_tokenizer(config, corpus):
