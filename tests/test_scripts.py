@@ -318,17 +318,6 @@ def test_eval_only_scores_a_whole_split(trained, copy, capsys):
     refused(capsys, "--n-embd 32, not 64", train, "--eval-only", "--out-dir", copy, "--n-embd", "64")
 
 
-def test_staged_unfreezing_opens_the_parts_in_their_epochs(tmp_path, steps):
-    """Decoder from epoch 1, vision from epoch 1.5: until then their weights are the initial ones, bit for bit."""
-    run(train, *RUN, "--unfreeze-decoder", "1", "--unfreeze-vision", "1.5", "--out-dir", tmp_path / "r")
-
-    def moved(a, b):
-        return {"vision" if name.startswith("vision") else "connector" if "cross" in name or "connector" in name else
-                "decoder" for name in steps[a] if not torch.equal(steps[a][name], steps[b][name])}
-    assert moved(0, 6) == {"connector"}                         # 6 steps an epoch; steps[k] is what step k began with
-    assert moved(6, 9) == {"connector", "decoder"} and moved(9, 10) == {"connector", "decoder", "vision"}
-
-
 def test_show_batch_prints_what_is_trained_and_leaves_nothing(tmp_path, capsys):
     for task in (["--task", "vqa", "--max-tokens", "300"], ["--model", "prefix"], ["--model", "lstm"]):
         run(train, *RUN, *task, "--show-batch", "--out-dir", tmp_path / "r")
