@@ -137,18 +137,15 @@ class ImageStore:
         if self.data is not None:
             images = self.data[torch.tensor([self.row[i] for i in members], device=self.data.device)]
             return (images.float() if self.is_features else images), list(range(len(members)))
-        broken, wanted = {}, list(dict.fromkeys(members))
-        [pairs] = open_batches(wanted, self.open, len(wanted), broken, threads=16)
-        found = dict(pairs)                                     # {image: (3, S, S)}
+        broken, n, before = {}, len(members), len(self.lost)
+        [found] = open_batches(range(n), lambda k: self.open(members[k]), n, broken, threads=16)
         if broken and not (found and self.dataset.urls):
             raise UserError(next(iter(broken.values())))
-        before = len(self.lost)
-        self.lost.update(broken)
+        self.lost.update((members[k], reason) for k, reason in broken.items())
         if before.bit_length() < len(self.lost).bit_length():   # each time that their number has doubled
             print(f"{len(self.lost)} images could not be fetched so far, the latest: {[*self.lost.values()][-1]}")
-        good = [k for k, i in enumerate(members) if i in found]
-        places = [good[k % len(good)] for k in range(len(members))]
-        return torch.stack([found[members[k]] for k in places]), places           # (B, 3, S, S)
+        places, images = zip(*(found[k % len(found)] for k in range(n)))          # B pairs (place, (3, S, S))
+        return torch.stack(images), places                                        # (B, 3, S, S)
 
 
 def free_memory():
