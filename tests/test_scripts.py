@@ -239,7 +239,7 @@ def test_resume_on_other_captions_is_refused(tmp_path, capsys, stop_at):
 
 
 def test_a_killed_run_and_one_that_is_told_to_end_resume_to_the_same_end(trained, tmp_path, capsys):
-    """kill -9 in the middle of things: what is on disk must be whole. SIGTERM to the group, as schedulers send it: saves
+    """kill -9 in the middle of things: what is on disk must be whole. SIGTERM to the group, as of schedulers: it saves
     and leaves. Steps that were made ahead are dropped, and the end is that of the run with its images in memory; and
     while a run goes on, nobody else trains in its folder."""
     out, argv = tmp_path / "r", [*RUN, "--out-dir", tmp_path / "r", "--resume"]
