@@ -13,7 +13,6 @@ import random
 import re
 import shlex
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,9 +68,9 @@ def load_dataset(config):
     folder, seed = Path(config.data_dir or f"data/{config.dataset}"), config.seed
     if config.stream and config.dataset != "coco":
         raise UserError(f"--stream fetches the images of coco one by one; leave it out for {config.dataset}")
-    if config.dataset == "shapes" and config.data_dir and list_images(config.data_dir):
-        raise UserError(f"--data-dir {config.data_dir} holds no drawn scenes; say what it holds with --dataset")
     if config.dataset == "shapes":
+        if config.data_dir and list_images(config.data_dir):
+            raise UserError(f"--data-dir {config.data_dir} holds no drawn scenes; say what it holds with --dataset")
         return Shapes(config.n_objects, config.n_scenes, seed)
     if config.dataset == "vqav2":
         return vqav2(folder, seed, config.allow_broken)
@@ -82,13 +81,8 @@ def load_dataset(config):
     dataset = open_photos(config)
     if dataset.urls:
         cache = ImageFolderCache(folder / "stream", STREAM_CACHE, config.allow_private)
-        dataset.opener = partial(open_streamed, cache, dataset.urls)
+        dataset.opener = lambda i: cache.open(dataset.urls[i])
     return dataset
-
-
-def open_streamed(cache, urls, i):
-    """Image i from its address. (No lambda: macOS pickles it for the processes of the loader.)"""
-    return cache.open(urls[i])
 
 
 class ImageStore:
@@ -98,10 +92,10 @@ class ImageStore:
     data}; broken: {image: reason}. `usable(split)` is a split without what is broken or missing.
     """
 
-    def __init__(self, dataset, recipe, data=None, row=None, broken=None):
-        self.dataset, self.recipe, self.data, self.row, self.broken = dataset, recipe, data, row, broken or {}
-        self.is_features = data is not None and data.dtype != torch.uint8
-        self.lost, self.next_report = {}, 1                     # of streamed images: those that could not be fetched
+    def __init__(self, dataset, recipe, data=None, row=None):
+        self.dataset, self.recipe, self.data, self.row, self.is_features = dataset, recipe, data, row, data is not None
+        self.broken, self.lost = {}, {}                         # lost: streamed images that could not be fetched
+        self.open = lambda i: to_uint8(dataset.open(i), recipe)                   # (3, S, S)
 
     @classmethod
     def of_pixels(cls, dataset, splits, recipe, allow_broken=False, processes=1, say=print):
@@ -111,15 +105,17 @@ class ImageStore:
         fits = not dataset.urls and size * processes < free_memory() / 2
         say(f"{len(members)} images of {recipe.size}x{recipe.size} pixels, {size / 1e6:.0f} MB: " +
             ("in memory" if fits else "fetched as needed" if dataset.urls else "decoded as needed"))
+        store = cls(dataset, recipe)
         if dataset.urls:
-            return cls(dataset, recipe)
-        data = torch.zeros(len(members) if fits else 0, 3, recipe.size, recipe.size, dtype=torch.uint8)  # (n, 3, S, S)
-        row, broken = {i: k for k, i in enumerate(members)}, {}
-        for part in open_batches(members, lambda i: to_uint8(dataset.open(i), recipe), 256, broken, "decoding images"):
+            return store
+        if fits:
+            store.row = {i: k for k, i in enumerate(members)}
+            store.data = torch.zeros(len(members), 3, recipe.size, recipe.size, dtype=torch.uint8)     # (n, 3, S, S)
+        for part in open_batches(members, store.open, 256, store.broken, "decoding images"):
             for i, pixels in part if fits else ():
-                data[row[i]] = pixels                                             # (3, S, S)
-        report_broken(dataset, broken, len(members), allow_broken, say)
-        return cls(dataset, recipe, data, row, broken) if fits else cls(dataset, recipe, broken=broken)
+                store.data[store.row[i]] = pixels                                 # (3, S, S)
+        report_broken(dataset, store.broken, len(members), allow_broken, say)
+        return store
 
     def to(self, device):
         """Whether the images are on the device now: on a GPU those in memory are, if they take less than half of it."""
@@ -135,25 +131,21 @@ class ImageStore:
     def get(self, members):
         """uint8 (B, 3, S, S), or features (B, D) or (B, N, D), of the images `members`; and who stands at each place.
 
-        Places are 0 .. B - 1, except while streaming: an image that cannot be fetched gives its place to another one
-        of `members`. Raises UserError where none can be had, or one on disk is broken.
+        Places are 0 .. B - 1, except while streaming: those that cannot be fetched leave theirs to the others, who come
+        again. Raises UserError where none can be had, or one on disk is broken.
         """
         if self.data is not None:
             images = self.data[torch.tensor([self.row[i] for i in members], device=self.data.device)]
             return (images.float() if self.is_features else images), list(range(len(members)))
-        broken, wanted = {}, list(dict.fromkeys(members))
-        [pairs] = open_batches(wanted, lambda i: to_uint8(self.dataset.open(i), self.recipe), len(wanted), broken,
-                               threads=16)
-        found = dict(pairs)                                     # {image: (3, S, S)}
+        broken, n, before = {}, len(members), len(self.lost)
+        [found] = open_batches(range(n), lambda k: self.open(members[k]), n, broken, threads=16)
         if broken and not (found and self.dataset.urls):
             raise UserError(next(iter(broken.values())))
-        self.lost.update(broken)
-        if len(self.lost) >= self.next_report:                  # each time that their number has doubled
+        self.lost.update((members[k], reason) for k, reason in broken.items())
+        if before.bit_length() < len(self.lost).bit_length():   # each time that their number has doubled
             print(f"{len(self.lost)} images could not be fetched so far, the latest: {[*self.lost.values()][-1]}")
-            self.next_report = 2 * len(self.lost)
-        good = [k for k, i in enumerate(members) if i in found]
-        places = [k if i in found else good[k % len(good)] for k, i in enumerate(members)]
-        return torch.stack([found[members[k]] for k in places]), places           # (B, 3, S, S)
+        places, images = zip(*(found[k % len(found)] for k in range(n)))          # B pairs (place, (3, S, S))
+        return torch.stack(images), places                                        # (B, 3, S, S)
 
 
 def free_memory():
@@ -205,21 +197,21 @@ def main():
     texts = ["\n".join(dataset.captions[i][:2]) for i, _ in drawn]
     write_image(config.sheet, caption_sheet([image for _, image in drawn], texts))
     print(f"wrote {config.sheet}")
-    folder = Path(config.data_dir or f"data/{config.dataset}")
-
-    def now_train(task, flag, path):
-        where = f"{config.dataset} --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else config.dataset
-        print(f"now train on it: python train.py {task}--dataset {where} --{flag}={shlex.quote(str(path))}")
+    folder, made = Path(config.data_dir or f"data/{config.dataset}"), []
     if config.features:
         path = folder / f"features-{Path(config.features).name}.safetensors"
         write_features(config.features, dataset, path, config.batch_size, config.device)
-        now_train("", "features", path)
+        made.append([f"--features={path}"])
     if config.text_embeddings:
         path = folder / f"text-embeddings-{Path(config.text_embeddings).name}.safetensors"
         write_text_embeddings(config.text_embeddings, dataset, path, config.device)
-        now_train("--task clip ", "text-embeddings", path)
+        made.append(["--task", "clip", f"--text-embeddings={path}"])
     if config.label:
-        now_train("--task classify ", "labels", write_pseudo_labels(config, dataset, folder / "labels.csv"))
+        write_pseudo_labels(config, dataset, folder / "labels.csv")
+        made.append(["--task", "classify", f"--labels={folder}/labels.csv"])
+    where = [f"--data-dir={config.data_dir}"] if config.data_dir else []
+    for *task, flag in made:
+        print("now train on it: python train.py " + shlex.join([*task, "--dataset", config.dataset, *where, flag]))
     if config.export:
         if not hasattr(dataset, "questions"):
             raise UserError(f"{dataset.name} holds no questions to export; --export is for shapes and vqav2")

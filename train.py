@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import DataConfig, ImageStore, load_dataset
 from tinyvlm import answering, captioning, classifying, retrieval
-from tinyvlm.batches import Batches, Rows, eval_batches, load_steps
+from tinyvlm.batches import Batches, Rows, load_steps
 from tinyvlm.clip import contrastive_step
 from tinyvlm.config import UserError, flag_name, option, parse_config, peek, run_script
 from tinyvlm.device import Device, compile_blocks
@@ -80,7 +80,6 @@ class TrainConfig(DataConfig):
     device: str = option("auto", "cpu, cuda, mps or auto", group="the machine")
     dtype: str = option("auto", "of products; auto: 16 bits on cuda", ("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "torch.compile the blocks; default: on cuda, from 10 million weights on")
-    workers: int = option(2, "processes that decode images where they do not fit into memory", least=0)
     eval_interval: int = option(1000, "steps between evaluations (and saves)", above=0, group="reports")
     eval_images: int = option(500, "validation images of each evaluation", above=0)
     test_images: int = option(1000, "test images scored at the end", above=0)
@@ -88,8 +87,8 @@ class TrainConfig(DataConfig):
 
 
 # what may be given anew to a run that is continued; and what else to one that is only scored
-FREE = {"resume", "eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "workers", "data_dir",
-        "features", "log_interval"}
+FREE = {"resume", "eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "data_dir", "features",
+        "log_interval"}
 FREE_TO_SCORE = FREE | {"dtype", "batch_size", "allow_broken"}
 
 
@@ -99,12 +98,9 @@ def read_options(argv):
     out, state = Path(str(peek(argv, "out_dir", "out"))), None
     if peek(argv, "eval_only"):
         saved, free = load_run(out).config["options"], FREE_TO_SCORE
-    elif peek(argv, "resume") and (out / "state.pt").exists():
+    elif peek(argv, "resume") and old_files(out):
         state = read_state(out)
         saved, free = state["options"], FREE
-    elif peek(argv, "resume") and old_files(out):
-        raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its weights "
-                        f"with --init {out} (or --vision) in another --out-dir")
     else:
         task, preset = choose(argv)
         presets = {name: values for name, values in PRESETS.items() if values.get("task", "caption") == task}
@@ -128,7 +124,7 @@ def config_class(task):
 
 
 def build_setup(config, device, run=None):
-    """Options -> Setup and FeatureFile (or None): data set, then tokenizer and rows, then images. run: to evaluate."""
+    """Options -> Setup: data set, then tokenizer and rows, then images. run: the one that is only to be evaluated."""
     dataset, path = load_dataset(config), getattr(config, "features", None)
     device.say(report(dataset))
     features = FeatureFile(path, dataset, device.say) if path else None
@@ -136,17 +132,14 @@ def build_setup(config, device, run=None):
     for note in prepared.notes:
         device.say(note)
     if features:
-        store = ImageStore(dataset, features.recipe, features.data, features.row)
+        store = ImageStore(dataset, None, features.data, features.row)
     else:
         store = ImageStore.of_pixels(dataset, [config.split] if run else ["train", "val", "test"], prepared.recipe,
                                      config.allow_broken, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.say)
     rows = Rows(prepared.rows, fixed=device.cuda)
     if store.to(device.torch) and device.cuda:                  # batches are then made on the GPU, from a few numbers
         rows.idx, rows.targets = rows.idx.to(device.torch), rows.targets.to(device.torch)
-
-    def batches_of(split, limit=None):
-        return eval_batches(store, rows, split, max(2, min(64, config.batch_size)), limit, device.rank, device.world)
-    return Setup(config, device, dataset, prepared, store, rows, batches_of), features
+    return Setup(config, device, dataset, prepared, store, rows)
 
 
 @contextmanager
@@ -155,19 +148,18 @@ def catch_signals(stop):
     def interrupt(*_):
         stop.append(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        for sign in (signal.SIGINT, signal.SIGTERM):            # afterwards, each gets back the handler it had
+            stack.callback(signal.signal, sign, signal.signal(sign, interrupt))
         yield
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
 
 
-def train(config, setup, features, state=None):
+def train(setup, state=None):
     """The loop. Returns the trained model, or None when it was stopped before the end. state: to resume from."""
-    task, device, out = TASKS[config.task], setup.device, Path(config.out_dir)
+    config, device = setup.config, setup.device
+    task, out = TASKS[config.task], Path(config.out_dir)
     torch.manual_seed(config.seed)
-    model = task.build(config, setup.prepared, features).to(device.torch)
+    model = task.build(config, setup.prepared).to(device.torch)
     optimizer = make_optimizer(model, config)
     batches = Batches(setup.store, setup.rows, config.batch_size, getattr(config, "captions_per_image", 1),
                       config.accum, config.seed, device.rank, device.world, whole=config.task == "clip")
@@ -189,7 +181,7 @@ def train(config, setup, features, state=None):
         save_state(out, model, optimizer, device, step=step, best=best, log=log, options=asdict(config), data=data)
 
     with locked(out / ".lock", wait=False) if device.main else nullcontext(), catch_signals(stop):
-        for micro_batches in load_steps(batches, step, total, device, config.workers):
+        for micro_batches in load_steps(batches, step, total, device):
             # The rate of this step, and the parts of the model that may learn by now.
             lr = one_cycle(step, total, config.lr, pct_start=config.warmup)
             for group in optimizer.param_groups:
@@ -248,7 +240,7 @@ def train(config, setup, features, state=None):
 
             # Evaluate, save, leave.
             if evaluating:
-                best = validate(model, setup, features, step, best, log[-1])
+                best = validate(model, setup, step, best, log[-1])
                 mark = time.perf_counter()
             if (evaluating or leaving) and device.main:
                 save()
@@ -260,7 +252,7 @@ def train(config, setup, features, state=None):
     return model
 
 
-def validate(model, setup, features, step, best, row):
+def validate(model, setup, step, best, row):
     """Evaluate, print, keep the best model so far. Returns the new best cost; row: the log line to complete."""
     scores, examples = TASKS[setup.config.task].evaluate(model, setup, "val", setup.config.eval_images, n_predict=24)
     name, first = next(iter(scores.items()))
@@ -270,14 +262,14 @@ def validate(model, setup, features, step, best, row):
     setup.device.say("\n".join([f"step {step}: validation {show(scores)}", *map(show_example, examples[:3])]))
     row.update(val_loss=scores["loss"], shuffled_loss=scores["shuffled loss"])
     if cost < best and setup.device.main:
-        save_model(model, setup, features, {"step": step, **{f"val {key}": value for key, value in scores.items()}})
+        save_model(model, setup, {"step": step, **{f"val {key}": value for key, value in scores.items()}})
     return min(cost, best)
 
 
 def evaluate_run(config, device):
     """--eval-only: score a finished run on a whole split; leaves scores.json and predictions.jsonl."""
     run, out = load_run(config.out_dir), Path(config.out_dir)
-    setup, _ = build_setup(config, device, run)
+    setup = build_setup(config, device, run)
     how = {name: getattr(config, name) for name in ("num_beams", "length_penalty") if hasattr(config, name)}
     scores, examples = TASKS[config.task].evaluate(run.model.to(device.torch), setup, config.split, **how)
     device.say(f"{config.split} split: {show(scores)}")
@@ -288,12 +280,12 @@ def evaluate_run(config, device):
         write_json(out / "scores.json", {"split": config.split, **how, **scores})
 
 
-def show_batch(config, setup, features):
+def show_batch(setup):
     """--show-batch: what the first step trains on. The bug every VLM author makes, visible at a glance."""
+    config = setup.config
     batches = Batches(setup.store, setup.rows, config.batch_size, config.captions_per_image, seed=config.seed)
-    model = TASKS[config.task].build(config, setup.prepared, features)
-    n_image = captioning.n_image_tokens(config.model, model.config.vision, model.config.shuffle, features) or 1
-    batch = next(load_steps(batches, 0, 1, setup.device, 0))[0]
+    batch, model = batches.make(0)[0], TASKS[config.task].build(config, setup.prepared)
+    n_image = captioning.n_image_tokens(model.config, setup.prepared.features) or 1
     rows = [row for row in zip(batch.idx.tolist(), batch.targets.tolist()) if any(t != IGNORE for t in row[1])]
     for idx, targets in rows[:8]:
         print(show_tokens(setup.prepared.tokenizer, idx, targets, n_image, color=sys.stdout.isatty()) + "\n")
@@ -309,13 +301,13 @@ def main():
     device = Device(config.device, config.dtype)
     if config.eval_only:
         return evaluate_run(config, device)
-    if getattr(config, "show_batch", False):
-        return show_batch(config, *build_setup(config, device))
     old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work
-    setup, features = build_setup(config, device)
-    model = train(config, setup, features, state)
+    setup = build_setup(config, device)
+    if getattr(config, "show_batch", False):
+        return show_batch(setup)
+    model = train(setup, state)
     if model is not None:
-        report_test(model, setup, features, TASKS[config.task].evaluate)
+        report_test(model, setup, TASKS[config.task].evaluate)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,6 @@ FORKS.set_forkserver_preload(["torch", "pytest", "helpers"])
 def _process(argv, log, env, in_memory):
     """The child: a process group of its own, its output in the file `log`."""
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)        # the loader's workers, then, belong to the group
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     os.environ.update(env)

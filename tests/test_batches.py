@@ -6,9 +6,10 @@ from PIL import Image
 
 from data import ImageStore
 from helpers import album
-from tinyvlm.batches import NO_ROW, Batches, Rows, eval_batches, pad_rows, step_order
+from tinyvlm.batches import NO_ROW, Batches, Rows, eval_batches, load_steps, pad_rows, step_order
 from tinyvlm.captioning import caption_rows
 from tinyvlm.config import UserError
+from tinyvlm.device import Device
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Recipe
 from tinyvlm.layouts import Dataset, photos
@@ -52,9 +53,6 @@ def test_no_sample_meets_itself_in_a_contrastive_batch():
     steps = [[i for i, _ in step_order(7, 3, step, 0, whole=True)] for step in range(20)]
     assert all(len(set(step)) == 3 for step in steps) and set(sum(steps, [])) == set(range(7))
     assert any(len({i for i, _ in step_order(7, 3, step, 0)}) < 3 for step in range(20))
-    for size in (1, 8):
-        with pytest.raises(UserError, match="different images, at least 2"):
-            toy(batch_size=size, whole=True)
 
 
 def test_padding_is_told_by_length_and_the_end_is_learned():
@@ -72,13 +70,10 @@ def test_fixed_rows_differ_by_padding_only():
     assert torch.equal(same[:, :3], idx) and torch.equal(also[:, :3], targets) and (also[:, 3:] == IGNORE).all()
 
 
-def test_a_cut_caption_does_not_teach_to_stop():
+def test_captions_teach_neither_to_stop_when_cut_nor_the_unknown_word():
+    """What teaches nothing, after cleaning or of unknown words alone, once gave the mean of nothing, nan."""
     rows, notes = rows_of([["abc", "abcd"]], max_tokens=3)
     assert rows == [[([50, 1, 2, 3], [1, 2, 3, 60]), ([50, 1, 2], [1, 2, 3])]] and "1 captions are longer" in notes[0]
-
-
-def test_captions_that_teach_nothing_are_left_out_and_counted():
-    """Nothing left after cleaning, or unknown words alone: such a row once gave the mean of nothing, nan."""
     rows, notes = rows_of([["abc", "!!!"], ["z"], ["az"]], clean="words")
     assert [len(r) for r in rows] == [1, 1, 1] and rows[1] == [([50, 26], [IGNORE, 60])]
     assert rows[2] == [([50, 1, 26], [1, IGNORE, 60])]
@@ -105,8 +100,8 @@ def test_all_captions_take_their_turn():
 @pytest.mark.parametrize("features", [False, True])
 def test_processes_and_micro_batches_share_one_step(features):
     """2 processes x 2 micro-batches of 2 are the 8 images of the one-process step; their weights add up to one."""
-    whole = toy(20, 2, 8, features)[5][0]
-    ranks = [toy(20, 2, 8, features, world=2, accum=2, rank=rank)[5] for rank in (0, 1)]
+    whole = toy(20, 2, 8, features).make(5)[0]
+    ranks = [toy(20, 2, 8, features, world=2, accum=2, rank=rank).make(5) for rank in (0, 1)]
     parts = [ranks[rank][m] for m in (0, 1) for rank in (0, 1)]
     assert torch.equal(torch.cat([p.img for p in parts]), whole.img)
     assert sum(p.share for p in parts) == pytest.approx(1) and whole.share == 1
@@ -122,20 +117,15 @@ def test_images_whose_captions_say_left_or_right_are_never_mirrored():
     batches = toy(n=20, batch_size=20)
     batches.store.dataset.may_flip = lambda i: i >= 10
     picks = [i for i, _ in step_order(20, 20, 0, seed=0)]
-    mirror = batches[0][0].rand[4].tolist()
+    mirror = batches.make(0)[0].rand[4].tolist()
     assert all((value == 1) == (i < 10) for value, i in zip(mirror, picks))
-
-
-def test_batches_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match="--batch-size 3 does not divide among 2 processes x 1"):
-        toy(world=2)
 
 
 def test_evaluation_sees_every_caption_once_also_in_several_processes():
     batches = toy()
     for world in (1, 2, 3):
-        found = [(i, row) for rank in range(world) for b in eval_batches(batches.store, batches.rows, "val", 2, rank=rank,
-                                                                        world=world)
+        found = [(i, row) for rank in range(world)
+                 for b in eval_batches(batches.store, batches.rows, "val", 2, None, rank, world)
                  for i, row in zip(np.repeat(b.members, len(b.idx) // len(b.members)), b.targets.tolist()) if 60 in row]
         assert sorted(i for i, _ in found) == sorted(i for i in range(7) for _ in range(1 + i % 3))
 
@@ -160,18 +150,9 @@ def test_broken_images_are_counted_and_refused_above_one_percent(tmp_path):
     assert any("5.jpg" in note for note in notes)
 
 
-def test_memory_and_on_demand_give_the_same_pixels(tmp_path):
-    dataset = photos("folder", album(tmp_path / "a"))
-    store = ImageStore.of_pixels(dataset, dataset.splits, Recipe(size=8), say=lambda text: None)
-    bare = ImageStore(dataset, Recipe(size=8))
-    assert store.data is not None and bare.data is None
-    (a, places), (b, _) = store.get([3, 9, 3]), bare.get([3, 9, 3])
-    assert torch.equal(a, b) and a.dtype == torch.uint8 and places == [0, 1, 2]
-
-
-def test_a_streamed_image_that_is_gone_gives_its_place_to_another(capsys):
-    """The caption goes with the place: what is left belongs together."""
-    batches = toy(n=6, batch_size=6)
+def test_a_streamed_image_that_is_gone_leaves_its_place_to_another(capsys):
+    """Its captions come along: what is left belongs together."""
+    batches = toy(6, 2, 6)
     dataset = batches.store.dataset
 
     def fetch(i):
@@ -180,11 +161,24 @@ def test_a_streamed_image_that_is_gone_gives_its_place_to_another(capsys):
         return Image.new("RGB", (4, 4), (i, i, i))
     dataset.open, dataset.urls = fetch, ["http://x"] * 6
     batches.store = ImageStore(dataset, Recipe(size=4))
-    batch = batches[0][0]
+    batch = batches.make(0)[0]
     assert batch.img[:, 0, 0, 0].tolist() == batch.members and not {2, 3} & {*batch.members} and len(batch.members) == 6
-    assert all(row.tolist() == batches.rows.idx[batches.rows.of(i, 1)[0], :len(row)].tolist()
-               for row, i in zip(batch.idx, batch.members))
+    assert all(row.tolist() == batches.rows.idx[n, :len(row)].tolist() for i, pair in zip(batch.members, batch.idx.view(
+        6, 2, -1)) for n, row in zip(batches.rows.of(i, 2), pair))
     assert sorted(i for b in eval_batches(batches.store, batches.rows, "val", 6) for i in b.members) == [0, 1, 4, 5]
     assert "could not be fetched" in capsys.readouterr().out
     dataset.open = lambda i: fetch(2)
-    assert isinstance(batches[0], UserError)
+    with pytest.raises(UserError, match="2 is gone"):
+        next(load_steps(batches, 0, 9, Device("cpu")))
+
+
+def test_steps_made_ahead_are_those_made_at_once():
+    """From memory, and by a thread that runs three steps in front of the one it is asked for, to the last."""
+    batches, seen = toy(), []
+    bare = ImageStore(batches.store.dataset, Recipe(size=4))
+    whole, batches.store, real = [*load_steps(batches, 2, 9, Device("cpu"))], bare, batches.make
+    batches.make = lambda step: seen.append(step) or real(step)
+    steps = load_steps(batches, 2, 9, Device("cpu"))
+    for k, ([a], [b]) in enumerate(zip(whole, steps, strict=True)):
+        assert torch.equal(a.img, b.img) and torch.equal(a.idx, b.idx) and torch.equal(a.rand, b.rand)
+        assert seen == [*range(2, 2 + len(seen))] and len(seen) <= min(7, k + 3)

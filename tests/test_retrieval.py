@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import train
-from helpers import TEXT, TINY, losses, run
+from helpers import TEXT, TINY, losses, refused, run
 from public import tiny_clip
 from tinyvlm import retrieval
 from tinyvlm.clip import CLIP, CLIPConfig
@@ -82,6 +82,11 @@ def test_micro_batches_do_not_change_a_contrastive_run(tmp_path):
     assert len(a) == 6 and [*a.values()] == pytest.approx([*b.values()], abs=2e-4)
 
 
+def test_recall_among_one_image_is_no_result(tmp_path, capsys):
+    """It was 100%, and decided which checkpoint is kept."""
+    refused(capsys, "recall needs two", train, *CLIP_RUN, "--n-scenes", "16", "--out-dir", tmp_path / "r")
+
+
 @pytest.fixture
 def album(tmp_path, monkeypatch):
     """Five images, one of them below, and a broken and a hidden one; `opened`: the names of those that are decoded."""
@@ -101,37 +106,31 @@ def is_of(model, folder, names, emb):
     return torch.allclose(model.encode_image(img), emb, atol=1e-3) and torch.pdist(emb).min() > 0.02
 
 
-def test_only_what_is_new_changed_or_broken_is_opened(album):
-    (folder, cache, opened), model, notes = album, tiny(), []
-    names, emb = embed_folder(model, RECIPE, folder, cache, "key", batch_size=2, say=notes.append)
-    assert names == ["a.png", "b.png", "below/e.png", "c.JPG", "d.png"] and is_of(model, folder, names, emb)
-    assert "6 of 6" in notes[0] and "broken.jpg" in notes[1] and len(notes) == 2
-    opened.clear()
-    again = embed_folder(model, RECIPE, folder, cache, "key", say=str)
-    assert opened == ["broken.jpg"] and again[0] == names and torch.equal(again[1], emb)
-    opened.clear()
-    for name in ("a.png", "broken.jpg"):
-        (folder / name).unlink()
-    for name, colour in (("new.png", "white"), ("b.png", "black")):
-        Image.new("RGB", (20, 20), colour).save(folder / name)
-    os.utime(folder / "c.JPG", (1, 1))                          # the same bytes, another time: who knows
-    names, emb = embed_folder(model, RECIPE, folder, cache, "key", say=str)
-    assert sorted(opened) == ["b.png", "c.JPG", "new.png"]
-    assert names == ["b.png", "below/e.png", "c.JPG", "d.png", "new.png"] and is_of(model, folder, names, emb)
-
-
-def test_a_cache_that_is_damaged_or_of_other_weights_is_made_anew(album):
+def test_a_folder_is_embedded_once_and_anew_after_any_change(album):
     """A search among mixed embeddings gives plausible nonsense; and it once failed until the user removed the file."""
-    folder, cache, opened = album
-    names, emb = embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)
-    whole, other = cache.read_bytes(), tiny()
+    (folder, cache, opened), model, notes = album, tiny(), []
+
+    def embed(model=model, key="key"):
+        opened.clear()
+        names, emb = embed_folder(model, RECIPE, folder, cache, key, batch_size=2, say=notes.append)
+        assert is_of(model, folder, names, emb)
+        return names, emb
+    names, emb = embed()
+    assert names == ["a.png", "b.png", "below/e.png", "c.JPG", "d.png"] and "broken.jpg" in notes[0] and len(notes) == 2
+    again, whole = embed(), cache.read_bytes()
+    assert not opened and again[0] == names and torch.equal(again[1], emb)
     for spoilt in (whole[:-20], b"", whole.replace(b'"ids"', b'"sid"'), whole.replace(rb'[\"', rb'{\"')):
         cache.write_bytes(spoilt)
-        assert spoilt != whole and embed_folder(tiny(), RECIPE, folder, cache, "key", say=str)[0] == names
-        assert cache.read_bytes() == whole
+        assert spoilt != whole and embed()[0] == names and cache.read_bytes() == whole
+    os.utime(folder / "c.JPG", (1, 1))                          # the same bytes, another time: who knows
+    assert embed()[0] == names and len(opened) == 6
+    (folder / "a.png").unlink()
+    Image.new("RGB", (20, 20), "white").save(folder / "new.png")
+    assert embed()[0] == [*names[1:], "new.png"] and len(opened) == 6
+    other = tiny()
     other.vision.blocks[0].mlp.fc.weight.data.mul_(2)
-    opened.clear()
-    assert is_of(other, folder, *embed_folder(other, RECIPE, folder, cache, "other key", say=str)) and len(opened) == 6
+    embed(other, "other key")
+    assert len(opened) == 6
 
 
 def test_folders_that_are_of_no_use(tmp_path):

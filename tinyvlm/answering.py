@@ -32,8 +32,8 @@ def prepare(config, dataset, features=None, run=None):
     """-> Prepared: each image's dialogues as rows. meta["longest"]: the longest answer, in tokens."""
     if not hasattr(dataset, "questions"):
         raise UserError(f"{dataset.name} holds no questions; --task vqa needs --dataset shapes or vqav2")
-    start, left_out = captioning.load_start(config, run=run), Counter()
-    tokenizer, meta = captioning.start_tokenizer(config, dataset, start)
+    start, left_out = captioning.load_start(config, dataset, run=run), Counter()
+    tokenizer, meta = start.tokenizer, start.meta
     tokenizer.add_special_tokens(TAGS)
     rows = [[to_targets(*row) for row in rows_of(questions, tokenizer, config.max_tokens, config.turns, left_out)]
             for questions in dataset.questions]
@@ -42,13 +42,13 @@ def prepare(config, dataset, features=None, run=None):
     if not longest:
         raise UserError(f"--max-tokens {config.max_tokens} leaves no room for any answer; raise it")
     meta["longest"] = run.config["longest"] if run else longest
-    return Prepared(start.recipe, rows, tokenizer, meta, start, [f"{n} {what}" for what, n in (+left_out).items()])
+    notes = [f"{n} {what}" for what, n in (+left_out).items()]
+    return Prepared((start.run or start.vision).recipe, rows, tokenizer, meta, start, notes=notes)
 
 
 def room_for_text(model):
     """How many tokens of text, <image> among them, fit beside the image into the decoder's context."""
-    c = model.config
-    return c.text.block_size + 1 - captioning.n_image_tokens(c.model, c.vision, c.shuffle)
+    return model.config.text.block_size + 1 - captioning.n_image_tokens(model.config)
 
 
 def evaluate(model, setup, split, limit=None, n_predict=None, **how):
@@ -88,5 +88,4 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **how):
             scores |= {f"accuracy, {kind}": part for kind, part in sorted(kinds.items())[:24]}
     if full and setup.device.main:
         write_text(Path(setup.config.out_dir) / "results.json", json.dumps(submission(short)))
-    return scores, [{"image": i, "question": q.question, "prediction": text, "truth": q.answer,
-                     "text": f"{q.question} {text}"} for i, q, text in pairs]
+    return scores, [{"image": i, "question": q.question, "prediction": text, "truth": q.answer} for i, q, text in pairs]

@@ -3,7 +3,8 @@
 Everything is a pure function of (seed, step), so a run resumed at step 700 sees what the unbroken run saw, and several
 processes see together what one would see alone.
 """
-import signal
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from .gpt import IGNORE
 from .image import augment, normalise
 
 NO_ROW = ([], [])           # stands where an image has fewer captions than its neighbours in a batch
+AHEAD = 3                   # steps that are made in advance where images are decoded as needed
 
 
 def pad_rows(rows):
@@ -92,8 +94,8 @@ class Batch:
         return replace(self, img=img, idx=idx, targets=targets)
 
 
-class Batches(torch.utils.data.Dataset):
-    """Training steps: batches[step] is the list of this process's micro-batches in that step, or the error it met.
+class Batches:
+    """Training steps: make(step) gives the list of this process's micro-batches in that step.
 
     batch_size images in all, over `world` processes and `accum` micro-batches, with K captions of each. Raises
     UserError where that does not divide, or the split is empty.
@@ -113,14 +115,7 @@ class Batches(torch.utils.data.Dataset):
             raise UserError(f"a contrastive batch holds different images, at least 2: of {len(self.members)} training "
                             f"images, --batch-size cannot be {batch_size}")
 
-    def __getitem__(self, step):
-        try:
-            return self.make(step)
-        except (UserError, OSError) as error:                   # raised in a worker process, it would bring a traceback
-            return error
-
     def make(self, step):
-        """The list of this process's micro-batches in that step. Raises UserError."""
         order = step_order(len(self.members), self.batch_size, step, self.seed, self.whole)
         picks = [(self.members[k], self.rows.of(self.members[k], self.K, epoch)) for k, epoch in order]
         total = max(1, self.rows.n_targets[np.array([numbers for _, numbers in picks])].sum())
@@ -158,29 +153,26 @@ def eval_batches(store, rows, split, batch_size=64, limit=None, rank=0, world=1)
             if not store.dataset.urls:
                 raise
             continue                                            # none of these could be fetched: others may be
-        kept = [k for k, place in enumerate(places) if k == place]                # without what could not be fetched
+        kept = sorted({*places})                                # without those that come again: see ImageStore.get
         part, img = [part[k] for k in kept], img[kept]
         K = max(1, max(rows.count[i] for i in part))
         numbers = [n for i in part for n in rows.of(i, K)]
         yield Batch(img, *rows.take(numbers), int(rows.n_targets[numbers].sum()), members=part)
 
 
-def ignore_signals(_):
-    """Ctrl-C and SIGTERM go to the whole group of processes: the loader's workers leave them to the one that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def load_steps(batches, start, total, device):
+    """Yields the micro-batches of each step from `start` on. Raises UserError.
 
-
-def load_steps(batches, start, total, device, workers):
-    """Yields the micro-batches of each step from `start` on: made here where images are in memory, else ahead of time
-    by worker processes. Raises UserError."""
-    steps = range(start, total)
-    loader = map(batches.__getitem__, steps)
-    if not batches.store.to(device.torch):
-        # a generator of its own: the loader draws a seed, which from the run's numbers would shift them on resume
-        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers,
-                                             generator=torch.Generator(), worker_init_fn=ignore_signals)
-    for micro_batches in loader:
-        if isinstance(micro_batches, Exception):
-            raise micro_batches
-        yield micro_batches
+    Where images are not in memory, a thread of its own opens those of the next steps while the model trains.
+    """
+    if batches.store.to(device.torch):
+        yield from map(batches.make, range(start, total))
+        return
+    pool, ahead = ThreadPoolExecutor(1), deque()
+    try:
+        for step in range(start, total):
+            while step + len(ahead) < min(step + AHEAD, total):
+                ahead.append(pool.submit(batches.make, step + len(ahead)))
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)                      # else a run that is stopped would make them first

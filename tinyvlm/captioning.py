@@ -17,12 +17,10 @@ from .batches import pad_rows
 from .captions import clean_caption
 from .config import UserError, flag_name, option
 from .gpt import IGNORE, GPTConfig
-from .image import Recipe
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
 from .shapes import meaning, score_parts
-from .task import (Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, sizes, train_mode,
-                   write)
+from .task import Prepared, TextOptions, load_vision, make_tokenizer, run_split, sizes, train_mode, write
 from .tokenizer import END
 from .vit import ViTConfig
 from .vlm import MODELS, LSTMConfig, VLMConfig
@@ -64,16 +62,15 @@ ONLY = {"wiring": "cross", "shuffle": "prefix", "n_hidden": "lstm", "soft_attent
 
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared. run: a Loaded run that is only to be evaluated."""
-    start = load_start(config, features, run)
-    tokenizer, meta = start_tokenizer(config, dataset, start)
-    rows, notes = caption_rows(dataset.captions, tokenizer, **meta)
+    start = load_start(config, dataset, features, run)
+    rows, notes = caption_rows(dataset.captions, start.tokenizer, **start.meta)
     start.reward = make_reward(dataset) if config.reinforce else None
-    return Prepared(start.recipe, rows, tokenizer, meta, start, notes)
+    return Prepared((start.run or start.vision).recipe, rows, start.tokenizer, start.meta, start, features, notes)
 
 
-def load_start(config, features=None, run=None):
-    """What a model begins with -> a namespace of run (--init, or the one to evaluate), vision (--vision), gpt (--text),
-    and the recipe that follows from them. Public weights bring their own picture size and tokenizer."""
+def load_start(config, dataset, features=None, run=None):
+    """What a model begins with, as a namespace: run (--init, or the one to evaluate), or vision, and gpt (--text);
+    their tokenizer, or a new one; and meta, how texts become its ids."""
     if config.reinforce and not (config.init and features and config.reinforce > 1 and config.captions_per_image == 1):
         raise UserError("--reinforce needs 2 or more captions, --init RUN, --features, and --captions-per-image 1")
     if config.init and (config.vision or config.text) or config.text and config.model == "lstm":
@@ -81,8 +78,8 @@ def load_start(config, features=None, run=None):
     for name in sorted(ONLY.keys() & config.given):
         if config.model != ONLY[name]:
             raise UserError(f"{flag_name(name)} is for --model {ONLY[name]}, not {config.model}: drop it")
-    if run or config.init:
-        run = run or load_run(config.init)
+    run = run or (load_run(config.init) if config.init else None)
+    if run:
         if run.config["task"] not in ("caption", "vqa") or run.config["model"] != config.model:
             raise UserError(f"--init {config.init} holds a {run.config['model']} model, not a {config.model} captioner")
         for name in sorted(MADE_WITH & config.given):
@@ -90,25 +87,19 @@ def load_start(config, features=None, run=None):
                 raise UserError(f"--init {config.init} was made with another {flag_name(name)}, which stays: drop it")
         if run.model.config.feat_dim != (features and features.feat_dim):
             raise UserError(f"the run has learned from {run.model.config.feat_dim or 'no'} features: see --features")
-        return SimpleNamespace(run=run, vision=None, gpt=None, recipe=run.recipe)
-    vision = load_vision(config.vision) if config.vision else None
-    if vision and (features or not isinstance(vision.config, ViTConfig)):
+    vision = None if run else load_vision(config)
+    if config.vision and vision and (features or not isinstance(vision.config, ViTConfig)):
         raise UserError(f"--vision {config.vision}: a captioner takes a ViT, or ready-made --features of any network")
     new = TAGS if config.task == "vqa" else ("<image>",) if config.model == "prefix" else ()
-    gpt = load_gpt2(config.text, special_tokens=new) if config.text else None
-    return SimpleNamespace(run=None, vision=vision, gpt=gpt,
-                           recipe=vision.recipe if vision else Recipe(size=config.image_size))
-
-
-def start_tokenizer(config, dataset, start):
-    """The tokenizer of the run or GPT-2 that the model starts from, or a new one; and how texts become its ids."""
-    ready = start.run or start.gpt
+    gpt = load_gpt2(config.text, special_tokens=new) if config.text and not run else None
+    ready = run or gpt
     tokenizer = ready.tokenizer if ready else make_tokenizer(config, corpus(config, dataset))
     end = tokenizer and tokenizer.token_to_id(END)
     first = tokenizer and tokenizer.token_to_id("<image>") if config.model == "prefix" else end
     if first is None or end is None:
         raise UserError(f"{config.text or config.out_dir} came without a tokenizer that knows {END}; name another")
-    return tokenizer, {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean}
+    meta = {"first": first, "end": end, "max_tokens": config.max_tokens, "clean": config.clean}
+    return SimpleNamespace(run=run, vision=vision, gpt=gpt, tokenizer=tokenizer, meta=meta)
 
 
 def corpus(config, dataset):
@@ -146,51 +137,50 @@ def caption_rows(captions, tokenizer, first, end, max_tokens, clean):
 
 # ---- the model
 
-def build(config, prepared, features=None):
+def build(config, prepared):
     """The captioner: each tower public, from another run, or fresh as the options say."""
-    start, vocab_size = prepared.start, prepared.tokenizer.vocab_size
+    start, features, vocab_size = prepared.start, prepared.features, prepared.tokenizer.vocab_size
     if start.run:
         return extend(start.run.model, config, vocab_size, features)
-    vision = None if features else replace(start.vision.config, dropout=config.dropout) if start.vision else \
-        fresh_vision(config)
-    room = config.max_tokens + 2 + n_image_tokens(config.model, vision, config.shuffle, features)   # start, end
+    vision = None if features else replace(start.vision.config, dropout=config.dropout)
+    c = VLMConfig(model=config.model, vision=vision, text=None, wiring=config.wiring, shuffle=config.shuffle,
+                  feat_dim=features and features.feat_dim,
+                  image_token=prepared.meta["first"] if config.model == "prefix" else None)
+    room = config.max_tokens + 2 + n_image_tokens(c, features)                    # start, end
     if config.model == "lstm":
-        text = LSTMConfig(vocab_size, config.n_layer, config.n_embd, config.n_hidden or config.n_embd, config.dropout,
-                          config.n_head if config.soft_attention else 0)
+        c.text = LSTMConfig(vocab_size, config.n_layer, config.n_embd, config.n_hidden or config.n_embd,
+                            config.dropout, config.n_head if config.soft_attention else 0)
     elif start.gpt:
-        text = replace(start.gpt.config, dropout=config.dropout)
-        if text.block_size < room:
-            raise UserError(f"--text {config.text} reads only {text.block_size} tokens; image and caption need {room}")
+        c.text = replace(start.gpt.config, dropout=config.dropout)
+        if c.text.block_size < room:
+            raise UserError(f"--text {config.text} reads {c.text.block_size} tokens; image and caption need {room}")
     else:
-        text = GPTConfig(block_size=room, vocab_size=vocab_size, **sizes(config))
-    if config.wiring == "lockstep" and (not vision or vision.n_layer != text.n_layer):
-        raise UserError(f"--wiring lockstep needs as many vision layers as the decoder's {text.n_layer}; see --n-layer")
-    model = build_vlm(VLMConfig(model=config.model, vision=vision, text=text, wiring=config.wiring,
-                                shuffle=config.shuffle, feat_dim=features and features.feat_dim,
-                                image_token=prepared.meta["first"] if config.model == "prefix" else None))
-    if start.vision:
+        c.text = GPTConfig(block_size=room, vocab_size=vocab_size, **sizes(config))
+    if c.wiring == "lockstep" and (not vision or vision.n_layer != c.text.n_layer):
+        raise UserError(f"--wiring lockstep needs as many vision layers as the decoder's {c.text.n_layer}; --n-layer")
+    model = build_vlm(c)
+    if start.vision.weights:
         model.vision.load_state_dict(start.vision.weights)
     if start.gpt:
         model.text.load_state_dict(start.gpt.state_dict(), strict=False)          # cross-attention is new
     return model
 
 
-def n_image_tokens(model, vision, shuffle, features=None):
+def n_image_tokens(c, features=None):
     """How many tokens an image takes in the decoder's context: 196 in a prefix of 16-pixel patches at 224."""
-    n = 0 if model != "prefix" else vision.n_patches if vision else features.n_tokens
+    n = 0 if c.model != "prefix" else c.vision.n_patches if c.vision else features.n_tokens
     side = math.isqrt(n)
-    if shuffle > 1 and (side ** 2 != n or side % shuffle):
-        raise UserError(f"--shuffle {shuffle} needs a square grid that it divides, not {n} image tokens")
-    return n // shuffle ** 2
+    if c.shuffle > 1 and (side ** 2 != n or side % c.shuffle):
+        raise UserError(f"--shuffle {c.shuffle} needs a square grid that it divides, not {n} image tokens")
+    return n // c.shuffle ** 2
 
 
 def extend(model, config, vocab_size, features=None):
     """The model of --init for another stage: rows for new tokens, positions for longer texts, another dropout."""
     if config.model != "lstm":
-        c, text = model.config, model.text
-        room = config.max_tokens + 2 + n_image_tokens(c.model, c.vision, c.shuffle, features)
-        text.extend_vocab(max(text.config.vocab_size, vocab_size))
-        text.extend_context(max(text.config.block_size, room))
+        c, room = model.config.text, config.max_tokens + 2 + n_image_tokens(model.config, features)
+        model.text.extend_vocab(max(c.vocab_size, vocab_size))
+        model.text.extend_context(max(c.block_size, room))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
@@ -270,8 +260,7 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **how):
         key = "exact" if "exact" in right else "CIDEr-D"
         scores |= right | {f"shuffled {key}": wrong[key]}
         scores = {key: scores[key], **scores} if config.reinforce else scores
-    return scores, [{"image": i, "prediction": text, "truth": dataset.captions[i][0], "text": text}
-                    for i, text in captions.items()]
+    return scores, [{"image": i, "prediction": text, "truth": dataset.captions[i][0]} for i, text in captions.items()]
 
 
 def scored_words(text, prepared):

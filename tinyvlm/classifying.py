@@ -17,9 +17,9 @@ from .config import UserError, option
 from .features import Encoder
 from .files import read_json, tidy_name, write_csv
 from .gpt import IGNORE
-from .image import Recipe, open_batches
+from .image import open_batches
 from .retrieval import classify, label_embeddings
-from .task import Prepared, fresh_vision, load_vision, run_split
+from .task import Prepared, load_vision, run_split
 from .vit import ViTConfig, build_vision
 
 
@@ -71,17 +71,15 @@ def prepare(config, dataset, features=None, run=None):
 
     A label that the training split lacks has no number: nothing could learn it. Images without a label are left out.
     """
-    start = load_vision(config.vision) if config.vision and not run else None
+    start = run or load_vision(config)
     given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
     if given is None:
         raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, then give --labels")
-    labels, notes, rows = {}, [], []
-    for category, name in sorted((pair for i in dataset.splits["train"] for pair in given.get(i, {}).items())):
-        labels.setdefault(category, {})[name] = True            # each once, in alphabetical order
-    labels = run.model.config.labels if run else {category: [*names] for category, names in labels.items()}
-    for i in range(len(dataset.names)):
-        found = [given.get(i, {}).get(category) for category in labels]
-        row = [names.index(name) if name in names else IGNORE for name, names in zip(found, labels.values())]
+    pairs = sorted({pair for i in dataset.splits["train"] for pair in given.get(i, {}).items()})
+    labels = run.model.config.labels if run else {c: [name for k, name in pairs if k == c] for c, _ in pairs}
+    rows, notes = [], []
+    for known in (given.get(i, {}) for i in range(len(dataset.names))):
+        row = [names.index(known[c]) if known.get(c) in names else IGNORE for c, names in labels.items()]
         rows.append([(row, [0] + [IGNORE] * (len(row) - 1))] if {*row} - {IGNORE} else [])
     for split, members in dataset.splits.items():
         dataset.splits[split] = kept = [i for i in members if rows[i]]
@@ -89,8 +87,7 @@ def prepare(config, dataset, features=None, run=None):
             raise UserError(f"no image of the {split} split has a label that is learned; label more, or lower --margin")
         if len(kept) < len(members):
             notes.append(f"{len(members) - len(kept)} images of the {split} split have no label and are left out")
-    recipe = run.recipe if run else start.recipe if start else Recipe(size=config.image_size)
-    return Prepared(recipe, rows, meta={"labels": labels}, start=start, notes=notes)
+    return Prepared(start.recipe, rows, meta={"labels": labels}, start=start, notes=notes)
 
 
 def read_labels(path, dataset):
@@ -106,11 +103,11 @@ def read_labels(path, dataset):
     return found
 
 
-def build(config, prepared, features=None):
+def build(config, prepared):
     """A tower, public or fresh, and a new head for each category."""
     start = prepared.start
-    model = Classifier(ClassifierConfig(start.config if start else fresh_vision(config), prepared.meta["labels"]))
-    if start:
+    model = Classifier(ClassifierConfig(start.config, prepared.meta["labels"]))
+    if start.weights:
         model.vision.load_state_dict(start.weights)
     return model
 
@@ -138,7 +135,7 @@ def evaluate(model, setup, split, limit=None, **_):
 
     def text(row):
         return ", ".join(names[n] for n, names in zip(row, labels.values()) if n != IGNORE)
-    return scores, [{"image": i, "prediction": text(g), "truth": text(t), "text": text(g)}
+    return scores, [{"image": i, "prediction": text(g), "truth": text(t)}
                     for i, g, t in zip(guesses, guess.tolist(), truth.tolist())]
 
 
@@ -156,7 +153,7 @@ def read_categories(path):
 
 @torch.inference_mode()
 def write_pseudo_labels(config, dataset, path, say=print):
-    """Each image's best label per category, by CLIP, with its probability, into the csv `path`. Returns the path.
+    """Each image's best label per category, by CLIP, with its probability, into the csv `path`.
 
     A label that is hardly likelier than the next best (--margin) teaches more noise than it is worth: it is left empty.
     config: data.PrepareConfig.
@@ -179,4 +176,3 @@ def write_pseudo_labels(config, dataset, path, say=print):
     write_csv(path, ["image", "category", "label", "probability", "margin"], rows)
     say(f"{len(rows) - unsure} labels, {unsure} too unsure (margin {config.margin}); {len(broken)} images could not be "
         f"opened {[*broken.values()][:1]}")
-    return path

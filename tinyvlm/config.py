@@ -12,7 +12,6 @@ the parsing. Never `type=bool` in argparse: any text, even "False", would then b
 And `UserError` and `run_script`: how every mistake of the user ends in one sentence and exit code 2.
 """
 import argparse
-import codecs
 import dataclasses
 import difflib
 import errno
@@ -84,13 +83,9 @@ def parse_config(cls, argv=None, presets=None, description=None, default_preset=
 
 def peek(argv, name, default=None):
     """The value of --name in a command line that is parsed in full later, or the default; True for a bare flag."""
-    flag = flag_name(name)
-    for k, word in enumerate(argv):
-        if word == flag:
-            default = argv[k + 1] if argv[k + 1:] and not argv[k + 1].startswith("--") else True
-        elif word.startswith(flag + "="):
-            default = word.partition("=")[2]
-    return default
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag_name(name), nargs="?", const=True, default=default)
+    return vars(parser.parse_known_args(argv)[0])[name]
 
 
 def _add_flag(parser, field, hint):
@@ -149,9 +144,8 @@ def out_of_memory(error):
 
 def run_script(main):
     """Run a script's main(): a UserError, a disk that refuses, memory that ran out: one sentence and exit code 2."""
-    codecs.register_error("as_bytes", _as_bytes)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="as_bytes")
+    if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 as the bytes it is: a printed command must work
+        sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:
@@ -178,12 +172,3 @@ def _sentence(error):
     if isinstance(error, OSError) and error.errno is not None:
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
         return f"cannot use {error.filename or 'the output folder'}: {error.strerror}; {remedy}, or choose another"
-
-
-def _as_bytes(error):
-    """File names that are not UTF-8 are printed as the bytes they are, so that a printed command works; what else has
-    no bytes is escaped."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeEncodeError:
-        return codecs.backslashreplace_errors(error)

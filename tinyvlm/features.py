@@ -6,7 +6,7 @@
 and the same for captions and CLIP's text tower (write_text_embeddings, TextEmbeddings).
 
 One safetensors file holds `features`, (n, D) in float16 (or (n, N, D), a vector for each of N places), and in its
-metadata `ids`, the image names as a JSON list (of a caption: name#0, name#1, ..). Any file of that form will do; ours
+metadata `ids`, the image names as a JSON list (of captions: their numbers). Any file of that form will do; ours
 also says which encoder made it (so that sample.py can treat new pictures alike), and how it wants images.
 """
 import hashlib
@@ -26,7 +26,6 @@ from .weights import load_safetensors, read_metadata, save_safetensors
 
 ENCODERS = {"vgg16": "timm/vgg16.tv_in1k", "resnet50": "timm/resnet50.tv_in1k", "vit": "google/vit-base-patch16-224",
             "clip": "openai/clip-vit-base-patch32"}
-SAVE_EVERY = 64         # batches between two savings of an unfinished file
 
 
 # ---- encoders
@@ -83,32 +82,19 @@ def short_names(names):
 
 
 def encode_rows(path, ids, open_one, encode, meta, batch_size, say):
-    """Encode what open_one(k) gives for each of the ids -> the ids that could be read, and their rows, in float16.
-
-    The file `path` keeps the rows: what it holds already is not made again. meta: {"encoder": .., "dataset": ..}; rows
-    made with another are not mixed with it. What is broken is counted and left out.
-    """
-    done, broken, path = {}, {}, Path(path)
-    if path.exists():
-        done_ids, feats, old = read_features(path)
-        if wrong := [key for key in ("encoder", "dataset", "captions") if old.get(key) != meta.get(key)]:
-            raise UserError(f"{path} was made with another {wrong[0]} ({old.get(wrong[0])!s:.60}); remove or rename it")
-        done = dict(zip(done_ids, feats.clone()))
-    todo = [k for k, name in enumerate(ids) if name not in done]
-    say(f"{len(todo)} of {len(ids)} are not yet in {path}")
-    for n, part in enumerate(open_batches(todo, open_one, batch_size, broken, "encoding"), 1):
-        if part:
-            done.update(zip([ids[k] for k, _ in part], encode([value for _, value in part]).half().cpu()))     # (b, ..)
-        if done and (n % SAVE_EVERY == 0 or n * batch_size >= len(todo)):
-            kept = [name for name in ids if name in done]
-            save_safetensors({"features": torch.stack([done[name] for name in kept])}, path,
-                             {**meta, "ids": json.dumps(kept)})
+    """Encode what open_one(k) gives for each of the ids, into the file `path` -> the ids that could be read, and their
+    rows in float16. What is broken is counted and left out."""
+    rows, broken = {}, {}
+    for part in open_batches(range(len(ids)), open_one, batch_size, broken, "encoding"):
+        rows.update(zip([k for k, _ in part], encode([value for _, value in part]).half().cpu() if part else ()))
     for reason in list(broken.values())[:10]:
         say(f"left out (1 of {len(broken)}): {reason}")
-    kept = [name for name in ids if name in done]
-    if not kept:
+    if not rows:
         raise UserError(f"none of the {len(ids)} can be read, so there is nothing for {path}")
-    return kept, torch.stack([done[name] for name in kept])
+    kept, feats = [ids[k] for k in rows], torch.stack([*rows.values()])           # (n, ..)
+    save_safetensors({"features": feats}, path, {**meta, "ids": json.dumps(kept)})
+    say(f"{path} now holds {len(kept)} of {len(ids)}")
+    return kept, feats
 
 
 def write_features(source, dataset, path, batch_size=32, device="cpu", say=print):
@@ -127,20 +113,14 @@ def write_text_embeddings(source, dataset, path, device="cpu", say=print):
     model, clean = loaded.model.to(device), partial(clean_caption, how=loaded.config["clean"])
     if getattr(model, "text_head", None) is None or loaded.tokenizer is None:
         raise UserError(f"{source} is no CLIP with a text tower and its tokenizer; name one that has both")
-    meta = {"encoder": ENCODERS.get(source, source), "captions": digest(dataset), "dataset": dataset.name}
-    encode_rows(path, caption_ids(dataset), texts.__getitem__,
+    meta = {"encoder": ENCODERS.get(source, source), "captions": digest(dataset.captions), "dataset": dataset.name}
+    encode_rows(path, [*map(str, range(len(texts)))], texts.__getitem__,
                 lambda part: text_embeddings(model, loaded.tokenizer, part, clean=clean), meta, 256, say)
 
 
-def caption_ids(dataset):
-    """Each caption's id: the image's name and the caption's number."""
-    names = short_names(dataset.names)
-    return [f"{name}#{k}" for name, texts in zip(names, dataset.captions) for k in range(len(texts))]
-
-
-def digest(dataset):
-    """A hash of all captions: an embedding does not tell which words it stands for."""
-    return hashlib.sha256(json.dumps(dataset.captions).encode()).hexdigest()
+def digest(data):
+    """A hash of what a file was made of, as of all captions: an embedding does not tell which words it stands for."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def read_features(path):
@@ -188,7 +168,7 @@ class TextEmbeddings:
 
     def __init__(self, path, dataset):
         ids, self.data, meta = read_features(path)
-        if meta.get("captions") != digest(dataset) or ids != caption_ids(dataset):
-            raise UserError(f"{path} is of other captions, or unfinished; make it again with data.py --text-embeddings")
+        if meta.get("captions") != digest(dataset.captions):
+            raise UserError(f"{path} is of other captions; make it again with data.py --text-embeddings")
         self.source, self.dim, numbers = meta["encoder"], self.data.size(1), iter(range(len(ids)))
         self.rows = [[([next(numbers)], [0]) for _ in captions] for captions in dataset.captions]

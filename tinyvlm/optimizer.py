@@ -11,19 +11,16 @@ def make_optimizer(model, config):
     """AdamW, where --optimizer muon has Muon move the matrices and filters inside; a group for each part and kind. A
     part's rate is a factor of --lr, which train.py multiplies in. Matrices decay; norms, biases, tables do not."""
     factor = {"connector": 1.0, "decoder": getattr(config, "lr_decoder", 1.0), "vision": config.lr_vision}
-    names, groups = {id(p): name for name, p in model.named_parameters()}, []
-
-    def kind(p):
-        """(does Muon move it, does it decay)"""
-        table = names[id(p)].endswith((".wte.weight", ".wpe.weight", ".pos", ".cls"))
-        inside = p.dim() == 4 or p.dim() == 2 and (".blocks." in names[id(p)] or names[id(p)].startswith("connector."))
-        return inside and config.optimizer == "muon", p.dim() >= 2 and not table
-    for part, params in model.parts().items():
-        for muon, decays in dict.fromkeys(map(kind, params)):
-            groups.append({"params": [p for p in params if kind(p) == (muon, decays)], "factor": factor[part],
-                           "weight_decay": config.weight_decay if decays else 0.0, "muon": muon})
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")               # one loop over all weights, not ten
-    return Muon(groups, lr=config.lr, betas=(0.9, 0.98), fused=fused)
+    names, groups = {id(p): name for name, p in model.named_parameters()}, {}
+    for part, p in ((part, p) for part, params in model.parts().items() for p in params):
+        name = names[id(p)]
+        decays = p.dim() >= 2 and not name.endswith((".wte.weight", ".wpe.weight", ".pos", ".cls"))
+        inside = p.dim() == 4 or p.dim() == 2 and (".blocks." in name or name.startswith("connector."))
+        muon = config.optimizer == "muon" and inside
+        group = {"params": [], "factor": factor[part], "weight_decay": config.weight_decay * decays, "muon": muon}
+        groups.setdefault((part, muon, decays), group)["params"].append(p)
+    fused = p.device.type in ("cpu", "cuda")                    # one loop over all weights, not ten
+    return Muon(groups.values(), lr=config.lr, betas=(0.9, 0.98), fused=fused)
 
 
 def unfreeze(model, config, epoch):

@@ -6,8 +6,6 @@
 
 Left out: an index for millions of pictures (a plain product over 100,000 takes milliseconds).
 """
-import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +18,12 @@ from . import metrics
 from .captions import clean_caption
 from .clip import CLIP, CLIPConfig, chance, gather, info_nce, similarities
 from .config import UserError, option
-from .features import TextEmbeddings, encode_rows, read_features, text_embeddings, text_rows
+from .features import TextEmbeddings, digest, encode_rows, read_features, text_embeddings, text_rows
 from .files import list_images
 from .gpt import GPTConfig
-from .image import Recipe, load_image, preprocess
+from .image import load_image, preprocess
 from .pretrained import load_clip
-from .task import Prepared, TextOptions, fresh_vision, load_vision, make_tokenizer, run_split, sizes
+from .task import Prepared, TextOptions, load_vision, make_tokenizer, run_split, sizes
 from .tokenizer import END
 
 
@@ -47,10 +45,10 @@ def prepare(config, dataset, features=None, run=None):
 
     start: what `build` begins with: the towers vision and reader (a CLIP), ready text embeddings, the CLIPConfig.
     """
-    vision = load_vision(config.vision) if config.vision and not run else None
+    vision = None if run else load_vision(config)
     reader = load_clip(config.text) if config.text and not run else None
     ready = TextEmbeddings(config.text_embeddings, dataset) if config.text_embeddings else None
-    if vision and features or reader and ready:
+    if config.vision and features or reader and ready:
         raise UserError("a tower has made --features or --text-embeddings: drop --vision or --text, or the file")
     if features and features.data.dim() != 2:
         raise UserError(f"--task clip takes one vector for each image, and {config.features} has {features.n_tokens}")
@@ -60,25 +58,24 @@ def prepare(config, dataset, features=None, run=None):
     if tokenizer is None and not ready:
         raise UserError(f"--text {config.text} came without its tokenizer; name a checkpoint that has one")
     if run:
-        model_config, recipe = run.model.config, run.recipe
+        model_config = run.model.config
     else:
         text = reader.config if reader else CLIPConfig(text=None, n_joint=ready.dim) if ready else CLIPConfig(
             text=GPTConfig(block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **sizes(config)),
             n_joint=config.n_joint, end_token=tokenizer.token_to_id(END))
-        tower = None if features else vision.config if vision else fresh_vision(config)
-        model_config = replace(text, vision=tower, head=config.head, dropout=config.dropout,
-                               feat_dim=features and features.feat_dim)
-        recipe = vision.recipe if vision else Recipe(size=config.image_size)
+        model_config = replace(text, vision=None if features else vision.config, head=config.head,
+                               dropout=config.dropout, feat_dim=features and features.feat_dim)
     rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, model_config).tolist()]
                                      for captions in texts]
-    return Prepared(recipe, rows, tokenizer, {"clean": config.clean, "text_embeddings": ready and ready.source},
-                    SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config))
+    meta = {"clean": config.clean, "text_embeddings": ready and ready.source}
+    start = SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config)
+    return Prepared((run or vision).recipe, rows, tokenizer, meta, start, features)
 
 
-def build(config, prepared, features=None):
+def build(config, prepared):
     """A CLIP whose towers are public where --vision and --text name some, and fresh elsewhere."""
     start, model = prepared.start, CLIP(prepared.start.config)
-    if start.vision:
+    if start.vision.weights:
         model.vision.load_state_dict(start.vision.weights)
         theirs, ours = start.vision.head, model.image_head      # a CLIP's tower comes with its way into the space
         if str(theirs) == str(ours):                            # .. if that has the same layers and sizes
@@ -129,7 +126,7 @@ def evaluate(model, setup, split, limit=None, **_):
     scores |= {f"{way.replace('_', ' ')} {name}": value for way, part in recall.items() for name, value in part.items()}
     captions = [text for i in members for text in dataset.captions[i]]
     best = (img @ txt.t()).argmax(dim=1).tolist()                                 # (n,)
-    return scores, [{"image": i, "prediction": captions[k], "truth": dataset.captions[i][0], "text": captions[k],
+    return scores, [{"image": i, "prediction": captions[k], "truth": dataset.captions[i][0],
                      "similarity": (img[n] @ first[:12].t()).tolist() if n < 12 else None}
                     for n, (i, k) in enumerate(zip(members, best))]
 
@@ -183,25 +180,24 @@ def search(image_emb, text_emb, k=10):
 def embed_folder(model, recipe, folder, cache, model_key, batch_size=32, device="cpu", say=print):
     """All images in and below a folder -> their names (n) within it, sorted, and embeddings (n, D) of length 1.
 
-    The file `cache` keeps embeddings by a hash of what they depend on: model_key, which stands for the model's weights,
-    and the image's name, size and time. Broken images are counted and left out.
+    The file `cache` keeps them, with a key: what they depend on, that is model_key, which stands for the model's
+    weights, and the images' names, sizes and times. Another key, and all are made anew. Broken ones are left out.
     """
     if model.vision is None:
         raise UserError("this model learned from ready-made features and has no vision tower: use another model")
-    folder, cache, names = Path(folder), Path(cache), {}
-    for name in sorted(list_images(folder)):
-        if (folder / name).is_file():                           # not a link that leads nowhere
-            stat = (folder / name).stat()
-            key = json.dumps([model_key, name, stat.st_size, stat.st_mtime_ns])
-            names[hashlib.sha256(key.encode()).hexdigest()] = name
+    folder, names = Path(folder), sorted(list_images(folder))
     if not names:
         raise UserError(f"the folder {folder} holds no images; check the path")
+    stats = [(name, (folder / name).stat()) for name in names]
+    key = digest([model_key, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     try:
-        read_features(cache)
-    except (UserError, FileNotFoundError):                      # a damaged one is made anew
-        cache.unlink(missing_ok=True)
-    model.to(device).eval()
-    paths = [folder / name for name in names.values()]
-    ids, emb = encode_rows(cache, [*names], lambda k: preprocess(load_image(paths[k]), recipe), lambda images:
-                           model.encode_image(torch.stack(images).to(device)), {}, batch_size, say)
-    return [names[i] for i in ids], F.normalize(emb.float(), dim=-1)              # (n), (n, D)
+        numbers, emb, meta = read_features(cache)
+    except UserError:                                           # there is none yet, or a damaged one
+        meta = {}
+    if meta.get("key") != key:
+        model.to(device).eval()
+        numbers, emb = encode_rows(cache, [*map(str, range(len(names)))],
+                                   lambda k: preprocess(load_image(folder / names[k]), recipe),
+                                   lambda images: model.encode_image(torch.stack(images).to(device)),
+                                   {"key": key}, batch_size, say)
+    return [names[int(k)] for k in numbers], F.normalize(emb.float(), dim=-1)     # (n), (n, D)

@@ -4,8 +4,6 @@
     state.pt                                            everything at the last save: weights, optimizer, random numbers
     log.csv, curves.png                                 a line per logged step, and the same as a picture
 """
-import hashlib
-import json
 import shlex
 import zipfile
 from dataclasses import asdict
@@ -15,7 +13,7 @@ import torch
 
 from .config import UserError, out_of_memory
 from .draw import caption_sheet, curves, similarity_picture
-from .features import short_names
+from .features import digest, short_names
 from .files import atomic_write, read_json, write_csv, write_image, write_json
 from .pretrained import is_run
 from .task import show
@@ -41,13 +39,13 @@ def old_files(out):
 
 def fingerprint(dataset, prepared):
     """A hash of what is learned from. On other captions the vocabulary would change under the weights."""
-    data = [short_names(dataset.names), dataset.captions, dataset.splits, prepared.rows]
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    return digest([short_names(dataset.names), dataset.captions, dataset.splits, prepared.rows])
 
 
-def save_model(model, setup, features, scores):
+def save_model(model, setup, scores):
     """The best model so far: what it is, how it reads text, its weights."""
     config, prepared, out = setup.config, setup.prepared, Path(setup.config.out_dir)
+    features = prepared.features
     if prepared.tokenizer:
         prepared.tokenizer.save(out / "tokenizer.json")
     save_safetensors(model.state_dict(), out / "model.safetensors", {"format": "pt"})
@@ -76,6 +74,9 @@ def save_state(out, model, optimizer, device, **rest):
 def read_state(out):
     """The content of a run's state.pt, or a UserError. torch.load trusts the numbers: checksums are compared here."""
     path = Path(out) / "state.pt"
+    if not path.exists():
+        raise UserError(f"{out} holds a run without its state.pt, so it cannot be continued; go on from its weights "
+                        f"with --init {out} (or --vision) in another --out-dir")
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
@@ -115,7 +116,7 @@ def show_example(example):
     return "".join(f"    {key:10}  {example[key]}\n" for key in ("question", "prediction", "truth") if key in example)
 
 
-def report_test(model, setup, features, evaluate):
+def report_test(model, setup, evaluate):
     """The result by the best weights on the test split, as the task's `evaluate` has it: scores, samples.png,
     example.png, and what to run next."""
     config, dataset, out = setup.config, setup.dataset, Path(setup.config.out_dir)
@@ -131,19 +132,24 @@ def report_test(model, setup, features, evaluate):
     write_json(out / "config.json", about)
     shown = list({example["image"]: example for example in examples}.values())[:16]
     pictures = [dataset.open(example["image"]) for example in shown]
-    write_image(out / "samples.png", caption_sheet(pictures, [example["text"] for example in shown]))
+    texts = [f"{example.get('question', '')} {example['prediction']}".strip() for example in shown]
+    write_image(out / "samples.png", caption_sheet(pictures, texts))
     write_image(out / "example.png", pictures[0])
     if config.task == "clip":
         sim = torch.tensor([example["similarity"] for example in examples[:12]])   # (12, 12), or fewer
         write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:12]]))
     print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training. Now try")
-    folder, question = shlex.quote(str(out)), shlex.quote(shown[0].get("question", ""))
+    print("    python " + shlex.join(next_command(setup, shown[0])))
+
+
+def next_command(setup, example):
+    """What to try with a new run, as words of a command line."""
+    config, features, out = setup.config, setup.prepared.features, setup.config.out_dir
     if config.task == "classify":
-        data = f"--dataset {dataset.name}" + (f" --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else "")
-        return print(f"    python train.py {data} --vision={folder} --out-dir out/captions")
-    how = f"--out-dir={folder} --image={shlex.quote(f'{out}/example.png')}"
+        where = [f"--data-dir={config.data_dir}"] if config.data_dir else []
+        return ["train.py", "--dataset", setup.dataset.name, *where, f"--vision={out}", "--out-dir", "out/captions"]
+    words = ["sample.py", f"--out-dir={out}", f"--image={out}/example.png"]
     if features and not features.meta["source"]:                # a new picture cannot be encoded: known ones by name
-        how = (f"--out-dir={folder} --features={shlex.quote(str(config.features))} "
-               f"--image={shlex.quote(dataset.names[shown[0]['image']])}")
-    more = {"vqa": f" --prompt {question}", "clip": " --labels 'a dog' 'a child' 'a boat'"}.get(config.task, "")
-    print(f"    python sample.py {how}{more}")
+        words[2:] = [f"--image={setup.dataset.names[example['image']]}", f"--features={config.features}"]
+    return words + {"vqa": ["--prompt", example.get("question")],
+                    "clip": ["--labels", "a dog", "a child", "a boat"]}.get(config.task, [])

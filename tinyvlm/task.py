@@ -3,18 +3,18 @@
 Each is a module (captioning, answering, retrieval, classifying): a dataclass of its own options, and four functions.
 
     prepare(config, dataset, features) -> Prepared      tokenizer, image recipe, and all texts as rows of numbers
-    build(config, prepared, features) -> model          from scratch, from public weights, or from another run
+    build(config, prepared) -> model                    from scratch, from public weights, or from another run
     loss(model, batch, setup) -> scalar                 of one micro-batch
     evaluate(model, setup, split, ..) -> scores, examples       validation, the report at the end and --eval-only
 
 The first of the scores decides which checkpoint is kept: the lower the better if it is called "loss", else the higher.
 """
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
 
+from .batches import eval_batches
 from .cnn import BatchNorm2d, ResNet50
 from .config import UserError, option
 from .features import open_encoder
@@ -46,6 +46,7 @@ class Prepared:
     tokenizer: object = None
     meta: dict = field(default_factory=dict)    # what sample.py must know, for config.json
     start: object = None                # the run, tower or public weights that `build` begins with
+    features: object = None             # the features.FeatureFile whose numbers stand in place of images
     notes: list = field(default_factory=list)   # what was cut or left out, to be reported
 
 
@@ -58,7 +59,6 @@ class Setup:
     prepared: Prepared
     store: object                       # data.ImageStore
     rows: object                        # batches.Rows
-    eval_batches: Callable              # (split, limit) -> this process's batches
 
 
 def train_mode(model):
@@ -69,24 +69,23 @@ def train_mode(model):
             module.eval()
 
 
-def load_vision(source):
-    """The vision tower of a run or of a public checkpoint: its config, weights and recipe, and CLIP's image head."""
-    loaded = open_encoder(source)
-    tower, head = getattr(loaded.model, "vision", loaded.model), getattr(loaded.model, "image_head", None)
-    if not isinstance(tower, (ViT, ResNet50)):
-        raise UserError(f"--vision {source} holds no vision tower that can be trained here (a ViT or a ResNet)")
-    weights = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
-    return SimpleNamespace(config=replace(tower.config, n_class=0), weights=weights, recipe=loaded.recipe, head=head)
-
-
 def sizes(config, *more):
     """The options by which both towers are made from scratch, and more of them, as a dict."""
     return {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", *more)}
 
 
-def fresh_vision(config):
-    """A vision tower from scratch, as the options say: ViTConfig."""
-    return ViTConfig(**sizes(config, "image_size", "patch_size", "class_token", "stem"))
+def load_vision(config):
+    """The vision tower to begin with: config and recipe; weights and CLIP's image head, where --vision names a run or a
+    public checkpoint, and otherwise None."""
+    if not config.vision:
+        fresh = ViTConfig(**sizes(config, "image_size", "patch_size", "class_token", "stem"))
+        return SimpleNamespace(config=fresh, recipe=Recipe(size=config.image_size), weights=None, head=None)
+    loaded = open_encoder(config.vision)
+    tower, head = getattr(loaded.model, "vision", loaded.model), getattr(loaded.model, "image_head", None)
+    if not isinstance(tower, (ViT, ResNet50)):
+        raise UserError(f"--vision {config.vision} holds no vision tower that can be trained here (a ViT or a ResNet)")
+    weights = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
+    return SimpleNamespace(config=replace(tower.config, n_class=0), recipe=loaded.recipe, weights=weights, head=head)
 
 
 def make_tokenizer(config, corpus):
@@ -113,20 +112,21 @@ def run_split(model, setup, split, limit, predict, loss=None, n_predict=None):
     loss(model, batch), in nats per target, n of them; the shuffled loss is the same with each image in its neighbour's
     place: if it is no larger, the model ignores the image.
     """
-    found, total, before = {}, [0.0, 0.0, 0], None
+    found, total, before, device = {}, [0.0, 0.0, 0], None, setup.device
     model.eval()
-    for batch in setup.eval_batches(split, limit):
-        batch = batch.to(setup.device.torch, setup.prepared.recipe)
+    for batch in eval_batches(setup.store, setup.rows, split, max(2, min(64, setup.config.batch_size)), limit,
+                              device.rank, device.world):
+        batch = batch.to(device.torch, setup.prepared.recipe)
         # a last batch of one image takes one of the batch before it
         other = batch.img.roll(1, 0) if len(batch.img) > 1 or before is None else before[-1:]
-        with setup.device.autocast():
+        with device.autocast():
             values = [loss(model, b).item() for b in (batch, replace(batch, img=other))] if loss else [0, 0]
             if n_predict is None or len(found) < n_predict:
                 found.update(predict(batch))
         total = [a + b * batch.n_targets for a, b in zip(total, [*values, 1])]
         before = batch.img
     train_mode(model)
-    (true, shuffled, n), found = setup.device.total(*total), setup.device.merge(found)
+    (true, shuffled, n), found = device.total(*total), device.merge(found)
     if not n:
         raise UserError(f"the {split} split of {setup.dataset.name} has no usable image to evaluate with, see above")
     members = [i for i in setup.store.usable(split) if i in found][:n_predict]
