@@ -93,8 +93,9 @@ def test_writing_into_a_loaded_tensor_is_private(tmp_path):
 
 D4 = b"\0" * 4
 FAULTS = {f"no room {k}": (raw, "bytes cannot hold a header of") for k, raw in enumerate([
-    b"", b"\2" + b"\0" * 6, struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 2**64 - 1) + b"{}"])} | {
+    b"\2" + b"\0" * 6, struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 2**64 - 1) + b"{}"])} | {
     f"no object {k}": (pack(text), "does not start with") for k, text in enumerate([b"", b" {}", b"[]"])} | {
+    "nothing": (b"", "empty file"),
     "bad UTF-8": (pack(b'{"\xff": 1}'), "utf-8"),
     "bad JSON": (pack(b"{"), "line 1"),
     "NUL after the JSON": (pack(b"{}\0"), "Extra data"),

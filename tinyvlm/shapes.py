@@ -1,8 +1,8 @@
 """shapes: coloured figures on a plain ground, a world small enough to be described without a mistake.
 
 One to three things that do not touch, the one right caption, questions with answers, labels: all a function of a seed.
-A model that is wrong here is wrong in a way one can see: `meaning` compares what two captions claim, not their words,
-and `score_parts` says which part is wrong. Scores on it say nothing about photographs.
+A model that is wrong here is wrong in a way one can see: `score_parts` compares what two captions claim, not their
+words, and says which part is wrong. Scores on it say nothing about photographs.
 """
 import math
 import random
@@ -82,20 +82,12 @@ def parse(caption):
     return re.findall(thing, caption), claims
 
 
-def meaning(caption):
-    """What a caption claims, whatever its wording: (things, claims), or None if it is no description of a scene.
-
-    "a large red star left of a small red star" and "a small red star right of a large red star" mean the same.
-    """
-    things, claims = parse(caption)
-    return (sorted(things), {(things[a], how, things[b]) for a, how, b in claims}) if things else None
-
-
 def score_parts(prediction, truth):
-    """Which parts of a caption are right: {"size", "color", "shape", "place", "relation": True, False or None}.
+    """Which parts of a caption are right: {"size", "color", "shape", and "place" or "relation": True or False}.
 
-    None is what the truth lacks: a lone thing's relation, the place of several. A part is right if it is for all, each
-    thing paired with the true one that it resembles most; so with a wrong number of things nothing is.
+    A lone thing has a place, several have relations. A part is right if it is for all, each thing paired with the true
+    one that it resembles most; so with a wrong number of things nothing is. Captions of which all parts are right mean
+    the same: "a large red star left of a small red star", "a small red star right of a large red star".
     """
     (things, claims), (others, theirs), scored = parse(truth), parse(prediction), []
     for pairing in permutations(range(len(things))) if len(others) == len(things) else ():
@@ -103,8 +95,7 @@ def score_parts(prediction, truth):
         related = {(pairing[a], how, pairing[b]) for a, how, b in theirs} == claims
         scored.append((sum(map(sum, same)), related, [all(part) for part in zip(*same)]))
     _, related, attributes = max(scored, default=(0, False, [False] * 3))
-    parts = dict(zip(("size", "color", "shape"), attributes), place=None, relation=None)
-    return parts | {"place" if len(things) == 1 else "relation": related}
+    return dict(zip(("size", "color", "shape", "place" if len(things) == 1 else "relation"), [*attributes, related]))
 
 
 def make_scene(rng, n_objects):

@@ -12,7 +12,6 @@ safetensors, but for slices, elements smaller than a byte (F4, F6) and models in
 import json
 import math
 import mmap
-import os
 from fnmatch import fnmatchcase
 
 import torch
@@ -47,10 +46,8 @@ def _unique(pairs):
 
 
 def _tensors(header, data):
-    """The header's entries -> {name: tensor over its part of the bytes `data`}.
-
-    Every byte belongs to exactly one tensor: nothing can hide between two, nothing is read twice.
-    """
+    """The header's entries -> {name: tensor over its part of data (uint8)}. Every byte belongs to exactly one tensor:
+    nothing can hide between two, nothing is read twice."""
     tensors, covered = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -60,31 +57,27 @@ def _tensors(header, data):
         _demand(size == end - begin, f"{name!r:.60} of {size} bytes has the data_offsets {begin}, {end}")
         _demand(begin == covered, f"a hole or an overlap: {name!r:.60} begins at {begin}, others end at {covered}")
         _demand(end <= len(data), f"{name!r:.60} ends at {end} of {len(data)} bytes of data")
-        flat, covered = torch.empty(0, dtype=torch.uint8), end
-        if begin < end:                         # frombuffer refuses to look at nothing
-            flat = torch.frombuffer(data, dtype=torch.uint8, count=end - begin, offset=begin)
-        shifted = flat.data_ptr() % dtype.itemsize                      # by a header that was not padded
+        flat, covered = data[begin:end], end
+        shifted = flat.storage_offset() % dtype.itemsize                # by a header that was not padded
         tensors[name] = (flat.clone() if shifted else flat).view(dtype).reshape(shape)
     _demand(covered == len(data), f"its tensors cover {covered} bytes of data, the file holds {len(data)}")
     return tensors
 
 
 def _read(path):
-    """Map a file into memory, which reads nothing yet, and check its header -> ({name: tensor}, metadata).
-
-    No number from the file sizes anything before it was compared with the file's real length.
-    """
+    """Map a file into memory, which reads nothing yet, and check its header -> ({name: tensor}, metadata). No number
+    from the file sizes anything before it was compared with the file's real length."""
     try:
         with open(path, "rb") as file:
-            size, n = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            _demand(n <= MAX_HEADER and 8 + n <= size, f"its {size} bytes cannot hold a header of {n}")
-            text = file.read(n).decode("utf-8")
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        n = int.from_bytes(buffer[:8], "little")
+        _demand(n <= MAX_HEADER and 8 + n <= len(buffer), f"its {len(buffer)} bytes cannot hold a header of {n}")
+        text = buffer[8:8 + n].decode("utf-8")
         _demand(text.startswith("{"), "its header does not start with '{'")
         header = json.loads(text, object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", None) or {}
         _demand(all(type(value) is str for value in metadata.values()), "its __metadata__ holds more than strings")
-        return _tensors(header, memoryview(buffer)[8 + n:]), metadata
+        return _tensors(header, torch.frombuffer(buffer, dtype=torch.uint8)[8 + n:]), metadata
     except OSError as fault:
         raise SafetensorsError(f"cannot read {path}: {fault.strerror}; check the path") from fault
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as fault:    # may quote a megabyte of header
@@ -93,11 +86,8 @@ def _read(path):
 
 
 def load_safetensors(path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, on the CPU and not copied. Raises SafetensorsError naming the file and the fault.
-
-    The file is mapped: a page is read when a tensor's numbers are first used. Writing into a tensor changes neither the
-    file nor another load of it.
-    """
+    """Every tensor of a file, on the CPU and not copied. Raises SafetensorsError naming the file and the fault. The
+    file is mapped: a page is read when a tensor's numbers are first used, and writing into one changes no file."""
     return _read(path)[0]
 
 
@@ -109,10 +99,8 @@ def read_metadata(path) -> dict[str, str]:
 # ---- writing
 
 def save_safetensors(tensors, path, metadata=None):
-    """Write {name: tensor} and {str: str} as one safetensors file, byte for byte as the original library does.
-
-    Tensors may live on any device with any strides; each comes to the CPU in row order when its turn is there.
-    """
+    """Write {name: tensor} and {str: str} as one safetensors file, byte for byte as the original library does. Tensors
+    may live on any device with any strides; each comes to the CPU in row order when its turn is there."""
     kinds, begin = {dtype: kind for kind, dtype in DTYPES.items()}, 0
     header = {} if metadata is None else {"__metadata__": metadata}
     names = sorted(tensors, key=lambda name: (-list(kinds).index(tensors[name].dtype), name))
