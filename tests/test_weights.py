@@ -181,7 +181,7 @@ def test_random_damage_raises_nothing_but_safetensors_error(tmp_path):
     raw, rng, opened = small(tmp_path), random.Random(0), 0
     n = int.from_bytes(raw[:8], "little")
     bits = [b"-0", b"1e9", b"null", b"[]", b"{}", b"true", b'"F32"', b"18446744073709551616", b"\\ud800", b"\0"]
-    for _ in range(800):
+    for _ in range(300):
         header = bytearray(raw[8:8 + n])
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(header))
@@ -192,7 +192,7 @@ def test_random_damage_raises_nothing_but_safetensors_error(tmp_path):
             continue
         assert sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()) == len(raw) - 8 - n
         opened += 1
-    assert 0 < opened < 800, f"{opened} of 800 damaged files opened"
+    assert 0 < opened < 300, f"{opened} of 300 damaged files opened"
 
 
 # ---- the strict copy

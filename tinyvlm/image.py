@@ -104,29 +104,22 @@ def to_rgb(image, depth):
         grey = np.array(image, dtype=np.float32)                                  # (H, W)
         grey[grey == clear] = 65535                                               # no pixel where clear is None
         return Image.fromarray((grey.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
-    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(depth))
-    if scale and clear is not None:
-        image.info["transparency"] = int(clear * scale) if depth[0] == "L" else tuple(int(v * scale) for v in clear)
-    if image.mode in ("RGBA", "LA", "PA") or clear is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if clear is not None and depth == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif clear is not None and depth in ("L;2", "L;4"):
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[depth]
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def centre_crop(image, size):
-    """Cut size x size from the middle; an odd pixel goes where round() puts half (torchvision's way; others floor)."""
-    left, top = (round((side - size) / 2) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
 
 
 def to_uint8(image, recipe):
     """RGB PIL image -> (3, size, size) uint8 tensor, geometry done, colours untouched."""
-    side, (w, h) = recipe.resize or recipe.size, image.size
-    if recipe.mode == "squash":
-        w = h = 1
+    S, side, (w, h) = recipe.size, recipe.resize or recipe.size, (1, 1) if recipe.mode == "squash" else image.size
     shape = side * w // min(w, h), side * h // min(w, h)        # rounded down: 500x375, short side to 224, is 298x224
-    image = image.resize(shape, Image.Resampling[recipe.interpolation.upper()])
-    return torch.from_numpy(np.array(centre_crop(image, recipe.size))).permute(2, 0, 1).contiguous()   # (3, S, S)
+    left, top = (round((n - S) / 2) for n in shape)             # round() puts half a pixel where torchvision does
+    image = image.resize(shape, Image.Resampling[recipe.interpolation.upper()]).crop((left, top, left + S, top + S))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()        # (3, S, S)
 
 
 @functools.cache
