@@ -206,19 +206,14 @@ def _answer_score(prediction, humans):
     return total / len(humans)
 
 
-def vqa_accuracy(predictions, answers, answer_types=None):
+def vqa_accuracy(predictions, answers):
     """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten.
 
     For each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than
     four humans "three" becomes all the others; a single answer must be equal after clean-up.
-    answer_types, one word per question ("yes/no", "number", "other"): then returns {"overall": .., "number": ..}.
     """
     _check_pairs(predictions, answers)
-    parts = {"overall": [_answer_score(prediction, humans) for prediction, humans in zip(predictions, answers)]}
-    for kind, score in zip(answer_types or (), [*parts["overall"]], strict=answer_types is not None):
-        parts.setdefault(kind, []).append(score)
-    means = {kind: sum(part) / len(part) for kind, part in parts.items()}
-    return means if answer_types is not None else means["overall"]
+    return sum(map(_answer_score, predictions, answers)) / len(answers)
 
 
 # ----- 4. Tokens: Penn Treebank rules for captions -----

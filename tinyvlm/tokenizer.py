@@ -151,6 +151,7 @@ def apply_merges(tokens, ranks):
 CLIP_START, SPACES = "<|startoftext|>", regex.compile(r"\s+")
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"       # white space is dropped
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+GPT2_PARTS = {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
 CLIP_CLEANING = {"type": "Sequence", "normalizers": [
     {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": SPACES.pattern}, "content": " "}, {"type": "Lowercase"}]}
 CLIP_SPLITS = [[{"type": "Split", "pattern": {"Regex": names + CLIP_WORDS}, "behavior": "Removed", "invert": True}]
@@ -182,8 +183,7 @@ class BPETokenizer(Tokenizer):
             for piece in cut.split(text):
                 counts.update(_gpt2_words(piece))
         vocab, merges = learn_merges(counts, 256 + n_merges)
-        tokenizer = cls({"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL,
-                         "model": {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in merges]}})
+        tokenizer = cls(GPT2_PARTS | {"model": {"type": "BPE", "vocab": vocab, "merges": [*map(" ".join, merges)]}})
         tokenizer.add_special_tokens(special_tokens)
         return tokenizer
 
@@ -192,16 +192,14 @@ class BPETokenizer(Tokenizer):
         """vocab.json, with merges.txt and small files beside it -> tokenizer.json."""
         vocab, lines = read_json(path), path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-        spec = {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL,
-                "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-        clip = CLIP_START in vocab
-        if clip:
-            frame = {"cls": [CLIP_START, vocab[CLIP_START]], "sep": [END, vocab[END]]}
-            spec["model"] |= {"unk_token": END, "end_of_word_suffix": "</w>"}
-            spec |= {"normalizer": CLIP_CLEANING, "pre_tokenizer": {
-                "type": "Sequence", "pretokenizers": [*CLIP_SPLITS[0], BYTE_LEVEL]}, "post_processor": {
-                "type": "RobertaProcessing", **frame, "trim_offsets": False, "add_prefix_space": False}}
-        return spec | {"added_tokens": read_beside(path.parent, vocab, (CLIP_START, END), normalized=clip)}
+        clip, model = CLIP_START in vocab, {"type": "BPE", "vocab": vocab, "merges": merges}
+        spec = GPT2_PARTS | {"added_tokens": read_beside(path.parent, vocab, (CLIP_START, END), normalized=clip)}
+        if not clip:
+            return spec | {"model": model}
+        return spec | {"model": model | {"unk_token": END, "end_of_word_suffix": "</w>"}, "normalizer": CLIP_CLEANING,
+                       "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*CLIP_SPLITS[0], BYTE_LEVEL]},
+                       "post_processor": {"type": "RobertaProcessing", "sep": [END, vocab[END]], "trim_offsets": False,
+                                          "cls": [CLIP_START, vocab[CLIP_START]], "add_prefix_space": False}}
 
     def _setup(self, spec):
         model, split, vocab = spec["model"], spec["pre_tokenizer"] or {}, self._vocab

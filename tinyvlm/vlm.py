@@ -219,9 +219,3 @@ MODELS = {"cross": CrossCaptioner, "prefix": PrefixVLM, "lstm": LSTMCaptioner}
 def build(config):
     """VLMConfig -> the model it describes, freshly initialised."""
     return MODELS[config.model](config)
-
-
-def from_dict(d):
-    """The "sizes" of a run's config.json -> VLMConfig."""
-    text = LSTMConfig if d["model"] == "lstm" else GPTConfig
-    return VLMConfig(**{**d, "vision": d["vision"] and ViTConfig(**d["vision"]), "text": text(**d["text"])})

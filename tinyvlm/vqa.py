@@ -197,11 +197,12 @@ def submission(predictions):
 
 def score_vqa(questions, predictions):
     """{question_id: short answer} -> accuracies, 0..1: {"overall": .., "answer_type": {..}, "question_type": {..}}."""
-    scores = {}
+    def accuracy(part):
+        return vqa_accuracy([predictions[q.question_id] for q in part], [q.answers for q in part])
+    scores = {"overall": accuracy(questions)}
     for kind in ("answer_type", "question_type"):
-        scores[kind] = vqa_accuracy([predictions[q.question_id] for q in questions], [q.answers for q in questions],
-                                    [getattr(q, kind) for q in questions])
-        scores["overall"] = scores[kind].pop("overall")
+        names = dict.fromkeys(getattr(q, kind) for q in questions)
+        scores[kind] = {name: accuracy([q for q in questions if getattr(q, kind) == name]) for name in names}
     return scores
 
 

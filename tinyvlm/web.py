@@ -42,7 +42,7 @@ HEADER = ["image", "caption", "status", "url"]                  # of captions.cs
 ROWS = "https://datasets-server.huggingface.co/rows?dataset=BAAI%2FCapsFusion-120M&config=default&split=train"
 COLUMNS = ("image_url", "url"), ("capsfusion", "caption", "text")
 
-_here = threading.local()               # of each thread: the deadline of its request, and whether it may go anywhere
+_here = threading.local()               # of each thread: the deadline of its request
 
 
 def is_public(address):
@@ -63,30 +63,26 @@ class _Timed(socket.socket):
         return super().recv_into(*args)
 
 
-class _Checked:
-    """Guard: the address connected to must be public, before a byte is sent. Its name may lead elsewhere each time."""
-
-    def _new_conn(self):
-        sock = _Timed(fileno=super()._new_conn().detach())
-        sock.settimeout(self.timeout)
-        if not (_here.allow_private or is_public(sock.getpeername()[0])):
-            sock.close()
-            raise DownloadError(self.host, "private address")
-        return sock
-
-
 @functools.cache
 def _adapter(process, allow_private):
-    """What makes a requests session connect in this way; it keeps connections open, for all threads.
+    """What makes a requests session connect to public addresses only; it keeps connections open, for all threads.
 
     By process: one that was forked must not write into its parent's connections.
     """
+    class Checked:
+        def _new_conn(self):            # Guard: looks before a byte is sent, as a name may lead elsewhere each time
+            sock = _Timed(fileno=super()._new_conn().detach())
+            sock.settimeout(self.timeout)
+            if not (allow_private or is_public(sock.getpeername()[0])):
+                sock.close()
+                raise DownloadError(self.host, "private address")
+            return sock
     adapter = requests.adapters.HTTPAdapter()
     context = ssl.create_default_context(cafile=requests.certs.where())           # checks names and certificates
     context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})
     adapter.init_poolmanager(THREADS, THREADS, ssl_context=context)
     adapter.poolmanager.pool_classes_by_scheme = {
-        scheme: type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (_Checked, pool.ConnectionCls), {})})
+        scheme: type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (Checked, pool.ConnectionCls), {})})
         for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool))}
     adapter.cert_verify = lambda *args: None    # requests would read all authorities anew for each connection: 45 ms
     return adapter
@@ -94,8 +90,7 @@ def _adapter(process, allow_private):
 
 def fetch(url, allow_private=False):
     """The bytes of an image, and it as RGB PIL image. Raises DownloadError. Guard: each redirect is checked as well."""
-    _here.allow_private, _here.deadline = allow_private, monotonic() + MAX_SECONDS
-    session = requests.Session()
+    _here.deadline, session = monotonic() + MAX_SECONDS, requests.Session()
     session.trust_env = False                                   # Guard: a proxy would resolve the names, unchecked
     session.adapters = {"http": _adapter(os.getpid(), allow_private)}             # and https, by its first letters
 
@@ -158,19 +153,18 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
         if lines[:1] != [HEADER]:
             raise UserError(f"{table} was not made by this program; choose another folder")
         done = {line[3]: line for line in lines[1:] if len(line) == 4}
-        pairs = _pairs(rows, set(done))
+        pairs, counts = _pairs(rows, set(done)), Counter(line[2] for line in done.values())
         try:
             while jobs:
-                wanted = limit - sum(line[2] == "ok" for line in done.values())
                 jobs = [pool.submit(work, gates[str(url.split("/")[2:3])], url, caption)
-                        for url, caption in itertools.islice(pairs, max(0, min(wanted, 200)))]
+                        for url, caption in itertools.islice(pairs, max(0, min(limit - counts["ok"], 200)))]
                 for n, job in enumerate(as_completed(jobs), 1):
                     done[job.result()[3]] = job.result()
                     progress(n, len(jobs), "addresses")
                 write_csv(table, HEADER, sorted(done.values()))                   # a kill costs the jobs since
+                counts = Counter(line[2] for line in done.values())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    counts = Counter(line[2] for line in done.values())
     print(f"{folder} now holds: {dict(counts.most_common())}")
     return counts
 
