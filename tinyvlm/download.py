@@ -65,9 +65,7 @@ def retry(attempt, tries=5, deadline=math.inf):
 
 def request(session, method, url, headers, accept=(200,), timeout=30):
     """An answer with a status to accept, its body not read yet, after at most 10 redirects. A HEAD stays on its host.
-
-    requests could follow by itself, but it would read a redirect's body whole.
-    """
+    requests could follow by itself, but it would read a redirect's body whole."""
     here = url
     with faults(url):
         for _ in range(11):
@@ -88,10 +86,8 @@ def request(session, method, url, headers, accept=(200,), timeout=30):
 
 def body(url, answer, max_bytes):
     """Yield the body piece by piece as it arrives. Guard: DownloadError if it is too large or does not end properly.
-
     urllib3 raises on fewer bytes than announced and on a broken chunk. Its read1 returns what is there, where read
-    would wait on a trickle, and would trust a chunk that says its size is -1.
-    """
+    would wait on a trickle, and would trust a chunk that says its size is -1."""
     length, done, piece = answer.raw.length_remaining, 0, b"more"
     packed = answer.headers.get("Content-Encoding", "identity") != "identity"     # though we ask for no such thing
     if length is None and not answer.raw.chunked or packed:
@@ -106,10 +102,8 @@ def body(url, answer, max_bytes):
 
 
 def _is_good(path, check):
-    """Is the file there, and does it pass? check: "zip", 64 hex digits of sha256, 40 of a git blob id, or None.
-
-    git: sha1(b"blob 6\\0" + b"hello\\n") = ce013625030ba8dba906f756967f9e9ca394464a
-    """
+    """Is the file there, and does it pass? check: "zip", 64 hex digits of sha256, 40 of a git blob id, or None. Git's
+    is sha1(b"blob 6\\0" + b"hello\\n") = ce013625030ba8dba906f756967f9e9ca394464a."""
     if not check or not path.is_file():
         return path.is_file()
     if check == "zip":                                          # its end lists all members; unpacking checks each
@@ -122,11 +116,9 @@ def _is_good(path, check):
 
 
 def download(url, path, sha256=None, headers=HEADERS, max_bytes=10**11, max_seconds=math.inf, tries=5):
-    """Fetch `url` to `path`, by way of path.incomplete, and return the Path. Raises DownloadError.
-
-    A good file at `path` is kept, without a request: one with this sha256 (or git blob id) if it is given; a .zip if it
-    is one. What can be checked in this way is continued where an earlier attempt, or run, stopped.
-    """
+    """Fetch `url` to `path`, by way of path.incomplete, and return the Path. Raises DownloadError. A good file at
+    `path` is kept, without a request: one with this sha256 (or git blob id) if it is given; a .zip if it is one. What
+    can be checked in this way is continued where an earlier attempt, or run, stopped."""
     path, part, deadline = Path(path), Path(f"{path}.incomplete"), monotonic() + max_seconds
     check = sha256.lower() if sha256 else "zip" if path.suffix == ".zip" else None
 
@@ -169,8 +161,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
     Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE as for huggingface_hub.
 
     The hub knows the etag, not the store it redirects to: the content's sha256 for a large file (X-Linked-Etag), git's
-    blob id for a small one. A redirect within it is a renamed repository (gpt2 -> openai-community/gpt2).
-    """
+    blob id for a small one. A redirect within it is a renamed repository (gpt2 -> openai-community/gpt2)."""
     get = os.environ.get
     url = f"{get('HF_ENDPOINT') or 'https://huggingface.co'}/{repo_id}/resolve/{quote(revision, '')}/{quote(filename)}"
     if not all(map(NAME.fullmatch, (repo_id, filename, revision))) or "--" in repo_id:      # Guard: they become paths
@@ -212,11 +203,9 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
 
 
 def extract_zip(zip_path, folder):
-    """Unpack into a new `folder`, which appears whole or not at all. Raises UserError.
-
-    zipfile itself keeps every name inside the folder, makes plain files of links, and checks each size and CRC, so a
-    zip cannot unpack to more than it declares; what it declares is checked here.
-    """
+    """Unpack into a new `folder`, which appears whole or not at all. Raises UserError. zipfile itself keeps every name
+    inside the folder, makes plain files of links, and checks each size and CRC, so a zip cannot unpack to more than it
+    declares; what it declares is checked here."""
     work = Path(f"{folder}.incomplete")
     try:
         shutil.rmtree(work, ignore_errors=True)                 # what a killed run left

@@ -29,11 +29,9 @@ def _config(c, kind):
 
 
 def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=None, max_tokens=None):
-    """Write a CrossCaptioner as a folder that transformers' VisionEncoderDecoderModel.from_pretrained opens.
-
-    first, end, max_tokens: as in a run's config.json. The pooler, which that library expects and nobody reads, is
-    written as zeros. Raises UserError for what a Hugging Face ViT cannot express.
-    """
+    """Write a CrossCaptioner as a folder that transformers' VisionEncoderDecoderModel.from_pretrained opens. first,
+    end, max_tokens: as in a run's config.json. The pooler, which that library expects and nobody reads, is written as
+    zeros. Raises UserError for what a Hugging Face ViT cannot express."""
     c, folder = model.config, Path(folder)
     if not isinstance(model, CrossCaptioner) or c.wiring != "final" or not c.vision:
         raise UserError("transformers knows only captioners with a vision tower and --model cross --wiring final")

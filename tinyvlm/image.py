@@ -31,11 +31,9 @@ Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
 
 @dataclass
 class Recipe:
-    """How an image becomes (3, size, size) numbers. Raises ValueError or TypeError where that is impossible.
-
-    mode: "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`. Then
-    the middle size x size is cut out. mean, std: per channel (RGB), of values in 0..1.
-    """
+    """How an image becomes (3, size, size) numbers. Raises ValueError or TypeError where that is impossible. mode:
+    "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`. Then the
+    middle size x size is cut out. mean, std: per channel (RGB), of values in 0..1."""
     size: int = 224
     mode: str = "crop"
     resize: int | None = None               # None: `size`
@@ -66,11 +64,9 @@ RECIPES = {     # what public checkpoints were trained with
 
 
 def load_image(source, name=None):
-    """Open a path or bytes as an upright RGB PIL image: the one place where a file of unknown origin is decoded.
-
-    Of an animation the first frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError
-    naming the file and the fault.
-    """
+    """Open a path or bytes as an upright RGB PIL image: the one place where a file of unknown origin is decoded. Of an
+    animation the first frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the
+    file and the fault."""
     name = name or (source if not isinstance(source, bytes) else "the image")
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
@@ -92,11 +88,9 @@ def load_image(source, name=None):
 
 
 def to_rgb(image, depth):
-    """Grey, palette, CMYK, 16 bits -> 8-bit RGB, transparency on white. depth: the file's, such as "RGB;16B".
-
-    Pillow's convert() would clip 16-bit grey. And the one colour that a PNG may call transparent comes in the file's
-    own depth, while the pixels have 8 bits by now.
-    """
+    """Grey, palette, CMYK, 16 bits -> 8-bit RGB, transparency on white. depth: the file's, such as "RGB;16B". Pillow's
+    convert() would clip 16-bit grey. And the one colour that a PNG may call transparent comes in the file's own depth,
+    while the pixels have 8 bits by now."""
     clear = image.info.get("transparency")
     if image.mode == "F":
         raise ValueError("floating-point pixels")
@@ -154,11 +148,9 @@ class Augment:
 
 
 def augment(img, how, draw):
-    """Augment a whole batch on its device: img (B, 3, H, W) floats in 0..1 -> same shape.
-
-    draw (8, B): numbers in 0..1 that decide everything, from the caller, so that a resumed run repeats them. Rows: 0
-    area, 1 aspect, 2 and 3 place, 4 mirror (1.0: never), 5 to 7 brightness, contrast, saturation.
-    """
+    """Augment a whole batch on its device: img (B, 3, H, W) floats in 0..1 -> same shape. draw (8, B): numbers in 0..1
+    that decide everything, from the caller, so that a resumed run repeats them. Rows: 0 area, 1 aspect, 2 and 3 place,
+    4 mirror (1.0: never), 5 to 7 brightness, contrast, saturation."""
     draw = draw.to(img.device, non_blocking=True)                                 # (8, B)
     if how.flip:
         img = torch.where((draw[4] < 0.5).view(-1, 1, 1, 1), img.flip(-1), img)    # (B, 3, H, W)
@@ -181,10 +173,8 @@ def augment(img, how, draw):
 
 
 def open_batches(keys, open_one, batch_size, broken, label=None, threads=None):
-    """The one loop over images: yields lists of (key, open_one(key)), a batch at a time, opened by all cores.
-
-    What raises UserError is left out, and noted in the dict `broken`: {key: its sentence}. label: shows progress.
-    """
+    """The one loop over images: yields lists of (key, open_one(key)), a batch at a time, opened by all cores. What
+    raises UserError is left out, and noted in the dict `broken`: {key: its sentence}. label: shows progress."""
     def attempt(key):
         try:
             return open_one(key)

@@ -39,8 +39,7 @@ def bleu(candidates, references):
 
     Counts are summed over all images before dividing (no mean of sentence scores, no smoothing). Clipping: "the the
     the" against "the dog" gets credit for one "the", not three. The reference length that counts is the one closest to
-    the candidate's, the shorter if two are.
-    """
+    the candidate's, the shorter if two are."""
     _check_pairs(candidates, references)
     correct, guessed, words_out, words_ref = np.zeros(4), np.zeros(4), 0, 0
     for candidate, refs in zip(candidates, references):
@@ -68,9 +67,7 @@ def _lcs(a, b):
 
 def rouge_l(candidates, references):
     """Mean over images of ROUGE-L in 0..1: an F-score (beta 1.2: recall weighs more) of the longest common subsequence.
-
-    Best precision and best recall are taken over the references separately, so they may come from two of them.
-    """
+    Best precision and best recall are taken over the references separately, so they may come from two of them."""
     _check_pairs(candidates, references)
     beta2, total = 1.2 ** 2, 0.0
     for candidate, refs in zip(candidates, references):
@@ -87,9 +84,7 @@ class CiderD:
 
     An n-gram weighs its count times log(images / images whose references use it), so a phrase that fits every image
     weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
-    (sigma 6) punishes a different length. references: per image a list of tokenised strings.
-    """
-
+    (sigma 6) punishes a different length. references: per image a list of tokenised strings."""
     def __init__(self, references):
         counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]
         seen_in = Counter(gram for refs in counts for gram in set().union(*refs))
@@ -141,8 +136,7 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
 
     image_emb (N, D), text_emb (M, D): arrays or tensors, scored by dot product; owner (M,): index of each text's image.
     image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is. Equal scores
-    count against us: a model that answers the same to everything comes last.
-    """
+    count against us: a model that answers the same to everything comes last."""
     # float64, then rounded: equal vectors must tie although their products may be summed up in another order
     image_emb, text_emb = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (image_emb, text_emb))
     N, M, owner = len(image_emb), len(text_emb), np.asarray(owner)
@@ -207,11 +201,9 @@ def _answer_score(prediction, humans):
 
 
 def vqa_accuracy(predictions, answers):
-    """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten.
-
-    For each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than
-    four humans "three" becomes all the others; a single answer must be equal after clean-up.
-    """
+    """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten. For
+    each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than four humans
+    "three" becomes all the others; a single answer must be equal after clean-up."""
     _check_pairs(predictions, answers)
     return sum(map(_answer_score, predictions, answers)) / len(answers)
 
@@ -283,10 +275,9 @@ _LEXER = regex.compile(regex.sub("<([A-Z]+[0-9]?)>", lambda name: _PIECES[name[1
 
 
 def tokenize(caption):
-    """Words of one caption: Stanford PTB, lower case, punctuation dropped:
+    """Words of one caption: Stanford PTB, lower case, punctuation dropped.
 
-    tokenize('The man\'s dog can\'t catch "it" (yet).')  ->  the man 's dog ca n't catch it -lrb- yet -rrb-
-    """
+    tokenize('The man\'s dog can\'t catch "it" (yet).')  ->  the man 's dog ca n't catch it -lrb- yet -rrb-"""
     tokens = []
     caption = regex.sub("[\ufe00-\ufe0f\u20dd-\u20e4]", " ", caption)     # how an emoji or a keycap is drawn: ❤️, 1️⃣
     caption = caption.replace("\u00ad", "").replace("&apos;", "'")       # U+00AD: the soft hyphen

@@ -143,10 +143,8 @@ NAMINGS = {     # a model saved from inside its task's class has a name in front
 # ---- reading a naming
 
 def write_out(naming, names, ours=False):
-    """A naming with all its layers and parts written out for one model: {our name: Source}.
-
-    names: those of the file (or, with ours=True, of our model), which tell the layers and which lines with "?" apply.
-    """
+    """A naming with all its layers and parts written out for one model: {our name: Source}. names: those of the file
+    (or, with ours=True, of our model), which tell the layers and which lines with "?" apply."""
     rules = {}
     for left, right in naming.items():
         left, optional, _ = left.partition("?")

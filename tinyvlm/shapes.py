@@ -58,8 +58,7 @@ def describe(scene):
     """The one right caption of a scene in its order (make_scene: large things first, then the leftmost).
 
     one thing:  "a small red circle in the top left"            (of the picture's ninths)
-    three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)
-    """
+    three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)"""
     first, *others = scene
     if others:
         return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
@@ -68,9 +67,7 @@ def describe(scene):
 
 def parse(caption):
     """A caption -> its things [(size, color, shape), ..] and claims {(0, "above", 1), (1, "below", 0), ..} about them.
-
-    The place of a lone thing is a claim, too: (0, "top left", 0). ([], set()) if it is no description of a scene.
-    """
+    The place of a lone thing is a claim, too: (0, "top left", 0). ([], set()) if it is no description of a scene."""
     thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
     other = rf"({'|'.join(OPPOSITE)}) {thing}"
     match = re.fullmatch(rf"{thing}(?: in the ({'|'.join(PLACES)})|((?:(?: and)? {other})+))", caption.strip())
@@ -87,8 +84,7 @@ def score_parts(prediction, truth):
 
     A lone thing has a place, several have relations. A part is right if it is for all, each thing paired with the true
     one that it resembles most; so with a wrong number of things nothing is. Captions of which all parts are right mean
-    the same: "a large red star left of a small red star", "a small red star right of a large red star".
-    """
+    the same: "a large red star left of a small red star", "a small red star right of a large red star"."""
     (things, claims), (others, theirs), scored = parse(truth), parse(prediction), []
     for pairing in permutations(range(len(things))) if len(others) == len(things) else ():
         same = [[a == b for a, b in zip(other, things[k])] for other, k in zip(others, pairing)]
@@ -130,11 +126,9 @@ def draw_scene(scene, rng):
 
 
 def ask(scene, rng, i=0):
-    """Questions about scene i -> list of vqa.Question in random order, one of every kind that makes sense.
-
-    Each is about things that its words single out, and its words alone do not tell the answer: whoever knows the best
-    guess for every question, but sees nothing, is right less than 45% of the time.
-    """
+    """Questions about scene i -> list of vqa.Question in random order, one of every kind that makes sense. Each is
+    about things that its words single out, and its words alone do not tell the answer: whoever knows the best guess for
+    every question, but sees nothing, is right less than 45% of the time."""
     found, t = [], rng.choice(list(scene))
 
     def name(thing):
@@ -163,12 +157,9 @@ def ask(scene, rng, i=0):
 
 
 class Shapes(Dataset):
-    """Scenes made from (seed, split, index), drawn anew at each open(); `questions` and `labels` by image number.
-
-    A scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
-    caption, by construction and whatever the seed.
-    """
-
+    """Scenes made from (seed, split, index), drawn anew at each open(); `questions` and `labels` by image number. A
+    scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
+    caption, by construction and whatever the seed."""
     def __init__(self, n_objects=2, n_scenes=20000, seed=0):
         self.seed, self.scenes, splits, held_out = seed, [], {}, max(1, min(1000, n_scenes // 10))
         for split, size in {"train": n_scenes, "val": held_out, "test": held_out}.items():

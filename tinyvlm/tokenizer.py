@@ -88,8 +88,7 @@ def learn_merges(word_counts, vocab_size):
     Pairs are counted once; a merge then revisits only the words its pair lives in, and every pair whose count changes
     goes onto a heap with its new count; entries that are outdated are dropped when they come up.
     Ties go to the lowest pair of ids, so the result depends on the counts alone, not on the order of the texts.
-    Pairs seen once are merged too; training stops early when no pair is left (min_frequency 0 in `tokenizers`).
-    """
+    Pairs seen once are merged too; training stops early when no pair is left (min_frequency 0 in `tokenizers`)."""
     vocab, merges = {char: i for i, char in enumerate(CHAR_BYTE)}, []
     words, freqs = [spell(word) for word in word_counts], [*word_counts.values()]
     count, change, where, heap = collections.Counter(), collections.Counter(), collections.defaultdict(set), []
@@ -122,11 +121,9 @@ def learn_merges(word_counts, vocab_size):
 
 
 def apply_merges(tokens, ranks):
-    """`naive_encode` in n log n steps: a heap of (rank, place) finds the next pair, linked lists its neighbours.
-
-    ranks: {(left, right): when it was learned}. With ("u", "g"): 0 and ("h", "ug"): 1, h u g goes to h ug, then hug.
-    A merged pair keeps its left place; its right place becomes None. Outdated heap entries are skipped as they come up.
-    """
+    """`naive_encode` in n log n steps: a heap of (rank, place) finds the next pair, linked lists its neighbours. ranks:
+    {(left, right): when it was learned}. With ("u", "g"): 0 and ("h", "ug"): 1, h u g goes to h ug, then hug. A merged
+    pair keeps its left place; its right place becomes None. Outdated heap entries are skipped as they come up."""
     end = len(tokens)
     before, after = list(range(-1, end - 1)), list(range(1, end + 1))
     heap = [(ranks[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in ranks]
@@ -170,10 +167,8 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS):
         """Learn a vocabulary: 256 bytes, then merges, then the special tokens on the last ids; `vocab_size` counts all.
-
         Special tokens inside the texts are cut out and teach nothing. A small corpus may run out of pairs, which leaves
-        the vocabulary smaller.
-        """
+        the vocabulary smaller."""
         n_merges = vocab_size - 256 - len(set(special_tokens))
         if n_merges < 0:
             raise UserError(f"vocab_size {vocab_size} has no room for bytes and special tokens; add {-n_merges}")
@@ -231,10 +226,8 @@ class BPETokenizer(Tokenizer):
         return [self._vocab[token] for token in apply_merges([token for token in tokens if token], self._ranks)]
 
     def decode(self, ids):
-        """Ids -> text. Bytes that are not UTF-8 show as U+FFFD; ids without a name are left out.
-
-        CLIP's kind has lost case and white space: a word's </w> becomes one space, and the ends are stripped.
-        """
+        """Ids -> text. Bytes that are not UTF-8 show as U+FFFD; ids without a name are left out. CLIP's kind has lost
+        case and white space: a word's </w> becomes one space, and the ends are stripped."""
         data, added = bytearray(), {token["id"] for token in self._spec["added_tokens"]}
         for i in ids:
             name = self.id_to_token(i) or ""

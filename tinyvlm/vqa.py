@@ -139,9 +139,7 @@ def to_short(sentence):
 
 def encode_dialogue(tokenizer, turns):
     """turns [(question, answer or None: to be generated), ..] -> (ids, trained): the loss is taken on the trained ids.
-
-    Trained are the assistant's words and the end tag of each answer. No text from outside ever becomes a tag.
-    """
+    Trained are the assistant's words and the end tag of each answer. No text from outside ever becomes a tag."""
     end, image, begin, user, assistant = map(tokenizer.token_to_id, TAGS)
     start, row = [begin, *tokenizer.encode_plain(SYSTEM), user, image], []
     for question, answer in turns:
@@ -153,11 +151,9 @@ def encode_dialogue(tokenizer, turns):
 
 
 def rows_of(questions, tokenizer, max_len, turns, left_out):
-    """One image's list of Question -> [(ids, trained), ..]: dialogues of `turns` questions, answered in sentences.
-
-    An answer that max_len cuts loses its end tag, too: the model must not learn to stop in mid-sentence. Questions
-    without an answer, and rows without room for any, teach nothing and are left out. The Counter left_out counts all.
-    """
+    """One image's list of Question -> [(ids, trained), ..]: dialogues of `turns` questions, answered in sentences. An
+    answer that max_len cuts loses its end tag, too: the model must not learn to stop in mid-sentence. Questions without
+    an answer, and rows without room for any, teach nothing and are left out. The Counter left_out counts all."""
     pairs = [(q.question, to_sentence(q.question, q.answer)) for q in questions if q.answer]
     rows = [encode_dialogue(tokenizer, pairs[k:k + turns]) for k in range(0, len(pairs), turns)]
     left_out["questions without an answer"] += len(questions) - len(pairs)
@@ -173,10 +169,8 @@ def to_targets(ids, trained):
 
 def show_tokens(tokenizer, idx, targets, n_image_tokens, color=True):
     """A row as text, a line per run of a kind: image (blue), masked (grey), trained (green); `|` parts the tokens.
-
     Trained tokens are shown as the loss sees them, from the targets: unshifted targets would double each word. What
-    follows the last target is padding and not shown.
-    """
+    follows the last target is padding and not shown."""
     image, lines = tokenizer.token_to_id(IMAGE), []
     n = max(k for k, target in enumerate(targets, 1) if target != IGNORE)
     tokens = [("trained", 32, target) if target != IGNORE else ("image", 34, i) if i == image else ("masked", 90, i)

@@ -65,10 +65,8 @@ class _Timed(socket.socket):
 
 @functools.cache
 def _adapter(process, allow_private):
-    """What makes a requests session connect to public addresses only; it keeps connections open, for all threads.
-
-    By process: one that was forked must not write into its parent's connections.
-    """
+    """What makes a requests session connect to public addresses only; it keeps connections open, for all threads. By
+    process: one that was forked must not write into its parent's connections."""
     class Checked:
         def _new_conn(self):            # Guard: looks before a byte is sent, as a name may lead elsewhere each time
             sock = _Timed(fileno=super()._new_conn().detach())
@@ -132,8 +130,7 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
 
     captions.csv makes the folder one that layouts.photos reads. It has a line per address with "ok" or the reason of
     its failure, and decides what is not fetched again: to retry failures, delete their lines. Never more rows are taken
-    than may still be needed, so that the folder holds the first good ones, however threads and kills fall.
-    """
+    than may still be needed, so that the folder holds the first good ones, however threads and kills fall."""
     table, pool, jobs = Path(folder, "captions.csv"), ThreadPoolExecutor(THREADS), [None]
     gates = defaultdict(lambda: threading.Semaphore(PER_HOST))  # by host
 
@@ -171,9 +168,7 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
 
 def capsfusion_rows(cache):
     """The rows (dicts) of BAAI/CapsFusion-120M from the Hub's rows service, in pages of 100 that are kept in `cache`.
-
-    The service converts only a first part of a large data set, and slowly: it is given about a minute for a page.
-    """
+    The service converts only a first part of a large data set, and slowly: it is given about a minute for a page."""
     offset, total = 0, 1
     while offset < total:
         page = read_json(download(f"{ROWS}&offset={offset}&length=100", Path(cache, f"{offset:09d}.json"), tries=8))
@@ -190,10 +185,7 @@ def table_rows(path):
 
 class ImageFolderCache:
     """For training while downloading: images from a folder, else fetched, and kept while it has less than max_bytes.
-
-    What came first stays: in epochs over more than fits, the least recently used image is the one needed next.
-    """
-
+    What came first stays: in epochs over more than fits, the least recently used image is the one needed next."""
     def __init__(self, folder, max_bytes, allow_private):
         self.folder, self.allow_private = folder, allow_private
         folder.mkdir(parents=True, exist_ok=True)

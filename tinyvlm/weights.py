@@ -126,8 +126,7 @@ def copy_weights(model, tensors, rules, ignore=(), source="the checkpoint"):
 
     tensors: {their name: tensor} of any dtype; rules: {our name: Source}, see names.py; ignore: patterns such as
     "*.attn.masked_bias" for what is no weight; source: what the message calls the tensors. A model made on the "meta"
-    device gets its memory here, on the CPU, when all is known to fit. Raises UserError with the first five faults.
-    """
+    device gets its memory here, on the CPU, when all is known to fit. Raises UserError with the first five faults."""
     ours = model.state_dict()
     rules = {name: rule for name, rule in rules.items() if name in ours}
     used = {theirs for rule in rules.values() for theirs in rule.names}

@@ -25,11 +25,9 @@ def lower(text):
 
 
 class WordPieceTokenizer(Tokenizer):
-    """The longest known beginning of a word, then the longest known "##..." continuation, and so on.
-
-    "unaffable" -> un ##aff ##able. A word that fails anywhere, or has over 100 characters, becomes [UNK] as a whole.
-    Opened from a vocab.txt it has no frame: who wants [CLS] and [SEP] adds them.
-    """
+    """The longest known beginning of a word, then the longest known "##..." continuation: "unaffable" -> un ##aff
+    ##able. A word that fails anywhere, or has over 100 characters, becomes [UNK] as a whole. Opened from a vocab.txt it
+    has no frame: who wants [CLS] and [SEP] adds them."""
     kind, old_name = "WordPiece", "vocab.txt"
 
     @staticmethod
@@ -47,10 +45,8 @@ class WordPieceTokenizer(Tokenizer):
         self.unk_id, self._cleanup = self._vocab["[UNK]"], (spec["decoder"] or {}).get("cleanup")
 
     def _normalize(self, text):
-        """Odd characters out, ideographs apart, lower case, accents off: "Le Café" -> "le cafe".
-
-        Unassigned characters (Cn) stay, as in `tokenizers`: next year's emoji is [UNK], not nothing.
-        """
+        """Odd characters out, ideographs apart, lower case, accents off: "Le Café" -> "le cafe". Unassigned characters
+        (Cn) stay, as in `tokenizers`: next year's emoji is [UNK], not nothing."""
         if text.isascii() and text.isprintable():
             return text.lower()
         text = "".join(c for c in text if c in "\t\n\r" or c != "\ufffd" and category(c) not in CONTROL)
@@ -91,10 +87,8 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, min_count=5, special_tokens=SPECIAL_TOKENS):
-        """Keep the words that occur at least min_count times, commonest first; then the special tokens.
-
-        A word that is spelled like a special token is no word: only `encode` gives it that token's id.
-        """
+        """Keep the words that occur at least min_count times, commonest first; then the special tokens. A word that is
+        spelled like a special token is no word: only `encode` gives it that token's id."""
         counts = collections.Counter(word for text in texts for word in NOT_SPACE.findall(text))
         words = [word for word, n in counts.items() if n >= min_count and word not in ("<unk>", *special_tokens)]
         if not words:
