@@ -57,7 +57,7 @@ def retry(attempt, tries=5, deadline=math.inf):
             return attempt()
         except DownloadError as error:
             wish = error.headers.get("Retry-After", "")
-            wait = int(wish[:9]) if wish.isdecimal() else 0.25 * 2**failures
+            wait = int(wish[:9]) if wish.isdecimal() else 0.25 * 2**failures      # seconds
             if not error.transient or failures == tries or wait > 100 or monotonic() + wait > deadline:
                 raise
             sleep(wait)
@@ -76,7 +76,7 @@ def request(session, method, url, headers, accept=(200,), timeout=30):
             there = session.get_redirect_target(answer)
             if there is None or method == "HEAD" and urlsplit(there).netloc:
                 break
-            answer.close()
+            answer.close()                                                        # its body stays unread
             here = urljoin(here, there)
     code = answer.status_code
     if code not in accept:
@@ -120,13 +120,13 @@ def download(url, path, sha256=None, headers=HEADERS, max_bytes=10**11, max_seco
     `path` is kept, without a request: one with this sha256 (or git blob id) if it is given; a .zip if it is one. What
     can be checked in this way is continued where an earlier attempt, or run, stopped."""
     path, part, deadline = Path(path), Path(f"{path}.incomplete"), monotonic() + max_seconds
-    check = sha256.lower() if sha256 else "zip" if path.suffix == ".zip" else None
+    check = sha256.lower() if sha256 else "zip" if path.suffix == ".zip" else None  # None: only "is it there?"
 
     def attempt():
-        start = part.stat().st_size if check and part.exists() else 0
+        start = part.stat().st_size if check and part.exists() else 0             # bytes that are here already
         ranged = {**headers, "Range": f"bytes={start}-"} if start else headers
         with request(session, "GET", url, ranged, accept=(200, 206, 416)) as answer:
-            start = 0 if answer.status_code == 200 else start
+            start = 0 if answer.status_code == 200 else start                     # 200: the server sends all of it
             total = start + (answer.raw.length_remaining or 0)
             if answer.status_code > 200 and answer.headers.get("Content-Range") != f"bytes {start}-{total - 1}/{total}":
                 part.unlink(missing_ok=True)                    # Guard: another part than we want, or none (416)
@@ -183,7 +183,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
         with requests.Session() as session:
             head = retry(lambda: request(session, "HEAD", url, headers, (200, 301, 302, 303, 307, 308))).headers
         commit, etag = head.get("X-Repo-Commit", ""), head.get("X-Linked-Etag") or head.get("ETag", "")
-        etag = re.sub('^W/|"', "", etag)
+        etag = re.sub('^W/|"', "", etag)                                          # W/"0ab1" -> 0ab1
         if not (NAME.fullmatch(commit) and re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag)):  # Guard: both become names
             raise DownloadError(url, "no commit or no checksum, so this is no hub (see HF_ENDPOINT and the proxy)")
         blob = download(url, folder / "blobs" / etag, etag, headers)
@@ -193,7 +193,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
             return None
         hint = f" {why} (what is private or gated needs a token in HF_TOKEN)" if error.code in (401, 403, 404) else ""
         raise DownloadError(url, error.reason + hint) from None
-    link = folder / "snapshots" / commit / filename
+    link = folder / "snapshots" / commit / filename                               # where transformers looks for it
     link.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):                  # another process was as quick
         link.symlink_to(os.path.relpath(blob, link.parent))
@@ -213,7 +213,7 @@ def extract_zip(zip_path, folder):
             size, packed = sum(member.file_size for member in archive.infolist()), Path(zip_path).stat().st_size
             if size > 200 * packed + 10**6:                     # a bomb: photographs hardly shrink
                 raise ValueError(f"its {packed} bytes would become {size}")
-            archive.extractall(work)
+            archive.extractall(work)                                              # checks every CRC
         os.replace(work, folder)
     except Exception as error:                                  # on a damaged zip zipfile raises nearly anything
         shutil.rmtree(work, ignore_errors=True)

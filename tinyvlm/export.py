@@ -23,7 +23,7 @@ from .weights import save_safetensors
 
 def _config(c, kind):
     """Our GPTConfig or ViTConfig -> the sizes and settings of their config.json, in its words."""
-    theirs = {ours: theirs for theirs, ours in ACT_NAMES.items()}
+    theirs = {ours: theirs for theirs, ours in ACT_NAMES.items()}                 # "gelu_tanh" -> "gelu_new"
     ours = asdict(c) | {"n_hidden": c.n_hidden or 4 * c.n_embd, "activation": theirs[c.activation]}
     return {"model_type": kind} | {word: ours[field] for field, word in SETTINGS[kind].items() if field in ours}
 
@@ -54,7 +54,7 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.id_to_token(end))
         files["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     for name, content in files.items():
-        write_json(folder / f"{name}.json", content)
+        write_json(folder / f"{name}.json", content)                              # config.json last
 
 
 def main():
@@ -62,7 +62,7 @@ def main():
     if len(sys.argv) != 3:
         raise UserError("usage: python -m tinyvlm.export RUN FOLDER")
     run = load_run(sys.argv[1])
-    ids = (run.config.get(key) for key in ("first", "end", "max_tokens"))
+    ids = (run.config.get(key) for key in ("first", "end", "max_tokens"))         # how captions begin and end
     export_vit_gpt2(run.model, sys.argv[2], run.recipe, run.tokenizer, *ids)
     print(f"wrote {sys.argv[2]}; open it with transformers: VisionEncoderDecoderModel.from_pretrained")
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from .config import UserError
 from .draw import progress
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))                         # mean and std of R, G, B
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")     # no other: Pillow would hand an EPS to Ghostscript
 MAX_PIXELS, MAX_ASPECT = 100_000_000, 50    # above: bombs and maps; strips that become gigabytes when resized
@@ -99,9 +99,9 @@ def to_rgb(image, depth):
         grey[grey == clear] = 65535                                               # no pixel where clear is None
         return Image.fromarray((grey.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
     if clear is not None and depth == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
+        image.info["transparency"] = tuple(value >> 8 for value in clear)         # 0x1234 shows as 0x12
     elif clear is not None and depth in ("L;2", "L;4"):
-        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[depth]
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[depth]        # 3 and 15 show as 255
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -135,7 +135,7 @@ def preprocess(image, recipe):
 
 def to_pil(img, recipe):
     """A model's input (3, H, W) back to a picture."""
-    img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)
+    img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)  # (3, H, W) in 0..1
     return Image.fromarray((img.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
@@ -161,7 +161,7 @@ def augment(img, how, draw):
         x0, y0 = (1 - w) * (2 * draw[2] - 1), (1 - h) * (2 * draw[3] - 1)         # centre of the window in -1..1
         theta = torch.stack([w, 0 * w, x0, 0 * w, h, y0], dim=1).view(-1, 2, 3)   # from output to input places
         grid = F.affine_grid(theta, list(img.shape), align_corners=False)         # (B, H, W, 2)
-        img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)
+        img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)  # (B, 3, H, W)
     if how.jitter:
         gain = (1 + how.jitter * (2 * draw[5:8] - 1))[:, :, None, None, None]     # (3, B, 1, 1, 1)
         img = img * gain[0]                                                       # brightness
@@ -183,7 +183,7 @@ def open_batches(keys, open_one, batch_size, broken, label=None, threads=None):
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:     # Pillow decodes outside Python's lock
         for start in range(0, len(keys), batch_size):
             part = keys[start:start + batch_size]
-            opened = list(zip(part, pool.map(attempt, part)))
+            opened = list(zip(part, pool.map(attempt, part)))               # [(key, what it gave or the UserError), ..]
             broken.update((key, str(found)) for key, found in opened if isinstance(found, UserError))
             if label:
                 progress(start + len(part), len(keys), label)

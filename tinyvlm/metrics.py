@@ -41,12 +41,12 @@ def bleu(candidates, references):
     the" against "the dog" gets credit for one "the", not three. The reference length that counts is the one closest to
     the candidate's, the shorter if two are."""
     _check_pairs(candidates, references)
-    correct, guessed, words_out, words_ref = np.zeros(4), np.zeros(4), 0, 0
+    correct, guessed, words_out, words_ref = np.zeros(4), np.zeros(4), 0, 0       # by n
     for candidate, refs in zip(candidates, references):
         (counts, length), refs = _ngrams(candidate), [_ngrams(ref) for ref in refs]
         words_out += length
         words_ref += min((n for _, n in refs), key=lambda n: (abs(n - length), n))
-        guessed += [max(0, length - n) for n in range(4)]
+        guessed += [max(0, length - n) for n in range(4)]                         # five words make 5, 4, 3 and 2
         allowed = functools.reduce(Counter.__or__, (ref_counts for ref_counts, _ in refs))    # | keeps the larger count
         for gram, count in (counts & allowed).items():                                      # & the smaller
             correct[len(gram) - 1] += count
@@ -72,10 +72,10 @@ def rouge_l(candidates, references):
     beta2, total = 1.2 ** 2, 0.0
     for candidate, refs in zip(candidates, references):
         words, refs = candidate.split(" "), [ref.split(" ") for ref in refs]  # "" is one empty word, as in the original
-        common = [_lcs(ref, words) for ref in refs]
+        common = [_lcs(ref, words) for ref in refs]                               # by reference
         precision, recall = max(common) / len(words), max(c / len(ref) for c, ref in zip(common, refs))
         if recall:
-            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)
+            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)  # its F-score
     return total / len(candidates)
 
 
@@ -86,15 +86,15 @@ class CiderD:
     weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
     (sigma 6) punishes a different length. references: per image a list of tokenised strings."""
     def __init__(self, references):
-        counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]
-        seen_in = Counter(gram for refs in counts for gram in set().union(*refs))
+        counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]       # by image, by reference
+        seen_in = Counter(gram for refs in counts for gram in set().union(*refs))  # images, not references
         self.log_images = math.log(len(references))
-        self.weight = {gram: self.log_images - math.log(images) for gram, images in seen_in.items()}
+        self.weight = {gram: self.log_images - math.log(images) for gram, images in seen_in.items()}  # the idf
         self.references = [[self._vector(ref) for ref in refs] for refs in counts]
 
     def _vector(self, counts):
         weights = {gram: count * self.weight.get(gram, self.log_images) for gram, count in counts.items()}
-        norm = [sum(w * w for gram, w in weights.items() if len(gram) == n) for n in (1, 2, 3, 4)]
+        norm = [sum(w * w for gram, w in weights.items() if len(gram) == n) for n in (1, 2, 3, 4)]  # squared
         length = sum(count for gram, count in counts.items() if len(gram) == 2)     # the official length counts bigrams
         return weights, norm, length
 
@@ -104,7 +104,7 @@ class CiderD:
         for ref_weights, ref_norm, ref_length in self.references[i]:
             dots = [0.0] * 4
             for gram in weights.keys() & ref_weights.keys():
-                dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]
+                dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]  # clipped
             cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
             total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2))
         return total / len(self.references[i])
@@ -152,8 +152,8 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
     for rows in np.array_split(np.arange(N), math.ceil(N * M / BLOCK)):             # a table of N x M may not fit
         scores = (image_emb[rows] @ text_emb.T).astype(np.float32)                  # (b, M)
         scores[owner == rows[:, None]] = -np.inf                                    # what is left is the others'
-        ranks["image_to_text"][rows] += (scores >= best[rows, None]).sum(axis=1)
-        ranks["text_to_image"] += (scores >= mine).sum(axis=0)
+        ranks["image_to_text"][rows] += (scores >= best[rows, None]).sum(axis=1)  # (b,) how many are ahead
+        ranks["text_to_image"] += (scores >= mine).sum(axis=0)                    # (M,)
     return {way: {**{f"R@{k}": float((r <= k).mean()) for k in ks}, "median_rank": float(np.median(r))}
             for way, r in ranks.items()}
 
@@ -193,7 +193,7 @@ def _answer_score(prediction, humans):
     prediction, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *humans))
     if len(set(humans)) > 1 or len(humans) == 1:          # official: ten equal answers are compared as they are typed
         prediction, *humans = map(_normalize_answer, (prediction, *humans))
-    matches, others = humans.count(prediction), min(3, len(humans) - 1)
+    matches, others = humans.count(prediction), min(3, len(humans) - 1)           # three suffice
     if not others:
         return float(matches)
     total = matches * min(1, (matches - 1) / others) + (len(humans) - matches) * min(1, matches / others)
@@ -283,7 +283,7 @@ def tokenize(caption):
     caption = caption.replace("\u00ad", "").replace("&apos;", "'")       # U+00AD: the soft hyphen
     for token in _LEXER.findall(caption + "\n"):
         if token.isalpha():
-            tokens.append(token.lower())
+            tokens.append(token.lower())                                          # nearly always
         elif token.lower() not in _DROPPED:
             for mark, spelled in () if token.isascii() and token.isalnum() else _SPELLED.items():
                 token = token.replace(mark, spelled)

@@ -111,7 +111,7 @@ def _tower(table, dialect, ours="", theirs=""):
     """One column of a table, its blocks filled in, one level down on both sides: vision.ln_f. = visual.ln_post."""
     lines = {}
     for left, right in table[dialect].items():
-        inner = BLOCK[dialect] if left == "blocks.{i}." else {"": ""}
+        inner = BLOCK[dialect] if left == "blocks.{i}." else {"": ""}             # the six lines, or the line as it is
         lines |= {ours + left + a: theirs + right + b for a, b in inner.items()}
     return lines
 
@@ -149,7 +149,7 @@ def write_out(naming, names, ours=False):
     for left, right in naming.items():
         left, optional, _ = left.partition("?")
         right, _, op = right.partition("^")
-        stem, layered, _ = (left if ours else right).partition("{i}")
+        stem, layered, _ = (left if ours else right).partition("{i}")             # "h.", for "h.{i}.ln_1."
         n_layer = len({m[1] for name in names if (m := re.match(re.escape(stem) + r"(\d+)\.", name))}) if layered else 1
         lines = {}
         for i in range(n_layer):
@@ -176,7 +176,7 @@ def outward(naming, state):
     for ours, rule in write_out(naming, state, ours=True).items():
         pieces = [state[ours]]
         if len(rule.names) > 1:                         # ours is q, k and v; theirs those, or q and k with v
-            C = len(state[ours]) // 3
-            pieces = state[ours].split([C, 2 * C] if len(rule.names) == 2 else C)
+            C = len(state[ours]) // 3                                             # of (3C, C)
+            pieces = state[ours].split([C, 2 * C] if len(rule.names) == 2 else C)  # rows of q, k, v
         tensors |= {name: piece.t() if rule.op == "T" else piece for name, piece in zip(rule.names, pieces)}
     return tensors

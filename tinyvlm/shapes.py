@@ -48,7 +48,7 @@ class Thing:
 
 def relation(a, b):
     """How a stands to b: the longer of the two distances decides. A tie never happens: make_scene leaves a margin."""
-    dx, dy = a.x - b.x, a.y - b.y
+    dx, dy = a.x - b.x, a.y - b.y                                                 # pixels
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
@@ -88,7 +88,7 @@ def score_parts(prediction, truth):
     (things, claims), (others, theirs), scored = parse(truth), parse(prediction), []
     for pairing in permutations(range(len(things))) if len(others) == len(things) else ():
         same = [[a == b for a, b in zip(other, things[k])] for other, k in zip(others, pairing)]
-        related = {(pairing[a], how, pairing[b]) for a, how, b in theirs} == claims
+        related = {(pairing[a], how, pairing[b]) for a, how, b in theirs} == claims  # in the numbers of `truth`
         scored.append((sum(map(sum, same)), related, [all(part) for part in zip(*same)]))
     _, related, attributes = max(scored, default=(0, False, [False] * 3))
     return dict(zip(("size", "color", "shape", "place" if len(things) == 1 else "relation"), [*attributes, related]))
@@ -100,7 +100,7 @@ def make_scene(rng, n_objects):
         things = []
         for _ in range(rng.randint(1, n_objects)):
             size = rng.choice(list(SIZES))
-            r = SIZES[size] + 2
+            r = SIZES[size] + 2                                                   # a margin of two pixels
             things.append(Thing(size, rng.choice(list(COLORS)), rng.choice(SHAPES),
                                 rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
         pairs = [(abs(a.x - b.x), abs(a.y - b.y), SIZES[a.size] + SIZES[b.size]) for a, b in combinations(things, 2)]
@@ -113,7 +113,7 @@ def make_scene(rng, n_objects):
 
 def draw_scene(scene, rng):
     """A scene as a CANVAS x CANVAS picture on a ground of random pale or dark grey."""
-    level = rng.choice([rng.randint(225, 255), rng.randint(0, 40)])
+    level = rng.choice([rng.randint(225, 255), rng.randint(0, 40)])               # of grey
     image = Image.new("RGB", (CANVAS, CANVAS), (level,) * 3)
     pen = ImageDraw.Draw(image)
     for t in scene:
@@ -132,7 +132,7 @@ def ask(scene, rng, i=0):
     found, t = [], rng.choice(list(scene))
 
     def name(thing):
-        same = [u.color for u in scene if u.shape == thing.shape]
+        same = [u.color for u in scene if u.shape == thing.shape]                 # of all things of its shape
         text = f"the {thing.shape}" if len(same) == 1 else f"the {thing.color} {thing.shape}"
         return text if same.count(thing.color) == 1 else None
     if name(t) == f"the {t.shape}":
@@ -147,7 +147,7 @@ def ask(scene, rng, i=0):
         a, b = rng.sample(scene, 2)
         if name(a) and name(b):
             found.append(("relation", f"where is {name(a)} relative to {name(b)}?", relation(a, b).removesuffix(" of")))
-    yes = rng.random() < 0.5
+    yes = rng.random() < 0.5                                                      # as often as no
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in scene)])
     found.append(("yes/no", f"is there a{'n' * (color[0] in 'aeiou')} {color} thing?", "yes" if yes else "no"))
     rng.shuffle(found)                      # in a dialogue any kind may come first
@@ -163,7 +163,7 @@ class Shapes(Dataset):
     def __init__(self, n_objects=2, n_scenes=20000, seed=0):
         self.seed, self.scenes, splits, held_out = seed, [], {}, max(1, min(1000, n_scenes // 10))
         for split, size in {"train": n_scenes, "val": held_out, "test": held_out}.items():
-            splits[split] = list(range(len(self.scenes), len(self.scenes) + size))
+            splits[split] = list(range(len(self.scenes), len(self.scenes) + size))  # image numbers
             for index in range(size):
                 rng, home = random.Random(f"{seed}/{split}/{index}"), None
                 while home != split:

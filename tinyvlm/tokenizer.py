@@ -51,12 +51,12 @@ def naive_merges(word_counts, n_merges):
         counts = collections.Counter()
         for word, tokens in words.items():
             for pair in zip(tokens, tokens[1:]):
-                counts[pair] += word_counts[word]
+                counts[pair] += word_counts[word]                                 # as often as its word
         if not counts:
             break
         best = min(counts, key=lambda pair: (-counts[pair], order.index(pair[0]), order.index(pair[1])))
         merges.append(best)
-        order.append("".join(best))
+        order.append("".join(best))                                               # its id comes next
         words = {word: replace_pair(tokens, best, "".join(best)) for word, tokens in words.items()}
     return merges
 
@@ -66,7 +66,7 @@ def naive_encode(word, merges):
     tokens = spell(word)
     while known := [pair for pair in zip(tokens, tokens[1:]) if pair in merges]:
         i = list(zip(tokens, tokens[1:])).index(min(known, key=merges.index))
-        tokens[i:i + 2] = [tokens[i] + tokens[i + 1]]
+        tokens[i:i + 2] = [tokens[i] + tokens[i + 1]]                             # u g -> ug
     return tokens
 
 
@@ -76,7 +76,7 @@ def replace_pair(tokens, pair, new):
     while i < len(tokens):
         found = i + 1 < len(tokens) and (tokens[i], tokens[i + 1]) == pair
         out.append(new if found else tokens[i])
-        i += 2 if found else 1
+        i += 2 if found else 1                                                    # nothing is merged twice
     return out
 
 
@@ -90,7 +90,7 @@ def learn_merges(word_counts, vocab_size):
     Ties go to the lowest pair of ids, so the result depends on the counts alone, not on the order of the texts.
     Pairs seen once are merged too; training stops early when no pair is left (min_frequency 0 in `tokenizers`)."""
     vocab, merges = {char: i for i, char in enumerate(CHAR_BYTE)}, []
-    words, freqs = [spell(word) for word in word_counts], [*word_counts.values()]
+    words, freqs = [spell(word) for word in word_counts], [*word_counts.values()]  # of word w
     count, change, where, heap = collections.Counter(), collections.Counter(), collections.defaultdict(set), []
     for w, tokens in enumerate(words):
         for pair in zip(tokens, tokens[1:]):
@@ -110,10 +110,10 @@ def learn_merges(word_counts, vocab_size):
         merges.append(best)
         vocab.setdefault(new, len(vocab))                   # two different pairs may spell the same token
         change.clear()
-        for w in where.pop(best):
+        for w in where.pop(best):                                                 # the words that hold it
             for old in zip(words[w], words[w][1:]):
-                change[old] -= freqs[w]
-            words[w] = replace_pair(words[w], best, new)
+                change[old] -= freqs[w]                                           # what it was
+            words[w] = replace_pair(words[w], best, new)                          # h u g s -> h ug s
             for pair in zip(words[w], words[w][1:]):
                 change[pair] += freqs[w]
                 where[pair].add(w)
@@ -125,7 +125,7 @@ def apply_merges(tokens, ranks):
     {(left, right): when it was learned}. With ("u", "g"): 0 and ("h", "ug"): 1, h u g goes to h ug, then hug. A merged
     pair keeps its left place; its right place becomes None. Outdated heap entries are skipped as they come up."""
     end = len(tokens)
-    before, after = list(range(-1, end - 1)), list(range(1, end + 1))
+    before, after = list(range(-1, end - 1)), list(range(1, end + 1))             # each place's neighbours
     heap = [(ranks[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in ranks]
     heapq.heapify(heap)
     while heap:
@@ -133,8 +133,8 @@ def apply_merges(tokens, ranks):
         j = after[i]
         if j == end or ranks.get((tokens[i], tokens[j])) != rank:           # a rank names one pair
             continue
-        tokens[i], tokens[j] = tokens[i] + tokens[j], None
-        k = after[i] = after[j]
+        tokens[i], tokens[j] = tokens[i] + tokens[j], None                        # u, g -> ug, None
+        k = after[i] = after[j]                                                   # j drops out of the list
         if k < end:
             before[k] = i
         for a, b in ((before[i], i), (i, k)):
@@ -177,7 +177,7 @@ class BPETokenizer(Tokenizer):
         for text in texts:
             for piece in cut.split(text):
                 counts.update(_gpt2_words(piece))
-        vocab, merges = learn_merges(counts, 256 + n_merges)
+        vocab, merges = learn_merges(counts, 256 + n_merges)                      # {token: id}, pairs
         tokenizer = cls(GPT2_PARTS | {"model": {"type": "BPE", "vocab": vocab, "merges": [*map(" ".join, merges)]}})
         tokenizer.add_special_tokens(special_tokens)
         return tokenizer
@@ -208,7 +208,7 @@ class BPETokenizer(Tokenizer):
         self._clip_words = regex.compile(cuts[0]["pattern"]["Regex"]) if cuts else None
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]  # "a b" is old
         require("merges", [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocab][:1], [])
-        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}             # earliest first
         # A byte the vocabulary lacks becomes unk_token, or nothing without one, as in `tokenizers`.
         self._unk = model.get("unk_token") if model.get("unk_token") in vocab else None
 

@@ -47,7 +47,7 @@ _here = threading.local()               # of each thread: the deadline of its re
 
 def is_public(address):
     """Is an IP address out in the open internet? "8.8.8.8" yes; "127.0.0.1", "10.0.0.1", "::ffff:169.254.1.1" no."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = ipaddress.ip_address(address.partition("%")[0])                          # without the zone of "fe80::1%eth0"
     hides = ip.version == 6 and (ip.sixtofour or ip not in ipaddress.ip_network("2000::/3"))    # perhaps an IPv4 one
     return ip.is_global and not ip.is_multicast and not hides
 
@@ -56,7 +56,7 @@ class _Timed(socket.socket):
     """Guard: every read ends by the deadline. A timeout alone starts anew with each byte of a server that drips."""
 
     def recv_into(self, *args):
-        left = _here.deadline - monotonic()
+        left = _here.deadline - monotonic()                                       # seconds
         if left <= 0:
             raise TimeoutError
         self.settimeout(min(left, TIMEOUT))
@@ -77,7 +77,7 @@ def _adapter(process, allow_private):
             return sock
     adapter = requests.adapters.HTTPAdapter()
     context = ssl.create_default_context(cafile=requests.certs.where())           # checks names and certificates
-    context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})
+    context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})      # the same under TLS
     adapter.init_poolmanager(THREADS, THREADS, ssl_context=context)
     adapter.poolmanager.pool_classes_by_scheme = {
         scheme: type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (Checked, pool.ConnectionCls), {})})
@@ -118,7 +118,7 @@ def _pairs(rows, known):
             if None in row:
                 raise ValueError("more cells than the header has")
             if url and caption and url not in known:
-                known.add(url)
+                known.add(url)                                                    # also against doubles within the rows
                 yield url, caption
     except (ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
         raise UserError(f"the rows cannot be read ({str(error)[:99]}); each needs image_url (or url) and capsfusion "
@@ -149,7 +149,7 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
         lines = [*csv.reader(table.read_text("utf-8", "replace").splitlines())] if table.exists() else [HEADER]
         if lines[:1] != [HEADER]:
             raise UserError(f"{table} was not made by this program; choose another folder")
-        done = {line[3]: line for line in lines[1:] if len(line) == 4}
+        done = {line[3]: line for line in lines[1:] if len(line) == 4}          # by address; half a line does not count
         pairs, counts = _pairs(rows, set(done)), Counter(line[2] for line in done.values())
         try:
             while jobs:
@@ -173,7 +173,7 @@ def capsfusion_rows(cache):
     while offset < total:
         page = read_json(download(f"{ROWS}&offset={offset}&length=100", Path(cache, f"{offset:09d}.json"), tries=8))
         yield from (row["row"] for row in page["rows"])
-        offset, total = offset + 100, page["num_rows_total"]
+        offset, total = offset + 100, page["num_rows_total"]                      # some millions
 
 
 def table_rows(path):

@@ -53,7 +53,7 @@ def _tensors(header, data):
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**60 for n in [*shape, begin, end])
         _demand(whole, f"{name!r:.60} has the shape {shape} and the data_offsets {begin}, {end}")
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize                                  # in bytes
         _demand(size == end - begin, f"{name!r:.60} of {size} bytes has the data_offsets {begin}, {end}")
         _demand(begin == covered, f"a hole or an overlap: {name!r:.60} begins at {begin}, others end at {covered}")
         _demand(end <= len(data), f"{name!r:.60} ends at {end} of {len(data)} bytes of data")
@@ -70,7 +70,7 @@ def _read(path):
     try:
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        n = int.from_bytes(buffer[:8], "little")
+        n = int.from_bytes(buffer[:8], "little")                                  # length of the header
         _demand(n <= MAX_HEADER and 8 + n <= len(buffer), f"its {len(buffer)} bytes cannot hold a header of {n}")
         text = buffer[8:8 + n].decode("utf-8")
         _demand(text.startswith("{"), "its header does not start with '{'")
@@ -129,7 +129,7 @@ def copy_weights(model, tensors, rules, ignore=(), source="the checkpoint"):
     device gets its memory here, on the CPU, when all is known to fit. Raises UserError with the first five faults."""
     ours = model.state_dict()
     rules = {name: rule for name, rule in rules.items() if name in ours}
-    used = {theirs for rule in rules.values() for theirs in rule.names}
+    used = {theirs for rule in rules.values() for theirs in rule.names}           # names of theirs
     faults = sorted([f"{name} is missing" for name in (used - tensors.keys()) | (ours.keys() - rules.keys())] + [
         f"{name} has no use" for name in tensors.keys() - used if not any(fnmatchcase(name, glob) for glob in ignore)])
     what = f"{source} does not fit {type(model).__name__}"

@@ -50,8 +50,8 @@ class WordPieceTokenizer(Tokenizer):
         if text.isascii() and text.isprintable():
             return text.lower()
         text = "".join(c for c in text if c in "\t\n\r" or c != "\ufffd" and category(c) not in CONTROL)
-        text = lower(normalize("NFC", IDEOGRAPH.sub(r" \g<0> ", text)))
-        return "".join(c for c in normalize("NFD", text) if category(c) != "Mn")
+        text = lower(normalize("NFC", IDEOGRAPH.sub(r" \g<0> ", text)))           # each ideograph a word
+        return "".join(c for c in normalize("NFD", text) if category(c) != "Mn")  # e + accent -> e
 
     def _word_ids(self, word):
         """"cafe!" -> the ids of "cafe" and of "!": ASCII's symbols and Unicode's punctuation (P*) stand apart."""
@@ -63,11 +63,11 @@ class WordPieceTokenizer(Tokenizer):
         while start < len(word):
             prefix = "##" if start else ""
             ends = range(len(word), start, -1)
-            end = next((end for end in ends if prefix + word[start:end] in self._vocab), None)
+            end = next((end for end in ends if prefix + word[start:end] in self._vocab), None)  # the longest
             if end is None or len(word) > 100:
                 return [self.unk_id]
             ids.append(self._vocab[prefix + word[start:end]])
-            start = end
+            start = end                                                           # "##..." from here
         return ids
 
     def decode(self, ids):
