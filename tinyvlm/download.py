@@ -6,8 +6,7 @@
 A file gets its final name only when it is whole and checked, so "the file is there" always means "the file is good".
 The cache is huggingface_hub's own: what transformers downloaded is found without a request, and the reverse. Unlike
 that library we do NOT ask whether `main` has moved on once a copy is cached. Left out: Xet, uploads, parallel parts.
-`Guard:` stands at what protects against a bad server. `retry`, `request` and `body` serve web.py, too.
-"""
+`Guard:` stands at what protects against a bad server. `retry`, `request` and `body` serve web.py, too."""
 import contextlib
 import hashlib
 import math
@@ -32,7 +31,6 @@ NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")    # a relative path that cannot le
 
 class DownloadError(UserError):
     """A sentence, and its `reason` in a few words. transient: it may pass; code, headers: of a server that refused."""
-
     def __init__(self, url, reason, transient=False, code=0, headers={}):
         url = re.sub(r"//[^/?#]*@", "//", url)[:150]            # Guard: a password in the address stays out of logs
         super().__init__(f"cannot fetch {url}: {reason}; try again, or fetch it by other means")
@@ -217,5 +215,4 @@ def extract_zip(zip_path, folder):
         os.replace(work, folder)
     except Exception as error:                                  # on a damaged zip zipfile raises nearly anything
         shutil.rmtree(work, ignore_errors=True)
-        raise UserError(f"cannot unpack {zip_path} to {folder} ({error}); delete a damaged zip or make room, and run "
-                        "again") from None
+        raise UserError(f"cannot unpack {zip_path} to {folder} ({error}); mend it or make room, and run again") from None

@@ -3,8 +3,7 @@
     python -m tinyvlm.export out/mine my-captioner          # a run's folder, then the folder to write
 
 The same tables, read from left to right (names.outward, families.SETTINGS), and how captions begin and end, and images
-are prepared. Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here.
-"""
+are prepared. Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here."""
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -36,8 +35,7 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
     if not isinstance(model, CrossCaptioner) or c.wiring != "final" or not c.vision:
         raise UserError("transformers knows only captioners with a vision tower and --model cross --wiring final")
     if c.vision.stem != "patch" or not c.vision.class_token or c.vision.pre_norm or not c.vision.patch_bias:
-        raise UserError("transformers' ViT has square patches and a class token; train with --stem patch --class-token "
-                        "for a model that can be exported")
+        raise UserError("transformers' ViT has square patches and a class token: train with --stem patch --class-token")
     files, C = {"preprocessor_config": to_transformers(recipe)} if recipe else {}, c.vision.n_embd
     save_safetensors(outward(NAMINGS["vit_gpt2"][0], model.state_dict()) | {
         "decoder.lm_head.weight": model.text.wte.weight, "encoder.pooler.dense.weight": torch.zeros(C, C),

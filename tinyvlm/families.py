@@ -2,8 +2,7 @@
 
 No shape shows heads, activation or eps: config.json does. A setting there that contradicts the shapes, or changes the
 numbers otherwise than is computed here, is refused by its name, in a ValueError that pretrained.py makes a sentence of.
-Everywhere `shapes` is {our name: shape}: the size of GPT-2's vocabulary is shapes["wte.weight"][0], 50257.
-"""
+Everywhere `shapes` is {our name: shape}: the size of GPT-2's vocabulary is shapes["wte.weight"][0], 50257."""
 import math
 
 from .clip import CLIP, CLIPConfig

@@ -3,8 +3,7 @@
 Every public checkpoint was trained on images prepared in one way; others give plausible, worse answers and no error. So
 the preparation is data, kept with each run and checkpoint. Resizing is Pillow's, antialiased, as in torchvision.
 
-    file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
-"""
+    file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats"""
 import contextlib
 import functools
 import io

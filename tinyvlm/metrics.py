@@ -6,8 +6,7 @@
 
 BLEU and ROUGE count the words and runs of words that a caption shares with its references; CIDEr weighs them: "dog on
 the" is in every caption, "catching a frisbee" is not. Left out: METEOR and SPICE (WordNet, a parser and Java).
-Numbers are comparable only after the same tokenisation: it is long, and the end of this file.
-"""
+Numbers are comparable only after the same tokenisation: it is long, and the end of this file."""
 import functools
 import math
 from collections import Counter
@@ -141,8 +140,7 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
     image_emb, text_emb = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (image_emb, text_emb))
     N, M, owner = len(image_emb), len(text_emb), np.asarray(owner)
     if len(owner) != M or set(owner.tolist()) != {*range(N)}:
-        raise UserError(f"the owners of {M} texts are {len(owner)} and must name each of {N} images, and no other; "
-                        "give every image at least one text")
+        raise UserError(f"the {len(owner)} owners of {M} texts must name each of {N} images, and no other; give one each")
     if not np.isfinite(image_emb).all() or not np.isfinite(text_emb).all():         # NaN would come first: nothing is
         raise UserError("some embeddings are not finite and cannot be ranked; find the step that made them")
     mine = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32)     # (M,) each text with its image

@@ -4,8 +4,7 @@ From "Muon: an optimizer for hidden layers in neural networks" (Jordan et al. 20
 with the step length of "Muon is scalable for LLM training" (Liu et al. 2025, arXiv:2502.16982).
 A gradient of a matrix is mostly a few directions, and Adam follows them. Muon takes the momentum U S V^T and steps
 along U V^T, all directions alike: the idea is that what is rare in the data is then learned as well. Embeddings,
-convolutions, heads, norms and biases stay with AdamW. Left out: several matrices of one shape as one stack.
-"""
+convolutions, heads, norms and biases stay with AdamW. Left out: several matrices of one shape as one stack."""
 import torch
 
 

@@ -15,8 +15,7 @@ Worked example. GPT-2's cross-attention, q from the text and k, v from the image
 
     ours    blocks.{i}.cross.qkv.                   theirs  h.{i}.crossattention.[q+c]_attn.^T
     blocks.0.cross.qkv.weight (2304, 768)  =  h.0.crossattention.q_attn.weight (768, 768), transposed,
-                                    on top of h.0.crossattention.c_attn.weight (768, 1536), transposed
-"""
+                                    on top of h.0.crossattention.c_attn.weight (768, 1536), transposed"""
 import re
 from typing import NamedTuple
 

@@ -2,8 +2,7 @@
 
 One to three things that do not touch, the one right caption, questions with answers, labels: all a function of a seed.
 A model that is wrong here is wrong in a way one can see: `score_parts` compares what two captions claim, not their
-words, and says which part is wrong. Scores on it say nothing about photographs.
-"""
+words, and says which part is wrong. Scores on it say nothing about photographs."""
 import math
 import random
 import re

@@ -5,8 +5,7 @@ et al. 2016; on bytes: GPT-2, Radford et al. 2019). Encoding repeats those merge
 idea; the next two do the same in a hundredth of the time; the tokenizer around them reads and writes files (vocab.py).
 
 CLIP's text is cleaned as in `tokenizers` (NFC, runs of white space to one space, lower case), without the original
-code's ftfy and HTML unescaping. "Letter" follows the `regex` package, whose Unicode may be newer than another's.
-"""
+code's ftfy and HTML unescaping. "Letter" follows the `regex` package, whose Unicode may be newer than another's."""
 import collections
 import heapq
 import re

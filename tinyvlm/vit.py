@@ -70,8 +70,7 @@ class ViT(VisionTower):
         self.pos = nn.Parameter(wave_positions(c.image_size // c.patch_size, c.n_embd, c.class_token))
         self.ln_pre = nn.LayerNorm(c.n_embd, eps=c.eps) if c.pre_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, c.n_hidden, c.dropout, c.activation, c.eps)
-                                    for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))           # every patch attends to all
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
         self.n_feat, self.head = c.n_embd, nn.Linear(c.n_embd, c.n_class) if c.n_class else None
         init_weights(self, c.n_layer)

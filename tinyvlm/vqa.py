@@ -6,8 +6,7 @@ From "Making the V in VQA matter" (Goyal et al. 2017, arXiv:1612.00837: the file
     <|system|> Answer .. <|user|> <image> What color is the fridge? <|assistant|> The fridge is white. <|endoftext|>
     masked                        image   masked                                  trained ...................
 
-Left out: multiple choice, version 1, test-dev (a part of test), and grammar: a few safe rules make the sentences.
-"""
+Left out: multiple choice, version 1, test-dev (a part of test), and grammar: a few safe rules make the sentences."""
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -147,7 +146,7 @@ def encode_dialogue(tokenizer, turns):
         reply = [] if answer is None else [*tokenizer.encode_plain(answer), end]
         row += [(i, False) for i in masked] + [(i, True) for i in reply]
         start = [user]                                                         # the image stands in the first turn only
-    return [i for i, _ in row], [on for _, on in row]
+    return [i for i, _ in row], [on for _, on in row]                             # (T,) both
 
 
 def rows_of(questions, tokenizer, max_len, turns, left_out):

@@ -5,8 +5,7 @@
 
 Strangers wrote the links, so each is a request they make from inside your network (server-side request forgery): we
 talk to public addresses only. How a request is made and a body read is download.py's. Left out: proxies, robots.txt,
-cookies.
-"""
+cookies."""
 import contextlib
 import csv
 import functools
@@ -54,7 +53,6 @@ def is_public(address):
 
 class _Timed(socket.socket):
     """Guard: every read ends by the deadline. A timeout alone starts anew with each byte of a server that drips."""
-
     def recv_into(self, *args):
         left = _here.deadline - monotonic()                                       # seconds
         if left <= 0:

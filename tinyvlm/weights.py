@@ -7,8 +7,7 @@ A safetensors file is three things in a row, all little-endian:
     the rest  the numbers of every tensor, row by row; data_offsets count from here
 
 No code is stored, so opening a stranger's file cannot run any (a pickled .bin can). As at github.com/huggingface/
-safetensors, but for slices, elements smaller than a byte (F4, F6) and models in several files.
-"""
+safetensors, but for slices, elements smaller than a byte (F4, F6) and models in several files."""
 import json
 import math
 import mmap

@@ -1,8 +1,7 @@
 """Text <-> token ids by words: BERT's WordPiece (uncased), which takes words apart, and whole words as in 2015.
 
 WordPiece follows google-research/bert as the `tokenizers` library carries it on (signs younger than that library's
-edition of Unicode may differ). Left out: training it, and cased BERT.
-"""
+edition of Unicode may differ). Left out: training it, and cased BERT."""
 import collections
 import re
 from unicodedata import category, normalize
