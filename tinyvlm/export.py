@@ -52,7 +52,7 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.id_to_token(end))
         files["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     for name, content in files.items():
-        write_json(folder / f"{name}.json", content)                              # config.json last
+        write_json(folder / f"{name}.json", content)
 
 
 def main():

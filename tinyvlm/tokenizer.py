@@ -207,7 +207,7 @@ class BPETokenizer(Tokenizer):
         self._clip_words = regex.compile(cuts[0]["pattern"]["Regex"]) if cuts else None
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]  # "a b" is old
         require("merges", [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocab][:1], [])
-        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}             # earliest first
+        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}             # 0: learned first
         # A byte the vocabulary lacks becomes unk_token, or nothing without one, as in `tokenizers`.
         self._unk = model.get("unk_token") if model.get("unk_token") in vocab else None
 

@@ -180,7 +180,7 @@ class LSTMCaptioner(Captioner):
             self.connector["attn"] = Attention(c.n_hidden, c.n_head)
         self.lstm = LSTM(c.n_embd, c.n_hidden, c.n_layer, dropout=c.dropout)
         self.out = nn.Linear(c.n_hidden, c.n_embd) if c.n_hidden != c.n_embd else nn.Identity()
-        self.head_bias = nn.Parameter(torch.zeros(c.vocab_size))
+        self.head_bias = nn.Parameter(torch.zeros(c.vocab_size))                  # (V,)
 
     def encode(self, img):
         feats = self.drop(self.connector["norm"](self.features(img)))             # (B, N, C_img)

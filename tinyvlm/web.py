@@ -66,7 +66,7 @@ def _adapter(process, allow_private):
     """What makes a requests session connect to public addresses only; it keeps connections open, for all threads. By
     process: one that was forked must not write into its parent's connections."""
     class Checked:
-        def _new_conn(self):            # Guard: looks before a byte is sent, as a name may lead elsewhere each time
+        def _new_conn(self):            # Guard: checked before a byte is sent; a name may lead elsewhere each time
             sock = _Timed(fileno=super()._new_conn().detach())
             sock.settimeout(self.timeout)
             if not (allow_private or is_public(sock.getpeername()[0])):
@@ -116,7 +116,7 @@ def _pairs(rows, known):
             if None in row:
                 raise ValueError("more cells than the header has")
             if url and caption and url not in known:
-                known.add(url)                                                    # also against doubles within the rows
+                known.add(url)                                                    # duplicates within the rows, too
                 yield url, caption
     except (ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
         raise UserError(f"the rows cannot be read ({str(error)[:99]}); each needs image_url (or url) and capsfusion "
@@ -171,7 +171,7 @@ def capsfusion_rows(cache):
     while offset < total:
         page = read_json(download(f"{ROWS}&offset={offset}&length=100", Path(cache, f"{offset:09d}.json"), tries=8))
         yield from (row["row"] for row in page["rows"])
-        offset, total = offset + 100, page["num_rows_total"]                      # some millions
+        offset, total = offset + 100, page["num_rows_total"]
 
 
 def table_rows(path):
