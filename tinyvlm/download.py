@@ -215,4 +215,4 @@ def extract_zip(zip_path, folder):
         os.replace(work, folder)
     except Exception as error:                                  # on a damaged zip zipfile raises nearly anything
         shutil.rmtree(work, ignore_errors=True)
-        raise UserError(f"cannot unpack {zip_path} to {folder} ({error}); mend it or make room, and run again") from None
+        raise UserError(f"cannot unpack {zip_path} to {folder} ({error}); mend it or make room; run again") from None

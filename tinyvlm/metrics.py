@@ -140,7 +140,7 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
     image_emb, text_emb = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (image_emb, text_emb))
     N, M, owner = len(image_emb), len(text_emb), np.asarray(owner)
     if len(owner) != M or set(owner.tolist()) != {*range(N)}:
-        raise UserError(f"the {len(owner)} owners of {M} texts must name each of {N} images, and no other; give one each")
+        raise UserError(f"{len(owner)} owners of {M} texts must name each of {N} images, and no other; give one each")
     if not np.isfinite(image_emb).all() or not np.isfinite(text_emb).all():         # NaN would come first: nothing is
         raise UserError("some embeddings are not finite and cannot be ranked; find the step that made them")
     mine = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32)     # (M,) each text with its image
