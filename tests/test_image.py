@@ -108,7 +108,7 @@ def test_the_transparent_colour_is_white_at_every_depth(depth, kind, clear, pixe
 
 def test_large_photographs_and_profiles_are_no_damage(tmp_path):
     """90 megapixels (Pillow warns above 89), a colour profile of 2 MB, a text of 2 MB: all were "damaged"."""
-    assert load_image(saved(tmp_path, Image.new("L", (10_000, 9_000)), "a.png")).size == (10_000, 9_000)
+    assert load_image(saved(tmp_path, Image.new("1", (10_000, 9_000)), "a.png")).size == (10_000, 9_000)
     assert load_image(saved(tmp_path, noise(4, 4), "b.png", icc_profile=bytes(2 << 20))).size == (4, 4)
     text = (b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * (2 << 20)))
     assert load_image(png([b"\0" * 4], 8, 0, text)).size == (4, 1)
@@ -121,11 +121,12 @@ def test_bad_files_are_one_sentence_with_the_true_reason(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     (tmp_path / "dir.jpg").mkdir()
-    saved(tmp_path, Image.new("1", (20000, 20000)), "bomb.png")                   # 50 kB on disk, 1.2 GB as RGB
+    bomb = saved(tmp_path, noise(4, 4), "bomb.gif").read_bytes()                  # tells of 1.2 GB as RGB
+    (tmp_path / "bomb.gif").write_bytes(bomb[:6] + struct.pack("<HH", 20000, 20000) + bomb[10:])
     saved(tmp_path, Image.new("1", (51, 1)), "strip.png")
     for name, words in (("cut.jpg", "truncated"), ("page.jpg", "cannot identify"), ("empty.png", "cannot identify"),
                         ("script.jpg", "cannot identify .*convert it"), ("no.jpg", "there is no image .*check the path"),
-                        ("dir.jpg", "Is a directory"), ("bomb.png", "20000x20000 pixels, too many"),
+                        ("dir.jpg", "Is a directory"), ("bomb.gif", "20000x20000 pixels, too many"),
                         ("strip.png", "51x1 pixels, .*too long and thin")):
         with pytest.raises(UserError, match=words) as error:
             load_image(tmp_path / name)

@@ -151,12 +151,9 @@ def test_vqa_normalisation(text, clean):
     assert _normalize_answer(text) == clean
 
 
-def test_vqa_unanimous_answers_other_counts_and_types():
+def test_vqa_unanimous_answers_and_other_counts():
     """The official script cleans up only where people disagree, so case counts when all ten say the same."""
     assert vqa_accuracy(["Yes"], [["yes"] * 10]) == 0 and vqa_accuracy(["Yes"], [["yes"] * 9 + ["no"]]) == 1
     assert vqa_accuracy(["The cat."], [["cat"]]) == 1
     assert vqa_accuracy(["cat"], [["cat", "cat", "dog"]]) == pytest.approx(2 / 3)
-    got = vqa_accuracy(["a", "b", "2"], [["x"] * 3, ["b"] * 3, ["2"] * 3], ["other", "other", "number"])
-    assert got == pytest.approx({"overall": 2 / 3, "other": 1 / 2, "number": 1})
-    with pytest.raises(ValueError):
-        vqa_accuracy(["a"], [["a"]], [])
+    assert vqa_accuracy(["a", "b", "2"], [["x"] * 3, ["b"] * 3, ["2"] * 3]) == pytest.approx(2 / 3)

@@ -9,8 +9,9 @@ from tinyvlm.cnn import ResNet50, ResNetConfig
 from tinyvlm.config import UserError
 from tinyvlm.generate import generate
 from tinyvlm.gpt import IGNORE, GPT, GPTConfig, next_token_loss
+from tinyvlm.pretrained import _build_run
 from tinyvlm.vit import ViT, ViTConfig, build_vision
-from tinyvlm.vlm import LSTMConfig, VLMConfig, build, from_dict, pixel_shuffle
+from tinyvlm.vlm import LSTMConfig, VLMConfig, build, pixel_shuffle
 
 V, IMAGE = 23, 22
 KINDS = {"cross": {}, "lockstep": {"model": "cross", "wiring": "lockstep"}, "prefix": {}, "shuffle": {
@@ -148,9 +149,9 @@ def test_one_contract(kind):
     assert {name for name, p in net.named_parameters() if p.grad is None} <= unused
     ids = [id(p) for part in net.parts().values() for p in part]
     assert sorted(ids) == sorted(id(p) for p in net.parameters()) and all(net.parts().values())
-    again = from_dict(asdict(net.config))
-    assert again == net.config
-    build(again).load_state_dict(net.state_dict())
+    again = _build_run({"task": "caption", "sizes": asdict(net.config)})
+    assert again.config == net.config
+    again.load_state_dict(net.state_dict())
 
 
 def test_lockstep_block_i_reads_vision_layer_i():

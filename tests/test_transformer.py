@@ -8,6 +8,7 @@ from tinyvlm.gpt import GPT, GPTConfig
 from tinyvlm.transformer import ACTIVATIONS, Attention, Block, KVCache
 
 B, T, N, C, H = 2, 5, 7, 24, 3
+SIZES = GPTConfig(n_embd=C, n_head=H)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_attention_equals_torchs(kind):
 
 
 def test_the_future_does_not_change_the_past():
-    block, x = Block(C, H, causal=True), torch.randn(B, T, C)
+    block, x = Block(SIZES, causal=True), torch.randn(B, T, C)
     other = x.clone()
     other[:, 3:] += 1
     assert torch.equal(block(x)[:, :3], block(other)[:, :3])
@@ -66,7 +67,7 @@ def tokens_one_by_one(block, cache, x, chunks=1):
 
 def test_each_row_goes_on_from_its_own_end_and_in_any_order():
     """Prompts of 3 and 1 tokens; row 0 is continued twice, as by two beams, and row 1 once; then they change places."""
-    block, x = Block(C, H, causal=True), torch.randn(2, 3, C)
+    block, x = Block(SIZES, causal=True), torch.randn(2, 3, C)
     cache = KVCache(1, 2, 8, "cpu")
     tokens_one_by_one(block, cache, x, chunks=3)
     cache.lengths = torch.tensor([3, 1])                                          # the rest of row 1 is padding
@@ -97,10 +98,10 @@ def test_every_step_looks_alike_to_a_compiler():
 
 
 def test_unused_cache_slots_cannot_poison_the_result(monkeypatch):
-    """Rows of different length leave slots nobody wrote. They were once uninitialised memory: masked to weight 0, but
-    0 * NaN is NaN, so one run in a few failed. Here every fresh buffer that is not zeroed holds NaN."""
+    """Rows of different length leave slots nobody wrote. They were once uninitialised memory: masked to weight 0, but 0
+    * NaN is NaN, so one run in a few failed. Here every fresh buffer that is not zeroed holds NaN."""
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size: torch.full(size, float("nan")))
-    block, cache = Block(C, H, causal=True), KVCache(1, 2, 9, "cpu")
+    block, cache = Block(SIZES, causal=True), KVCache(1, 2, 9, "cpu")
     tokens_one_by_one(block, cache, torch.randn(2, 3, C), chunks=3)
     cache.lengths = torch.tensor([3, 1])
     assert tokens_one_by_one(block, cache, torch.randn(2, 3, C)).isfinite().all()

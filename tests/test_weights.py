@@ -93,8 +93,9 @@ def test_writing_into_a_loaded_tensor_is_private(tmp_path):
 
 D4 = b"\0" * 4
 FAULTS = {f"no room {k}": (raw, "bytes cannot hold a header of") for k, raw in enumerate([
-    b"", b"\2" + b"\0" * 6, struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 2**64 - 1) + b"{}"])} | {
+    b"\2" + b"\0" * 6, struct.pack("<Q", 3) + b"{}", struct.pack("<Q", 2**64 - 1) + b"{}"])} | {
     f"no object {k}": (pack(text), "does not start with") for k, text in enumerate([b"", b" {}", b"[]"])} | {
+    "nothing": (b"", "empty file"),
     "bad UTF-8": (pack(b'{"\xff": 1}'), "utf-8"),
     "bad JSON": (pack(b"{"), "line 1"),
     "NUL after the JSON": (pack(b"{}\0"), "Extra data"),
@@ -180,7 +181,7 @@ def test_random_damage_raises_nothing_but_safetensors_error(tmp_path):
     raw, rng, opened = small(tmp_path), random.Random(0), 0
     n = int.from_bytes(raw[:8], "little")
     bits = [b"-0", b"1e9", b"null", b"[]", b"{}", b"true", b'"F32"', b"18446744073709551616", b"\\ud800", b"\0"]
-    for _ in range(800):
+    for _ in range(300):
         header = bytearray(raw[8:8 + n])
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(header))
@@ -191,7 +192,7 @@ def test_random_damage_raises_nothing_but_safetensors_error(tmp_path):
             continue
         assert sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()) == len(raw) - 8 - n
         opened += 1
-    assert 0 < opened < 800, f"{opened} of 800 damaged files opened"
+    assert 0 < opened < 300, f"{opened} of 300 damaged files opened"
 
 
 # ---- the strict copy

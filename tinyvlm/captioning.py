@@ -19,7 +19,7 @@ from .config import UserError, flag_name, option
 from .gpt import IGNORE, GPTConfig
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
-from .shapes import meaning, score_parts
+from .shapes import score_parts
 from .task import Prepared, TextOptions, load_vision, make_tokenizer, run_split, sizes, train_mode, write
 from .tokenizer import END
 from .vit import ViTConfig
@@ -278,7 +278,7 @@ def score_captions(dataset, members, predictions):
         return metrics.score_captions(predictions, truths)
     found = {}
     for text, (truth,) in zip(predictions, truths):
-        parts = {f"right {part}": right for part, right in score_parts(text, truth).items() if right is not None}
-        for name, right in {"exact": meaning(text) == meaning(truth), **parts}.items():
+        parts = score_parts(text, truth)
+        for name, right in {"exact": all(parts.values()), **{f"right {part}": parts[part] for part in parts}}.items():
             found.setdefault(name, []).append(right)
     return {name: sum(right) / len(right) for name, right in found.items()}

@@ -62,8 +62,8 @@ class CLIP(nn.Module):
         super().__init__()
         c = self.config = config
         check_sizes(c, head=("linear", "mlp"))
-        self.vision = build_vision(c.vision) if c.vision else None
-        self.text = GPT(c.text) if c.text else None
+        self.vision = build_vision(c.vision) if c.vision else None                # (B, 3, H, W) -> (B, width)
+        self.text = GPT(c.text) if c.text else None                               # (B, T) -> (B, T, C)
         width = self.vision.n_feat if c.vision else c.feat_dim
         self.drop = nn.Dropout(c.dropout)
         self.image_head = nn.Linear(width, c.n_joint, bias=False)

@@ -34,7 +34,7 @@ class BatchNorm2d(nn.Module):
 
     def forward(self, x):
         world = dist.get_world_size() if self.training and dist.is_initialized() else 1
-        n = x.numel() // x.shape[1] * world
+        n = x.numel() // x.shape[1] * world                                       # values per channel
         if self.training and n == 1:
             raise UserError("BatchNorm cannot train on one value per channel: raise --batch-size, or lower --accum")
         if world == 1:                                      # in one fused call, what follows for several processes

@@ -6,8 +6,7 @@
 A file gets its final name only when it is whole and checked, so "the file is there" always means "the file is good".
 The cache is huggingface_hub's own: what transformers downloaded is found without a request, and the reverse. Unlike
 that library we do NOT ask whether `main` has moved on once a copy is cached. Left out: Xet, uploads, parallel parts.
-`Guard:` stands at what protects against a bad server. `retry`, `request` and `body` serve web.py, too.
-"""
+`Guard:` stands at what protects against a bad server. `retry`, `request` and `body` serve web.py, too."""
 import contextlib
 import hashlib
 import math
@@ -32,7 +31,6 @@ NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")    # a relative path that cannot le
 
 class DownloadError(UserError):
     """A sentence, and its `reason` in a few words. transient: it may pass; code, headers: of a server that refused."""
-
     def __init__(self, url, reason, transient=False, code=0, headers={}):
         url = re.sub(r"//[^/?#]*@", "//", url)[:150]            # Guard: a password in the address stays out of logs
         super().__init__(f"cannot fetch {url}: {reason}; try again, or fetch it by other means")
@@ -57,7 +55,7 @@ def retry(attempt, tries=5, deadline=math.inf):
             return attempt()
         except DownloadError as error:
             wish = error.headers.get("Retry-After", "")
-            wait = int(wish[:9]) if wish.isdecimal() else 0.25 * 2**failures
+            wait = int(wish[:9]) if wish.isdecimal() else 0.25 * 2**failures      # seconds
             if not error.transient or failures == tries or wait > 100 or monotonic() + wait > deadline:
                 raise
             sleep(wait)
@@ -65,9 +63,7 @@ def retry(attempt, tries=5, deadline=math.inf):
 
 def request(session, method, url, headers, accept=(200,), timeout=30):
     """An answer with a status to accept, its body not read yet, after at most 10 redirects. A HEAD stays on its host.
-
-    requests could follow by itself, but it would read a redirect's body whole.
-    """
+    requests could follow by itself, but it would read a redirect's body whole."""
     here = url
     with faults(url):
         for _ in range(11):
@@ -78,7 +74,7 @@ def request(session, method, url, headers, accept=(200,), timeout=30):
             there = session.get_redirect_target(answer)
             if there is None or method == "HEAD" and urlsplit(there).netloc:
                 break
-            answer.close()
+            answer.close()                                                        # its body stays unread
             here = urljoin(here, there)
     code = answer.status_code
     if code not in accept:
@@ -88,10 +84,8 @@ def request(session, method, url, headers, accept=(200,), timeout=30):
 
 def body(url, answer, max_bytes):
     """Yield the body piece by piece as it arrives. Guard: DownloadError if it is too large or does not end properly.
-
     urllib3 raises on fewer bytes than announced and on a broken chunk. Its read1 returns what is there, where read
-    would wait on a trickle, and would trust a chunk that says its size is -1.
-    """
+    would wait on a trickle, and would trust a chunk that says its size is -1."""
     length, done, piece = answer.raw.length_remaining, 0, b"more"
     packed = answer.headers.get("Content-Encoding", "identity") != "identity"     # though we ask for no such thing
     if length is None and not answer.raw.chunked or packed:
@@ -106,10 +100,8 @@ def body(url, answer, max_bytes):
 
 
 def _is_good(path, check):
-    """Is the file there, and does it pass? check: "zip", 64 hex digits of sha256, 40 of a git blob id, or None.
-
-    git: sha1(b"blob 6\\0" + b"hello\\n") = ce013625030ba8dba906f756967f9e9ca394464a
-    """
+    """Is the file there, and does it pass? check: "zip", 64 hex digits of sha256, 40 of a git blob id, or None. Git's
+    is sha1(b"blob 6\\0" + b"hello\\n") = ce013625030ba8dba906f756967f9e9ca394464a."""
     if not check or not path.is_file():
         return path.is_file()
     if check == "zip":                                          # its end lists all members; unpacking checks each
@@ -122,19 +114,17 @@ def _is_good(path, check):
 
 
 def download(url, path, sha256=None, headers=HEADERS, max_bytes=10**11, max_seconds=math.inf, tries=5):
-    """Fetch `url` to `path`, by way of path.incomplete, and return the Path. Raises DownloadError.
-
-    A good file at `path` is kept, without a request: one with this sha256 (or git blob id) if it is given; a .zip if it
-    is one. What can be checked in this way is continued where an earlier attempt, or run, stopped.
-    """
+    """Fetch `url` to `path`, by way of path.incomplete, and return the Path. Raises DownloadError. A good file at
+    `path` is kept, without a request: one with this sha256 (or git blob id) if it is given; a .zip if it is one. What
+    can be checked in this way is continued where an earlier attempt, or run, stopped."""
     path, part, deadline = Path(path), Path(f"{path}.incomplete"), monotonic() + max_seconds
-    check = sha256.lower() if sha256 else "zip" if path.suffix == ".zip" else None
+    check = sha256.lower() if sha256 else "zip" if path.suffix == ".zip" else None  # None: only "is it there?"
 
     def attempt():
-        start = part.stat().st_size if check and part.exists() else 0
+        start = part.stat().st_size if check and part.exists() else 0             # bytes that are here already
         ranged = {**headers, "Range": f"bytes={start}-"} if start else headers
         with request(session, "GET", url, ranged, accept=(200, 206, 416)) as answer:
-            start = 0 if answer.status_code == 200 else start
+            start = 0 if answer.status_code == 200 else start                     # 200: the server sends all of it
             total = start + (answer.raw.length_remaining or 0)
             if answer.status_code > 200 and answer.headers.get("Content-Range") != f"bytes {start}-{total - 1}/{total}":
                 part.unlink(missing_ok=True)                    # Guard: another part than we want, or none (416)
@@ -169,8 +159,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
     Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE as for huggingface_hub.
 
     The hub knows the etag, not the store it redirects to: the content's sha256 for a large file (X-Linked-Etag), git's
-    blob id for a small one. A redirect within it is a renamed repository (gpt2 -> openai-community/gpt2).
-    """
+    blob id for a small one. A redirect within it is a renamed repository (gpt2 -> openai-community/gpt2)."""
     get = os.environ.get
     url = f"{get('HF_ENDPOINT') or 'https://huggingface.co'}/{repo_id}/resolve/{quote(revision, '')}/{quote(filename)}"
     if not all(map(NAME.fullmatch, (repo_id, filename, revision))) or "--" in repo_id:      # Guard: they become paths
@@ -192,7 +181,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
         with requests.Session() as session:
             head = retry(lambda: request(session, "HEAD", url, headers, (200, 301, 302, 303, 307, 308))).headers
         commit, etag = head.get("X-Repo-Commit", ""), head.get("X-Linked-Etag") or head.get("ETag", "")
-        etag = re.sub('^W/|"', "", etag)
+        etag = re.sub('^W/|"', "", etag)                                          # W/"0ab1" -> 0ab1
         if not (NAME.fullmatch(commit) and re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag)):  # Guard: both become names
             raise DownloadError(url, "no commit or no checksum, so this is no hub (see HF_ENDPOINT and the proxy)")
         blob = download(url, folder / "blobs" / etag, etag, headers)
@@ -202,7 +191,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
             return None
         hint = f" {why} (what is private or gated needs a token in HF_TOKEN)" if error.code in (401, 403, 404) else ""
         raise DownloadError(url, error.reason + hint) from None
-    link = folder / "snapshots" / commit / filename
+    link = folder / "snapshots" / commit / filename                               # where transformers looks for it
     link.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):                  # another process was as quick
         link.symlink_to(os.path.relpath(blob, link.parent))
@@ -212,11 +201,9 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
 
 
 def extract_zip(zip_path, folder):
-    """Unpack into a new `folder`, which appears whole or not at all. Raises UserError.
-
-    zipfile itself keeps every name inside the folder, makes plain files of links, and checks each size and CRC, so a
-    zip cannot unpack to more than it declares; what it declares is checked here.
-    """
+    """Unpack into a new `folder`, which appears whole or not at all. Raises UserError. zipfile itself keeps every name
+    inside the folder, makes plain files of links, and checks each size and CRC, so a zip cannot unpack to more than it
+    declares; what it declares is checked here."""
     work = Path(f"{folder}.incomplete")
     try:
         shutil.rmtree(work, ignore_errors=True)                 # what a killed run left
@@ -224,9 +211,8 @@ def extract_zip(zip_path, folder):
             size, packed = sum(member.file_size for member in archive.infolist()), Path(zip_path).stat().st_size
             if size > 200 * packed + 10**6:                     # a bomb: photographs hardly shrink
                 raise ValueError(f"its {packed} bytes would become {size}")
-            archive.extractall(work)
+            archive.extractall(work)                                              # checks every CRC
         os.replace(work, folder)
     except Exception as error:                                  # on a damaged zip zipfile raises nearly anything
         shutil.rmtree(work, ignore_errors=True)
-        raise UserError(f"cannot unpack {zip_path} to {folder} ({error}); delete a damaged zip or make room, and run "
-                        "again") from None
+        raise UserError(f"cannot unpack {zip_path} to {folder} ({error}); mend it or make room; run again") from None

@@ -3,8 +3,7 @@
     python -m tinyvlm.export out/mine my-captioner          # a run's folder, then the folder to write
 
 The same tables, read from left to right (names.outward, families.SETTINGS), and how captions begin and end, and images
-are prepared. Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here.
-"""
+are prepared. Only ViT + GPT-2 goes out; GPT-2 alone, CLIP and the others are left out here."""
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,23 +22,20 @@ from .weights import save_safetensors
 
 def _config(c, kind):
     """Our GPTConfig or ViTConfig -> the sizes and settings of their config.json, in its words."""
-    theirs = {ours: theirs for theirs, ours in ACT_NAMES.items()}
+    theirs = {ours: theirs for theirs, ours in ACT_NAMES.items()}                 # "gelu_tanh" -> "gelu_new"
     ours = asdict(c) | {"n_hidden": c.n_hidden or 4 * c.n_embd, "activation": theirs[c.activation]}
     return {"model_type": kind} | {word: ours[field] for field, word in SETTINGS[kind].items() if field in ours}
 
 
 def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=None, max_tokens=None):
-    """Write a CrossCaptioner as a folder that transformers' VisionEncoderDecoderModel.from_pretrained opens.
-
-    first, end, max_tokens: as in a run's config.json. The pooler, which that library expects and nobody reads, is
-    written as zeros. Raises UserError for what a Hugging Face ViT cannot express.
-    """
+    """Write a CrossCaptioner as a folder that transformers' VisionEncoderDecoderModel.from_pretrained opens. first,
+    end, max_tokens: as in a run's config.json. The pooler, which that library expects and nobody reads, is written as
+    zeros. Raises UserError for what a Hugging Face ViT cannot express."""
     c, folder = model.config, Path(folder)
     if not isinstance(model, CrossCaptioner) or c.wiring != "final" or not c.vision:
         raise UserError("transformers knows only captioners with a vision tower and --model cross --wiring final")
     if c.vision.stem != "patch" or not c.vision.class_token or c.vision.pre_norm or not c.vision.patch_bias:
-        raise UserError("transformers' ViT has square patches and a class token; train with --stem patch --class-token "
-                        "for a model that can be exported")
+        raise UserError("transformers' ViT has square patches and a class token: train with --stem patch --class-token")
     files, C = {"preprocessor_config": to_transformers(recipe)} if recipe else {}, c.vision.n_embd
     save_safetensors(outward(NAMINGS["vit_gpt2"][0], model.state_dict()) | {
         "decoder.lm_head.weight": model.text.wte.weight, "encoder.pooler.dense.weight": torch.zeros(C, C),
@@ -64,7 +60,7 @@ def main():
     if len(sys.argv) != 3:
         raise UserError("usage: python -m tinyvlm.export RUN FOLDER")
     run = load_run(sys.argv[1])
-    ids = (run.config.get(key) for key in ("first", "end", "max_tokens"))
+    ids = (run.config.get(key) for key in ("first", "end", "max_tokens"))         # how captions begin and end
     export_vit_gpt2(run.model, sys.argv[2], run.recipe, run.tokenizer, *ids)
     print(f"wrote {sys.argv[2]}; open it with transformers: VisionEncoderDecoderModel.from_pretrained")
 

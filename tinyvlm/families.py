@@ -2,8 +2,7 @@
 
 No shape shows heads, activation or eps: config.json does. A setting there that contradicts the shapes, or changes the
 numbers otherwise than is computed here, is refused by its name, in a ValueError that pretrained.py makes a sentence of.
-Everywhere `shapes` is {our name: shape}: the size of GPT-2's vocabulary is shapes["wte.weight"][0], 50257.
-"""
+Everywhere `shapes` is {our name: shape}: the size of GPT-2's vocabulary is shapes["wte.weight"][0], 50257."""
 import math
 
 from .clip import CLIP, CLIPConfig
@@ -60,7 +59,7 @@ def _transformer(ck, shapes, told, kind, **shown):
               "n_layer": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})}
     agree(told, model_type=kind, **COMPUTED, **{w: shown[field] for w, field in WORDS.items() if field in shown})
     usual = {"n_head": HEADS.get(shown["n_embd"])} if "model_type" not in ck.config else {}
-    usual |= {"eps": 1e-6} if "pos_embed" in ck.tensors else {}
+    usual |= {"eps": 1e-6} if "pos_embed" in ck.tensors else {}                   # timm's ViTs
     fields = USUAL[kind] | usual | {WORDS[word]: value for word, value in told.items() if word in WORDS} | shown
     return fields | {"activation": ACT_NAMES.get(str(fields["activation"]), fields["activation"])}
 
@@ -92,7 +91,7 @@ def _clip(ck, shapes):
         agree(vision | text, **dict.fromkeys((vision | text).keys() - WORDS.keys()))
         agree(told.get("preprocess_cfg") or {}, mean=[*usual.mean], std=[*usual.std], resize_mode="shortest",
               interpolation="bicubic")
-    D = shapes["text_head.weight"][0]
+    D = shapes["text_head.weight"][0]                                             # (D, C)
     agree(ck.config, model_type="clip", projection_dim=D)
     config = CLIPConfig(vision=_vit(ck, _part(shapes, "vision."), vision, "clip_vision_model"), n_joint=D,
                         text=_gpt(ck, _part(shapes, "text."), text, "clip_text_model"),
@@ -103,8 +102,8 @@ def _clip(ck, shapes):
 
 
 def _resnet50(ck, shapes):
-    width, blocks = shapes["conv1.weight"][0], []
-    while stage := _part(shapes, f"stages.{len(blocks)}."):
+    width, blocks = shapes["conv1.weight"][0], []                                 # (width, 3, 7, 7)
+    while stage := _part(shapes, f"stages.{len(blocks)}."):                     # stage 0, 1, ..: {"0.conv1.weight": ..}
         blocks.append(len({name.split(".")[0] for name in stage}))
     agree(ck.config, model_type="resnet", architecture="resnet50", hidden_act="relu", layer_type="bottleneck",
           embedding_size=width, depths=blocks, downsample_in_bottleneck=False, downsample_in_first_stage=False,
@@ -127,7 +126,7 @@ def tie_lm_head(tensors, rules):
     for wte in [rule.names[0] for ours, rule in rules.items() if ours.endswith("wte.weight")]:
         head = wte.replace("transformer.", "").replace("wte", "lm_head")
         if head != wte and head in tensors and tensors.setdefault(wte, tensors[head]).equal(tensors[head]):
-            del tensors[head]
+            del tensors[head]                                                     # the same numbers again
 
 
 FAMILIES = {    # what it is; our class; (checkpoint, shapes) -> its config; its task

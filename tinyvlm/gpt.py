@@ -42,10 +42,9 @@ class GPT(nn.Module):
         check_sizes(config, activation=ACTIVATIONS)
         c = self.config = config
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C), also the output matrix
-        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd)                           # (block_size, C)
         self.drop = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, c.n_hidden, c.dropout, c.activation, c.eps, causal=True,
-                                          cross=c.cross) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, causal=True, cross=c.cross) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
         init_weights(self, c.n_layer)
 

@@ -3,8 +3,7 @@
 Every public checkpoint was trained on images prepared in one way; others give plausible, worse answers and no error. So
 the preparation is data, kept with each run and checkpoint. Resizing is Pillow's, antialiased, as in torchvision.
 
-    file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats
-"""
+    file --load_image--> PIL, RGB --to_uint8--> (3, H, W) bytes --normalise--> (3, H, W) floats"""
 import contextlib
 import functools
 import io
@@ -21,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from .config import UserError
 from .draw import progress
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))                         # mean and std of R, G, B
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")     # no other: Pillow would hand an EPS to Ghostscript
 MAX_PIXELS, MAX_ASPECT = 100_000_000, 50    # above: bombs and maps; strips that become gigabytes when resized
@@ -31,11 +30,9 @@ Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
 
 @dataclass
 class Recipe:
-    """How an image becomes (3, size, size) numbers. Raises ValueError or TypeError where that is impossible.
-
-    mode: "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`. Then
-    the middle size x size is cut out. mean, std: per channel (RGB), of values in 0..1.
-    """
+    """How an image becomes (3, size, size) numbers. Raises ValueError or TypeError where that is impossible. mode:
+    "squash" resizes both sides to `resize`, whatever the shape; "crop" resizes the short side to `resize`. Then the
+    middle size x size is cut out. mean, std: per channel (RGB), of values in 0..1."""
     size: int = 224
     mode: str = "crop"
     resize: int | None = None               # None: `size`
@@ -66,11 +63,9 @@ RECIPES = {     # what public checkpoints were trained with
 
 
 def load_image(source, name=None):
-    """Open a path or bytes as an upright RGB PIL image: the one place where a file of unknown origin is decoded.
-
-    Of an animation the first frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError
-    naming the file and the fault.
-    """
+    """Open a path or bytes as an upright RGB PIL image: the one place where a file of unknown origin is decoded. Of an
+    animation the first frame is taken, and the camera's orientation note (EXIF) is obeyed. Raises UserError naming the
+    file and the fault."""
     name = name or (source if not isinstance(source, bytes) else "the image")
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
@@ -92,11 +87,9 @@ def load_image(source, name=None):
 
 
 def to_rgb(image, depth):
-    """Grey, palette, CMYK, 16 bits -> 8-bit RGB, transparency on white. depth: the file's, such as "RGB;16B".
-
-    Pillow's convert() would clip 16-bit grey. And the one colour that a PNG may call transparent comes in the file's
-    own depth, while the pixels have 8 bits by now.
-    """
+    """Grey, palette, CMYK, 16 bits -> 8-bit RGB, transparency on white. depth: the file's, such as "RGB;16B". Pillow's
+    convert() would clip 16-bit grey. And the one colour that a PNG may call transparent comes in the file's own depth,
+    while the pixels have 8 bits by now."""
     clear = image.info.get("transparency")
     if image.mode == "F":
         raise ValueError("floating-point pixels")
@@ -104,29 +97,22 @@ def to_rgb(image, depth):
         grey = np.array(image, dtype=np.float32)                                  # (H, W)
         grey[grey == clear] = 65535                                               # no pixel where clear is None
         return Image.fromarray((grey.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
-    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(str(depth))
-    if scale and clear is not None:
-        image.info["transparency"] = int(clear * scale) if depth[0] == "L" else tuple(int(v * scale) for v in clear)
-    if image.mode in ("RGBA", "LA", "PA") or clear is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if clear is not None and depth == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)         # 0x1234 shows as 0x12
+    elif clear is not None and depth in ("L;2", "L;4"):
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[depth]        # 3 and 15 show as 255
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def centre_crop(image, size):
-    """Cut size x size from the middle; an odd pixel goes where round() puts half (torchvision's way; others floor)."""
-    left, top = (round((side - size) / 2) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
 
 
 def to_uint8(image, recipe):
     """RGB PIL image -> (3, size, size) uint8 tensor, geometry done, colours untouched."""
-    side, (w, h) = recipe.resize or recipe.size, image.size
-    if recipe.mode == "squash":
-        w = h = 1
+    S, side, (w, h) = recipe.size, recipe.resize or recipe.size, (1, 1) if recipe.mode == "squash" else image.size
     shape = side * w // min(w, h), side * h // min(w, h)        # rounded down: 500x375, short side to 224, is 298x224
-    image = image.resize(shape, Image.Resampling[recipe.interpolation.upper()])
-    return torch.from_numpy(np.array(centre_crop(image, recipe.size))).permute(2, 0, 1).contiguous()   # (3, S, S)
+    left, top = (round((n - S) / 2) for n in shape)             # round() puts half a pixel where torchvision does
+    image = image.resize(shape, Image.Resampling[recipe.interpolation.upper()]).crop((left, top, left + S, top + S))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()        # (3, S, S)
 
 
 @functools.cache
@@ -148,7 +134,7 @@ def preprocess(image, recipe):
 
 def to_pil(img, recipe):
     """A model's input (3, H, W) back to a picture."""
-    img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)
+    img = img * _per_channel(recipe.std, img.device) + _per_channel(recipe.mean, img.device)  # (3, H, W) in 0..1
     return Image.fromarray((img.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
@@ -161,11 +147,9 @@ class Augment:
 
 
 def augment(img, how, draw):
-    """Augment a whole batch on its device: img (B, 3, H, W) floats in 0..1 -> same shape.
-
-    draw (8, B): numbers in 0..1 that decide everything, from the caller, so that a resumed run repeats them. Rows: 0
-    area, 1 aspect, 2 and 3 place, 4 mirror (1.0: never), 5 to 7 brightness, contrast, saturation.
-    """
+    """Augment a whole batch on its device: img (B, 3, H, W) floats in 0..1 -> same shape. draw (8, B): numbers in 0..1
+    that decide everything, from the caller, so that a resumed run repeats them. Rows: 0 area, 1 aspect, 2 and 3 place,
+    4 mirror (1.0: never), 5 to 7 brightness, contrast, saturation."""
     draw = draw.to(img.device, non_blocking=True)                                 # (8, B)
     if how.flip:
         img = torch.where((draw[4] < 0.5).view(-1, 1, 1, 1), img.flip(-1), img)    # (B, 3, H, W)
@@ -176,7 +160,7 @@ def augment(img, how, draw):
         x0, y0 = (1 - w) * (2 * draw[2] - 1), (1 - h) * (2 * draw[3] - 1)         # centre of the window in -1..1
         theta = torch.stack([w, 0 * w, x0, 0 * w, h, y0], dim=1).view(-1, 2, 3)   # from output to input places
         grid = F.affine_grid(theta, list(img.shape), align_corners=False)         # (B, H, W, 2)
-        img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)
+        img = F.grid_sample(img, grid, padding_mode="reflection", align_corners=False)  # (B, 3, H, W)
     if how.jitter:
         gain = (1 + how.jitter * (2 * draw[5:8] - 1))[:, :, None, None, None]     # (3, B, 1, 1, 1)
         img = img * gain[0]                                                       # brightness
@@ -188,10 +172,8 @@ def augment(img, how, draw):
 
 
 def open_batches(keys, open_one, batch_size, broken, label=None, threads=None):
-    """The one loop over images: yields lists of (key, open_one(key)), a batch at a time, opened by all cores.
-
-    What raises UserError is left out, and noted in the dict `broken`: {key: its sentence}. label: shows progress.
-    """
+    """The one loop over images: yields lists of (key, open_one(key)), a batch at a time, opened by all cores. What
+    raises UserError is left out, and noted in the dict `broken`: {key: its sentence}. label: shows progress."""
     def attempt(key):
         try:
             return open_one(key)
@@ -200,7 +182,7 @@ def open_batches(keys, open_one, batch_size, broken, label=None, threads=None):
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:     # Pillow decodes outside Python's lock
         for start in range(0, len(keys), batch_size):
             part = keys[start:start + batch_size]
-            opened = list(zip(part, pool.map(attempt, part)))
+            opened = list(zip(part, pool.map(attempt, part)))               # [(key, what it gave or the UserError), ..]
             broken.update((key, str(found)) for key, found in opened if isinstance(found, UserError))
             if label:
                 progress(start + len(part), len(keys), label)

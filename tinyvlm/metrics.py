@@ -6,8 +6,7 @@
 
 BLEU and ROUGE count the words and runs of words that a caption shares with its references; CIDEr weighs them: "dog on
 the" is in every caption, "catching a frisbee" is not. Left out: METEOR and SPICE (WordNet, a parser and Java).
-Numbers are comparable only after the same tokenisation: it is long, and the end of this file.
-"""
+Numbers are comparable only after the same tokenisation: it is long, and the end of this file."""
 import functools
 import math
 from collections import Counter
@@ -39,15 +38,14 @@ def bleu(candidates, references):
 
     Counts are summed over all images before dividing (no mean of sentence scores, no smoothing). Clipping: "the the
     the" against "the dog" gets credit for one "the", not three. The reference length that counts is the one closest to
-    the candidate's, the shorter if two are.
-    """
+    the candidate's, the shorter if two are."""
     _check_pairs(candidates, references)
-    correct, guessed, words_out, words_ref = np.zeros(4), np.zeros(4), 0, 0
+    correct, guessed, words_out, words_ref = np.zeros(4), np.zeros(4), 0, 0       # by n
     for candidate, refs in zip(candidates, references):
         (counts, length), refs = _ngrams(candidate), [_ngrams(ref) for ref in refs]
         words_out += length
         words_ref += min((n for _, n in refs), key=lambda n: (abs(n - length), n))
-        guessed += [max(0, length - n) for n in range(4)]
+        guessed += [max(0, length - n) for n in range(4)]                         # five words make 5, 4, 3 and 2
         allowed = functools.reduce(Counter.__or__, (ref_counts for ref_counts, _ in refs))    # | keeps the larger count
         for gram, count in (counts & allowed).items():                                      # & the smaller
             correct[len(gram) - 1] += count
@@ -68,17 +66,15 @@ def _lcs(a, b):
 
 def rouge_l(candidates, references):
     """Mean over images of ROUGE-L in 0..1: an F-score (beta 1.2: recall weighs more) of the longest common subsequence.
-
-    Best precision and best recall are taken over the references separately, so they may come from two of them.
-    """
+    Best precision and best recall are taken over the references separately, so they may come from two of them."""
     _check_pairs(candidates, references)
     beta2, total = 1.2 ** 2, 0.0
     for candidate, refs in zip(candidates, references):
         words, refs = candidate.split(" "), [ref.split(" ") for ref in refs]  # "" is one empty word, as in the original
-        common = [_lcs(ref, words) for ref in refs]
+        common = [_lcs(ref, words) for ref in refs]                               # by reference
         precision, recall = max(common) / len(words), max(c / len(ref) for c, ref in zip(common, refs))
         if recall:
-            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)
+            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)  # its F-score
     return total / len(candidates)
 
 
@@ -87,19 +83,17 @@ class CiderD:
 
     An n-gram weighs its count times log(images / images whose references use it), so a phrase that fits every image
     weighs nothing, and a set of one image scores 0. The D: a candidate's weight is clipped at the reference, a Gaussian
-    (sigma 6) punishes a different length. references: per image a list of tokenised strings.
-    """
-
+    (sigma 6) punishes a different length. references: per image a list of tokenised strings."""
     def __init__(self, references):
-        counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]
-        seen_in = Counter(gram for refs in counts for gram in set().union(*refs))
+        counts = [[_ngrams(ref)[0] for ref in refs] for refs in references]       # by image, by reference
+        seen_in = Counter(gram for refs in counts for gram in set().union(*refs))  # images, not references
         self.log_images = math.log(len(references))
-        self.weight = {gram: self.log_images - math.log(images) for gram, images in seen_in.items()}
+        self.weight = {gram: self.log_images - math.log(images) for gram, images in seen_in.items()}  # the idf
         self.references = [[self._vector(ref) for ref in refs] for refs in counts]
 
     def _vector(self, counts):
         weights = {gram: count * self.weight.get(gram, self.log_images) for gram, count in counts.items()}
-        norm = [sum(w * w for gram, w in weights.items() if len(gram) == n) for n in (1, 2, 3, 4)]
+        norm = [sum(w * w for gram, w in weights.items() if len(gram) == n) for n in (1, 2, 3, 4)]  # squared
         length = sum(count for gram, count in counts.items() if len(gram) == 2)     # the official length counts bigrams
         return weights, norm, length
 
@@ -109,7 +103,7 @@ class CiderD:
         for ref_weights, ref_norm, ref_length in self.references[i]:
             dots = [0.0] * 4
             for gram in weights.keys() & ref_weights.keys():
-                dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]
+                dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]  # clipped
             cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
             total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2))
         return total / len(self.references[i])
@@ -141,14 +135,12 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
 
     image_emb (N, D), text_emb (M, D): arrays or tensors, scored by dot product; owner (M,): index of each text's image.
     image_to_text is a hit if any caption of the image is in the top K; text_to_image, if its one image is. Equal scores
-    count against us: a model that answers the same to everything comes last.
-    """
+    count against us: a model that answers the same to everything comes last."""
     # float64, then rounded: equal vectors must tie although their products may be summed up in another order
     image_emb, text_emb = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (image_emb, text_emb))
     N, M, owner = len(image_emb), len(text_emb), np.asarray(owner)
     if len(owner) != M or set(owner.tolist()) != {*range(N)}:
-        raise UserError(f"the owners of {M} texts are {len(owner)} and must name each of {N} images, and no other; "
-                        "give every image at least one text")
+        raise UserError(f"{len(owner)} owners of {M} texts must name each of {N} images, and no other; give one each")
     if not np.isfinite(image_emb).all() or not np.isfinite(text_emb).all():         # NaN would come first: nothing is
         raise UserError("some embeddings are not finite and cannot be ranked; find the step that made them")
     mine = np.einsum("md,md->m", image_emb[owner], text_emb).astype(np.float32)     # (M,) each text with its image
@@ -158,8 +150,8 @@ def recall_at_k(image_emb, text_emb, owner, ks=(1, 5, 10)):
     for rows in np.array_split(np.arange(N), math.ceil(N * M / BLOCK)):             # a table of N x M may not fit
         scores = (image_emb[rows] @ text_emb.T).astype(np.float32)                  # (b, M)
         scores[owner == rows[:, None]] = -np.inf                                    # what is left is the others'
-        ranks["image_to_text"][rows] += (scores >= best[rows, None]).sum(axis=1)
-        ranks["text_to_image"] += (scores >= mine).sum(axis=0)
+        ranks["image_to_text"][rows] += (scores >= best[rows, None]).sum(axis=1)  # (b,) how many are ahead
+        ranks["text_to_image"] += (scores >= mine).sum(axis=0)                    # (M,)
     return {way: {**{f"R@{k}": float((r <= k).mean()) for k in ks}, "median_rank": float(np.median(r))}
             for way, r in ranks.items()}
 
@@ -199,26 +191,19 @@ def _answer_score(prediction, humans):
     prediction, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *humans))
     if len(set(humans)) > 1 or len(humans) == 1:          # official: ten equal answers are compared as they are typed
         prediction, *humans = map(_normalize_answer, (prediction, *humans))
-    matches, others = humans.count(prediction), min(3, len(humans) - 1)
+    matches, others = humans.count(prediction), min(3, len(humans) - 1)           # three suffice
     if not others:
         return float(matches)
     total = matches * min(1, (matches - 1) / others) + (len(humans) - matches) * min(1, matches / others)
     return total / len(humans)
 
 
-def vqa_accuracy(predictions, answers, answer_types=None):
-    """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten.
-
-    For each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than
-    four humans "three" becomes all the others; a single answer must be equal after clean-up.
-    answer_types, one word per question ("yes/no", "number", "other"): then returns {"overall": .., "number": ..}.
-    """
+def vqa_accuracy(predictions, answers):
+    """Official VQA accuracy in 0..1. predictions: one string per question; answers: its human answers, usually ten. For
+    each human, min(1, matches among the other nine / 3), averaged: three people suffice. With fewer than four humans
+    "three" becomes all the others; a single answer must be equal after clean-up."""
     _check_pairs(predictions, answers)
-    parts = {"overall": [_answer_score(prediction, humans) for prediction, humans in zip(predictions, answers)]}
-    for kind, score in zip(answer_types or (), [*parts["overall"]], strict=answer_types is not None):
-        parts.setdefault(kind, []).append(score)
-    means = {kind: sum(part) / len(part) for kind, part in parts.items()}
-    return means if answer_types is not None else means["overall"]
+    return sum(map(_answer_score, predictions, answers)) / len(answers)
 
 
 # ----- 4. Tokens: Penn Treebank rules for captions -----
@@ -288,16 +273,15 @@ _LEXER = regex.compile(regex.sub("<([A-Z]+[0-9]?)>", lambda name: _PIECES[name[1
 
 
 def tokenize(caption):
-    """Words of one caption: Stanford PTB, lower case, punctuation dropped:
+    """Words of one caption: Stanford PTB, lower case, punctuation dropped.
 
-    tokenize('The man\'s dog can\'t catch "it" (yet).')  ->  the man 's dog ca n't catch it -lrb- yet -rrb-
-    """
+    tokenize('The man\'s dog can\'t catch "it" (yet).')  ->  the man 's dog ca n't catch it -lrb- yet -rrb-"""
     tokens = []
     caption = regex.sub("[\ufe00-\ufe0f\u20dd-\u20e4]", " ", caption)     # how an emoji or a keycap is drawn: ❤️, 1️⃣
     caption = caption.replace("\u00ad", "").replace("&apos;", "'")       # U+00AD: the soft hyphen
     for token in _LEXER.findall(caption + "\n"):
         if token.isalpha():
-            tokens.append(token.lower())
+            tokens.append(token.lower())                                          # nearly always
         elif token.lower() not in _DROPPED:
             for mark, spelled in () if token.isascii() and token.isalnum() else _SPELLED.items():
                 token = token.replace(mark, spelled)

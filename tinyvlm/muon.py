@@ -5,17 +5,14 @@ with the step length of "Muon is scalable for LLM training" (Liu et al. 2025, ar
 A gradient of a matrix is mostly a few directions, and Adam follows them. Muon takes the momentum U S V^T and steps
 along U V^T, all directions alike: the idea is that what is rare in the data is then learned as well. A convolution's
 filters (C_out, C_in, k, k) are a matrix, too, of a row for each filter. Embeddings, heads, norms and biases stay with
-AdamW. Left out: several matrices of one shape as one stack.
-"""
+AdamW. Left out: several matrices of one shape as one stack."""
 import torch
 
 
 def orthogonalise(x, steps=5):
-    """x (R, C) = U S V^T -> about U V^T, without an SVD: singular values come to lie between 0.6 and 1.2.
-
-    Newton and Schulz: x -> a x + b (x x^T) x + c (x x^T)^2 x acts on each singular value s as a s + b s^3 + c s^5, and
-    five times that lifts those above about 1/500 of the matrix's norm; fainter ones grow a^5 = 485 times, 0 stays 0.
-    """
+    """x (R, C) = U S V^T -> about U V^T, without an SVD: singular values come to lie between 0.6 and 1.2. Newton and
+    Schulz: x -> a x + b (x x^T) x + c (x x^T)^2 x acts on each singular value s as a s + b s^3 + c s^5, and five times
+    that lifts those above about 1/500 of the matrix's norm; fainter ones grow a^5 = 485 times, 0 stays 0."""
     a, b, c = 3.4445, -4.7750, 2.0315                   # steep at 0, never above 1.21 for s from 0 to 1.2
     if len(x) > x.shape[1]:
         return orthogonalise(x.t(), steps).t()          # R <= C: the smaller square below

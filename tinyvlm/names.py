@@ -15,8 +15,7 @@ Worked example. GPT-2's cross-attention, q from the text and k, v from the image
 
     ours    blocks.{i}.cross.qkv.                   theirs  h.{i}.crossattention.[q+c]_attn.^T
     blocks.0.cross.qkv.weight (2304, 768)  =  h.0.crossattention.q_attn.weight (768, 768), transposed,
-                                    on top of h.0.crossattention.c_attn.weight (768, 1536), transposed
-"""
+                                    on top of h.0.crossattention.c_attn.weight (768, 1536), transposed"""
 import re
 from typing import NamedTuple
 
@@ -111,7 +110,7 @@ def _tower(table, dialect, ours="", theirs=""):
     """One column of a table, its blocks filled in, one level down on both sides: vision.ln_f. = visual.ln_post."""
     lines = {}
     for left, right in table[dialect].items():
-        inner = BLOCK[dialect] if left == "blocks.{i}." else {"": ""}
+        inner = BLOCK[dialect] if left == "blocks.{i}." else {"": ""}             # the six lines, or the line as it is
         lines |= {ours + left + a: theirs + right + b for a, b in inner.items()}
     return lines
 
@@ -143,15 +142,13 @@ NAMINGS = {     # a model saved from inside its task's class has a name in front
 # ---- reading a naming
 
 def write_out(naming, names, ours=False):
-    """A naming with all its layers and parts written out for one model: {our name: Source}.
-
-    names: those of the file (or, with ours=True, of our model), which tell the layers and which lines with "?" apply.
-    """
+    """A naming with all its layers and parts written out for one model: {our name: Source}. names: those of the file
+    (or, with ours=True, of our model), which tell the layers and which lines with "?" apply."""
     rules = {}
     for left, right in naming.items():
         left, optional, _ = left.partition("?")
         right, _, op = right.partition("^")
-        stem, layered, _ = (left if ours else right).partition("{i}")
+        stem, layered, _ = (left if ours else right).partition("{i}")             # "h.", for "h.{i}.ln_1."
         n_layer = len({m[1] for name in names if (m := re.match(re.escape(stem) + r"(\d+)\.", name))}) if layered else 1
         lines = {}
         for i in range(n_layer):
@@ -178,7 +175,7 @@ def outward(naming, state):
     for ours, rule in write_out(naming, state, ours=True).items():
         pieces = [state[ours]]
         if len(rule.names) > 1:                         # ours is q, k and v; theirs those, or q and k with v
-            C = len(state[ours]) // 3
-            pieces = state[ours].split([C, 2 * C] if len(rule.names) == 2 else C)
+            C = len(state[ours]) // 3                                             # of (3C, C)
+            pieces = state[ours].split([C, 2 * C] if len(rule.names) == 2 else C)  # rows of q, k, v
         tensors |= {name: piece.t() if rule.op == "T" else piece for name, piece in zip(rule.names, pieces)}
     return tensors

@@ -30,7 +30,7 @@ from .names import Source, best_naming
 from .recipes import read_recipe
 from .tokenizer import END, load_tokenizer
 from .vit import ViTConfig
-from .vlm import build, from_dict
+from .vlm import LSTMConfig, VLMConfig, build
 from .weights import copy_weights, load_safetensors
 
 
@@ -189,11 +189,11 @@ def is_run(source):
 def _build_run(config):
     """config.json of a run -> the freshly made model it describes. `blocks` tells a ResNet's sizes from a ViT's."""
     from .classifying import Classifier, ClassifierConfig        # a task's module, which may import this one
-    sizes, task = dict(config["sizes"]), config["task"]
-    if task in ("caption", "vqa"):
-        return build(from_dict(sizes))
-    model_class, kind = {"classify": (Classifier, ClassifierConfig), "clip": (CLIP, CLIPConfig)}[task]
-    kinds = {"vision": ResNetConfig if "blocks" in (sizes["vision"] or {}) else ViTConfig, "text": GPTConfig}
+    sizes = dict(config["sizes"])
+    model_class, kind = {"caption": (build, VLMConfig), "vqa": (build, VLMConfig), "clip": (CLIP, CLIPConfig),
+                         "classify": (Classifier, ClassifierConfig)}[config["task"]]
+    kinds = {"vision": ResNetConfig if "blocks" in (sizes["vision"] or {}) else ViTConfig,
+             "text": LSTMConfig if sizes.get("model") == "lstm" else GPTConfig}
     return model_class(kind(**sizes | {part: kinds[part](**sizes[part]) for part in kinds if sizes.get(part)}))
 
 

@@ -1,9 +1,8 @@
 """shapes: coloured figures on a plain ground, a world small enough to be described without a mistake.
 
 One to three things that do not touch, the one right caption, questions with answers, labels: all a function of a seed.
-A model that is wrong here is wrong in a way one can see: `meaning` compares what two captions claim, not their words,
-and `score_parts` says which part is wrong. Scores on it say nothing about photographs.
-"""
+A model that is wrong here is wrong in a way one can see: `score_parts` compares what two captions claim, not their
+words, and says which part is wrong. Scores on it say nothing about photographs."""
 import math
 import random
 import re
@@ -48,7 +47,7 @@ class Thing:
 
 def relation(a, b):
     """How a stands to b: the longer of the two distances decides. A tie never happens: make_scene leaves a margin."""
-    dx, dy = a.x - b.x, a.y - b.y
+    dx, dy = a.x - b.x, a.y - b.y                                                 # pixels
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
@@ -58,8 +57,7 @@ def describe(scene):
     """The one right caption of a scene in its order (make_scene: large things first, then the leftmost).
 
     one thing:  "a small red circle in the top left"            (of the picture's ninths)
-    three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)
-    """
+    three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)"""
     first, *others = scene
     if others:
         return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
@@ -68,9 +66,7 @@ def describe(scene):
 
 def parse(caption):
     """A caption -> its things [(size, color, shape), ..] and claims {(0, "above", 1), (1, "below", 0), ..} about them.
-
-    The place of a lone thing is a claim, too: (0, "top left", 0). ([], set()) if it is no description of a scene.
-    """
+    The place of a lone thing is a claim, too: (0, "top left", 0). ([], set()) if it is no description of a scene."""
     thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
     other = rf"({'|'.join(OPPOSITE)}) {thing}"
     match = re.fullmatch(rf"{thing}(?: in the ({'|'.join(PLACES)})|((?:(?: and)? {other})+))", caption.strip())
@@ -82,29 +78,19 @@ def parse(caption):
     return re.findall(thing, caption), claims
 
 
-def meaning(caption):
-    """What a caption claims, whatever its wording: (things, claims), or None if it is no description of a scene.
-
-    "a large red star left of a small red star" and "a small red star right of a large red star" mean the same.
-    """
-    things, claims = parse(caption)
-    return (sorted(things), {(things[a], how, things[b]) for a, how, b in claims}) if things else None
-
-
 def score_parts(prediction, truth):
-    """Which parts of a caption are right: {"size", "color", "shape", "place", "relation": True, False or None}.
+    """Which parts of a caption are right: {"size", "color", "shape", and "place" or "relation": True or False}.
 
-    None is what the truth lacks: a lone thing's relation, the place of several. A part is right if it is for all, each
-    thing paired with the true one that it resembles most; so with a wrong number of things nothing is.
-    """
+    A lone thing has a place, several have relations. A part is right if it is for all, each thing paired with the true
+    one that it resembles most; so with a wrong number of things nothing is. Captions of which all parts are right mean
+    the same: "a large red star left of a small red star", "a small red star right of a large red star"."""
     (things, claims), (others, theirs), scored = parse(truth), parse(prediction), []
     for pairing in permutations(range(len(things))) if len(others) == len(things) else ():
         same = [[a == b for a, b in zip(other, things[k])] for other, k in zip(others, pairing)]
-        related = {(pairing[a], how, pairing[b]) for a, how, b in theirs} == claims
+        related = {(pairing[a], how, pairing[b]) for a, how, b in theirs} == claims  # in the numbers of `truth`
         scored.append((sum(map(sum, same)), related, [all(part) for part in zip(*same)]))
     _, related, attributes = max(scored, default=(0, False, [False] * 3))
-    parts = dict(zip(("size", "color", "shape"), attributes), place=None, relation=None)
-    return parts | {"place" if len(things) == 1 else "relation": related}
+    return dict(zip(("size", "color", "shape", "place" if len(things) == 1 else "relation"), [*attributes, related]))
 
 
 def make_scene(rng, n_objects):
@@ -113,7 +99,7 @@ def make_scene(rng, n_objects):
         things = []
         for _ in range(rng.randint(1, n_objects)):
             size = rng.choice(list(SIZES))
-            r = SIZES[size] + 2
+            r = SIZES[size] + 2                                                   # a margin of two pixels
             things.append(Thing(size, rng.choice(list(COLORS)), rng.choice(SHAPES),
                                 rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
         pairs = [(abs(a.x - b.x), abs(a.y - b.y), SIZES[a.size] + SIZES[b.size]) for a, b in combinations(things, 2)]
@@ -126,7 +112,7 @@ def make_scene(rng, n_objects):
 
 def draw_scene(scene, rng):
     """A scene as a CANVAS x CANVAS picture on a ground of random pale or dark grey."""
-    level = rng.choice([rng.randint(225, 255), rng.randint(0, 40)])
+    level = rng.choice([rng.randint(225, 255), rng.randint(0, 40)])               # of grey
     image = Image.new("RGB", (CANVAS, CANVAS), (level,) * 3)
     pen = ImageDraw.Draw(image)
     for t in scene:
@@ -139,15 +125,13 @@ def draw_scene(scene, rng):
 
 
 def ask(scene, rng, i=0):
-    """Questions about scene i -> list of vqa.Question in random order, one of every kind that makes sense.
-
-    Each is about things that its words single out, and its words alone do not tell the answer: whoever knows the best
-    guess for every question, but sees nothing, is right less than 45% of the time.
-    """
+    """Questions about scene i -> list of vqa.Question in random order, one of every kind that makes sense. Each is
+    about things that its words single out, and its words alone do not tell the answer: whoever knows the best guess for
+    every question, but sees nothing, is right less than 45% of the time."""
     found, t = [], rng.choice(list(scene))
 
     def name(thing):
-        same = [u.color for u in scene if u.shape == thing.shape]
+        same = [u.color for u in scene if u.shape == thing.shape]                 # of all things of its shape
         text = f"the {thing.shape}" if len(same) == 1 else f"the {thing.color} {thing.shape}"
         return text if same.count(thing.color) == 1 else None
     if name(t) == f"the {t.shape}":
@@ -162,7 +146,7 @@ def ask(scene, rng, i=0):
         a, b = rng.sample(scene, 2)
         if name(a) and name(b):
             found.append(("relation", f"where is {name(a)} relative to {name(b)}?", relation(a, b).removesuffix(" of")))
-    yes = rng.random() < 0.5
+    yes = rng.random() < 0.5                                                      # as often as no
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in scene)])
     found.append(("yes/no", f"is there a{'n' * (color[0] in 'aeiou')} {color} thing?", "yes" if yes else "no"))
     rng.shuffle(found)                      # in a dialogue any kind may come first
@@ -172,16 +156,13 @@ def ask(scene, rng, i=0):
 
 
 class Shapes(Dataset):
-    """Scenes made from (seed, split, index), drawn anew at each open(); `questions` and `labels` by image number.
-
-    A scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
-    caption, by construction and whatever the seed.
-    """
-
+    """Scenes made from (seed, split, index), drawn anew at each open(); `questions` and `labels` by image number. A
+    scene belongs to the split that the hash of its caption names, so no caption of val or test is ever a training
+    caption, by construction and whatever the seed."""
     def __init__(self, n_objects=2, n_scenes=20000, seed=0):
         self.seed, self.scenes, splits, held_out = seed, [], {}, max(1, min(1000, n_scenes // 10))
         for split, size in {"train": n_scenes, "val": held_out, "test": held_out}.items():
-            splits[split] = list(range(len(self.scenes), len(self.scenes) + size))
+            splits[split] = list(range(len(self.scenes), len(self.scenes) + size))  # image numbers
             for index in range(size):
                 rng, home = random.Random(f"{seed}/{split}/{index}"), None
                 while home != split:

@@ -5,8 +5,7 @@ et al. 2016; on bytes: GPT-2, Radford et al. 2019). Encoding repeats those merge
 idea; the next two do the same in a hundredth of the time; the tokenizer around them reads and writes files (vocab.py).
 
 CLIP's text is cleaned as in `tokenizers` (NFC, runs of white space to one space, lower case), without the original
-code's ftfy and HTML unescaping. "Letter" follows the `regex` package, whose Unicode may be newer than another's.
-"""
+code's ftfy and HTML unescaping. "Letter" follows the `regex` package, whose Unicode may be newer than another's."""
 import collections
 import heapq
 import re
@@ -51,12 +50,12 @@ def naive_merges(word_counts, n_merges):
         counts = collections.Counter()
         for word, tokens in words.items():
             for pair in zip(tokens, tokens[1:]):
-                counts[pair] += word_counts[word]
+                counts[pair] += word_counts[word]                                 # as often as its word
         if not counts:
             break
         best = min(counts, key=lambda pair: (-counts[pair], order.index(pair[0]), order.index(pair[1])))
         merges.append(best)
-        order.append("".join(best))
+        order.append("".join(best))                                               # its id comes next
         words = {word: replace_pair(tokens, best, "".join(best)) for word, tokens in words.items()}
     return merges
 
@@ -66,7 +65,7 @@ def naive_encode(word, merges):
     tokens = spell(word)
     while known := [pair for pair in zip(tokens, tokens[1:]) if pair in merges]:
         i = list(zip(tokens, tokens[1:])).index(min(known, key=merges.index))
-        tokens[i:i + 2] = [tokens[i] + tokens[i + 1]]
+        tokens[i:i + 2] = [tokens[i] + tokens[i + 1]]                             # u g -> ug
     return tokens
 
 
@@ -76,7 +75,7 @@ def replace_pair(tokens, pair, new):
     while i < len(tokens):
         found = i + 1 < len(tokens) and (tokens[i], tokens[i + 1]) == pair
         out.append(new if found else tokens[i])
-        i += 2 if found else 1
+        i += 2 if found else 1                                                    # nothing is merged twice
     return out
 
 
@@ -88,10 +87,9 @@ def learn_merges(word_counts, vocab_size):
     Pairs are counted once; a merge then revisits only the words its pair lives in, and every pair whose count changes
     goes onto a heap with its new count; entries that are outdated are dropped when they come up.
     Ties go to the lowest pair of ids, so the result depends on the counts alone, not on the order of the texts.
-    Pairs seen once are merged too; training stops early when no pair is left (min_frequency 0 in `tokenizers`).
-    """
+    Pairs seen once are merged too; training stops early when no pair is left (min_frequency 0 in `tokenizers`)."""
     vocab, merges = {char: i for i, char in enumerate(CHAR_BYTE)}, []
-    words, freqs = [spell(word) for word in word_counts], [*word_counts.values()]
+    words, freqs = [spell(word) for word in word_counts], [*word_counts.values()]  # of word w
     count, change, where, heap = collections.Counter(), collections.Counter(), collections.defaultdict(set), []
     for w, tokens in enumerate(words):
         for pair in zip(tokens, tokens[1:]):
@@ -111,10 +109,10 @@ def learn_merges(word_counts, vocab_size):
         merges.append(best)
         vocab.setdefault(new, len(vocab))                   # two different pairs may spell the same token
         change.clear()
-        for w in where.pop(best):
+        for w in where.pop(best):                                                 # the words that hold it
             for old in zip(words[w], words[w][1:]):
-                change[old] -= freqs[w]
-            words[w] = replace_pair(words[w], best, new)
+                change[old] -= freqs[w]                                           # what it was
+            words[w] = replace_pair(words[w], best, new)                          # h u g s -> h ug s
             for pair in zip(words[w], words[w][1:]):
                 change[pair] += freqs[w]
                 where[pair].add(w)
@@ -122,13 +120,11 @@ def learn_merges(word_counts, vocab_size):
 
 
 def apply_merges(tokens, ranks):
-    """`naive_encode` in n log n steps: a heap of (rank, place) finds the next pair, linked lists its neighbours.
-
-    ranks: {(left, right): when it was learned}. With ("u", "g"): 0 and ("h", "ug"): 1, h u g goes to h ug, then hug.
-    A merged pair keeps its left place; its right place becomes None. Outdated heap entries are skipped as they come up.
-    """
+    """`naive_encode` in n log n steps: a heap of (rank, place) finds the next pair, linked lists its neighbours. ranks:
+    {(left, right): when it was learned}. With ("u", "g"): 0 and ("h", "ug"): 1, h u g goes to h ug, then hug. A merged
+    pair keeps its left place; its right place becomes None. Outdated heap entries are skipped as they come up."""
     end = len(tokens)
-    before, after = list(range(-1, end - 1)), list(range(1, end + 1))
+    before, after = list(range(-1, end - 1)), list(range(1, end + 1))             # each place's neighbours
     heap = [(ranks[pair], i) for i, pair in enumerate(zip(tokens, tokens[1:])) if pair in ranks]
     heapq.heapify(heap)
     while heap:
@@ -136,8 +132,8 @@ def apply_merges(tokens, ranks):
         j = after[i]
         if j == end or ranks.get((tokens[i], tokens[j])) != rank:           # a rank names one pair
             continue
-        tokens[i], tokens[j] = tokens[i] + tokens[j], None
-        k = after[i] = after[j]
+        tokens[i], tokens[j] = tokens[i] + tokens[j], None                        # u, g -> ug, None
+        k = after[i] = after[j]                                                   # j drops out of the list
         if k < end:
             before[k] = i
         for a, b in ((before[i], i), (i, k)):
@@ -151,6 +147,7 @@ def apply_merges(tokens, ranks):
 CLIP_START, SPACES = "<|startoftext|>", regex.compile(r"\s+")
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"       # white space is dropped
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+GPT2_PARTS = {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
 CLIP_CLEANING = {"type": "Sequence", "normalizers": [
     {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": SPACES.pattern}, "content": " "}, {"type": "Lowercase"}]}
 CLIP_SPLITS = [[{"type": "Split", "pattern": {"Regex": names + CLIP_WORDS}, "behavior": "Removed", "invert": True}]
@@ -169,10 +166,8 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS):
         """Learn a vocabulary: 256 bytes, then merges, then the special tokens on the last ids; `vocab_size` counts all.
-
         Special tokens inside the texts are cut out and teach nothing. A small corpus may run out of pairs, which leaves
-        the vocabulary smaller.
-        """
+        the vocabulary smaller."""
         n_merges = vocab_size - 256 - len(set(special_tokens))
         if n_merges < 0:
             raise UserError(f"vocab_size {vocab_size} has no room for bytes and special tokens; add {-n_merges}")
@@ -181,9 +176,8 @@ class BPETokenizer(Tokenizer):
         for text in texts:
             for piece in cut.split(text):
                 counts.update(_gpt2_words(piece))
-        vocab, merges = learn_merges(counts, 256 + n_merges)
-        tokenizer = cls({"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL,
-                         "model": {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in merges]}})
+        vocab, merges = learn_merges(counts, 256 + n_merges)                      # {token: id}, pairs
+        tokenizer = cls(GPT2_PARTS | {"model": {"type": "BPE", "vocab": vocab, "merges": [*map(" ".join, merges)]}})
         tokenizer.add_special_tokens(special_tokens)
         return tokenizer
 
@@ -192,16 +186,14 @@ class BPETokenizer(Tokenizer):
         """vocab.json, with merges.txt and small files beside it -> tokenizer.json."""
         vocab, lines = read_json(path), path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-        spec = {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL,
-                "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-        clip = CLIP_START in vocab
-        if clip:
-            frame = {"cls": [CLIP_START, vocab[CLIP_START]], "sep": [END, vocab[END]]}
-            spec["model"] |= {"unk_token": END, "end_of_word_suffix": "</w>"}
-            spec |= {"normalizer": CLIP_CLEANING, "pre_tokenizer": {
-                "type": "Sequence", "pretokenizers": [*CLIP_SPLITS[0], BYTE_LEVEL]}, "post_processor": {
-                "type": "RobertaProcessing", **frame, "trim_offsets": False, "add_prefix_space": False}}
-        return spec | {"added_tokens": read_beside(path.parent, vocab, (CLIP_START, END), normalized=clip)}
+        clip, model = CLIP_START in vocab, {"type": "BPE", "vocab": vocab, "merges": merges}
+        spec = GPT2_PARTS | {"added_tokens": read_beside(path.parent, vocab, (CLIP_START, END), normalized=clip)}
+        if not clip:
+            return spec | {"model": model}
+        return spec | {"model": model | {"unk_token": END, "end_of_word_suffix": "</w>"}, "normalizer": CLIP_CLEANING,
+                       "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*CLIP_SPLITS[0], BYTE_LEVEL]},
+                       "post_processor": {"type": "RobertaProcessing", "sep": [END, vocab[END]], "trim_offsets": False,
+                                          "cls": [CLIP_START, vocab[CLIP_START]], "add_prefix_space": False}}
 
     def _setup(self, spec):
         model, split, vocab = spec["model"], spec["pre_tokenizer"] or {}, self._vocab
@@ -215,7 +207,7 @@ class BPETokenizer(Tokenizer):
         self._clip_words = regex.compile(cuts[0]["pattern"]["Regex"]) if cuts else None
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]  # "a b" is old
         require("merges", [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocab][:1], [])
-        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}             # 0: learned first
         # A byte the vocabulary lacks becomes unk_token, or nothing without one, as in `tokenizers`.
         self._unk = model.get("unk_token") if model.get("unk_token") in vocab else None
 
@@ -233,10 +225,8 @@ class BPETokenizer(Tokenizer):
         return [self._vocab[token] for token in apply_merges([token for token in tokens if token], self._ranks)]
 
     def decode(self, ids):
-        """Ids -> text. Bytes that are not UTF-8 show as U+FFFD; ids without a name are left out.
-
-        CLIP's kind has lost case and white space: a word's </w> becomes one space, and the ends are stripped.
-        """
+        """Ids -> text. Bytes that are not UTF-8 show as U+FFFD; ids without a name are left out. CLIP's kind has lost
+        case and white space: a word's </w> becomes one space, and the ends are stripped."""
         data, added = bytearray(), {token["id"] for token in self._spec["added_tokens"]}
         for i in ids:
             name = self.id_to_token(i) or ""

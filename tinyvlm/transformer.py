@@ -105,25 +105,25 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Two linear maps with a nonlinearity between: the part of a block that works on each position by itself."""
-    def __init__(self, n_embd, n_hidden, activation):
+    def __init__(self, c):
         super().__init__()
-        self.fc, self.proj = nn.Linear(n_embd, n_hidden), nn.Linear(n_hidden, n_embd)
-        self.act = ACTIVATIONS[activation]
+        C, C_mid = c.n_embd, c.n_hidden or 4 * c.n_embd
+        self.fc, self.proj, self.act = nn.Linear(C, C_mid), nn.Linear(C_mid, C), ACTIVATIONS[c.activation]
 
     def forward(self, x):
         return self.proj(self.act(self.fc(x)))                                    # (B, T, C)
 
 
 class Block(nn.Module):
-    """x + self-attention, then (with cross) + cross-attention, then + MLP, each on a normalised x."""
-    def __init__(self, n_embd, n_head, n_hidden=None, dropout=0.0, activation="gelu_tanh", eps=1e-5, causal=False,
-                 cross=False):
+    """x + self-attention, then (with cross) + cross-attention, then + MLP, each on a normalised x. c: the GPTConfig or
+    ViTConfig that it is a block of."""
+    def __init__(self, c, causal=False, cross=False):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(n_embd, eps=eps), Attention(n_embd, n_head, causal)
+        self.ln_1, self.attn = nn.LayerNorm(c.n_embd, eps=c.eps), Attention(c.n_embd, c.n_head, causal)
         if cross:
-            self.ln_cross, self.cross = nn.LayerNorm(n_embd, eps=eps), Attention(n_embd, n_head)
-        self.ln_2, self.mlp = nn.LayerNorm(n_embd, eps=eps), MLP(n_embd, n_hidden or 4 * n_embd, activation)
-        self.drop = nn.Dropout(dropout)
+            self.ln_cross, self.cross = nn.LayerNorm(c.n_embd, eps=c.eps), Attention(c.n_embd, c.n_head)
+        self.ln_2, self.mlp = nn.LayerNorm(c.n_embd, eps=c.eps), MLP(c)
+        self.drop = nn.Dropout(c.dropout)
 
     def forward(self, x, feats=None, cache=None, layer=0):
         """x (B, T, C) -> (B, T, C). feats (B or B/K, N, C), of which K rows may share one, for cross-attention; left

@@ -66,12 +66,11 @@ class ViT(VisionTower):
             raise UserError(f"patch_size {c.patch_size} must divide image_size {c.image_size}; stem conv: a power of 2")
         P = c.patch_size
         self.patch = conv_stem(P, c.n_embd) if c.stem == "conv" else nn.Conv2d(3, c.n_embd, P, P, bias=c.patch_bias)
-        self.cls = nn.Parameter(torch.zeros(1, 1, c.n_embd)) if c.class_token else None
-        self.pos = nn.Parameter(wave_positions(c.image_size // c.patch_size, c.n_embd, c.class_token))
+        self.cls = nn.Parameter(torch.zeros(1, 1, c.n_embd)) if c.class_token else None  # (1, 1, C)
+        self.pos = nn.Parameter(wave_positions(c.image_size // c.patch_size, c.n_embd, c.class_token))  # (1, N, C)
         self.ln_pre = nn.LayerNorm(c.n_embd, eps=c.eps) if c.pre_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_head, c.n_hidden, c.dropout, c.activation, c.eps)
-                                    for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))           # every patch attends to all
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.eps)
         self.n_feat, self.head = c.n_embd, nn.Linear(c.n_embd, c.n_class) if c.n_class else None
         init_weights(self, c.n_layer)

@@ -6,8 +6,7 @@ From "Making the V in VQA matter" (Goyal et al. 2017, arXiv:1612.00837: the file
     <|system|> Answer .. <|user|> <image> What color is the fridge? <|assistant|> The fridge is white. <|endoftext|>
     masked                        image   masked                                  trained ...................
 
-Left out: multiple choice, version 1, test-dev (a part of test), and grammar: a few safe rules make the sentences.
-"""
+Left out: multiple choice, version 1, test-dev (a part of test), and grammar: a few safe rules make the sentences."""
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -114,12 +113,12 @@ def to_sentence(question, answer):
     "Is it a dog?" no -> "No, it is not a dog."   "how many dogs are there?" 2 -> "there are 2 dogs."   "" -> ""
     """
     question, answer = " ".join(question.split()), " ".join(answer.split())
-    plain = question[:1].lower() + question[1:].rstrip(" ?.!")
+    plain = question[:1].lower() + question[1:].rstrip(" ?.!")                    # "is it a dog"
     for pattern, answers, form in RULES:
         if match := re.fullmatch(answers, answer) and re.fullmatch(pattern, plain):
             text = form.format(answer=answer, **match.groupdict()) + "."
-            text = text if question[:1].islower() else text[:1].upper() + text[1:]
-            if to_short(text) == answer:
+            text = text if question[:1].islower() else text[:1].upper() + text[1:]  # as the question begins
+            if to_short(text) == answer:                                          # else the next rule
                 return text
     return ""
 
@@ -139,27 +138,23 @@ def to_short(sentence):
 
 def encode_dialogue(tokenizer, turns):
     """turns [(question, answer or None: to be generated), ..] -> (ids, trained): the loss is taken on the trained ids.
-
-    Trained are the assistant's words and the end tag of each answer. No text from outside ever becomes a tag.
-    """
-    end, image, begin, user, assistant = map(tokenizer.token_to_id, TAGS)
+    Trained are the assistant's words and the end tag of each answer. No text from outside ever becomes a tag."""
+    end, image, begin, user, assistant = map(tokenizer.token_to_id, TAGS)         # their ids
     start, row = [begin, *tokenizer.encode_plain(SYSTEM), user, image], []
     for question, answer in turns:
         masked = [*start, *tokenizer.encode_plain(" ".join(question.split())), assistant]
         reply = [] if answer is None else [*tokenizer.encode_plain(answer), end]
         row += [(i, False) for i in masked] + [(i, True) for i in reply]
-        start = [user]
-    return [i for i, _ in row], [on for _, on in row]
+        start = [user]                                                         # the image stands in the first turn only
+    return [i for i, _ in row], [on for _, on in row]                             # (T,) both
 
 
 def rows_of(questions, tokenizer, max_len, turns, left_out):
-    """One image's list of Question -> [(ids, trained), ..]: dialogues of `turns` questions, answered in sentences.
-
-    An answer that max_len cuts loses its end tag, too: the model must not learn to stop in mid-sentence. Questions
-    without an answer, and rows without room for any, teach nothing and are left out. The Counter left_out counts all.
-    """
+    """One image's list of Question -> [(ids, trained), ..]: dialogues of `turns` questions, answered in sentences. An
+    answer that max_len cuts loses its end tag, too: the model must not learn to stop in mid-sentence. Questions without
+    an answer, and rows without room for any, teach nothing and are left out. The Counter left_out counts all."""
     pairs = [(q.question, to_sentence(q.question, q.answer)) for q in questions if q.answer]
-    rows = [encode_dialogue(tokenizer, pairs[k:k + turns]) for k in range(0, len(pairs), turns)]
+    rows = [encode_dialogue(tokenizer, pairs[k:k + turns]) for k in range(0, len(pairs), turns)]  # cut below
     left_out["questions without an answer"] += len(questions) - len(pairs)
     end = tokenizer.token_to_id(END)
     left_out["answers cut at the end or whole"] += sum(ids[max_len:].count(end) for ids, _ in rows)
@@ -173,10 +168,8 @@ def to_targets(ids, trained):
 
 def show_tokens(tokenizer, idx, targets, n_image_tokens, color=True):
     """A row as text, a line per run of a kind: image (blue), masked (grey), trained (green); `|` parts the tokens.
-
     Trained tokens are shown as the loss sees them, from the targets: unshifted targets would double each word. What
-    follows the last target is padding and not shown.
-    """
+    follows the last target is padding and not shown."""
     image, lines = tokenizer.token_to_id(IMAGE), []
     n = max(k for k, target in enumerate(targets, 1) if target != IGNORE)
     tokens = [("trained", 32, target) if target != IGNORE else ("image", 34, i) if i == image else ("masked", 90, i)
@@ -197,11 +190,12 @@ def submission(predictions):
 
 def score_vqa(questions, predictions):
     """{question_id: short answer} -> accuracies, 0..1: {"overall": .., "answer_type": {..}, "question_type": {..}}."""
-    scores = {}
+    def accuracy(part):
+        return vqa_accuracy([predictions[q.question_id] for q in part], [q.answers for q in part])
+    scores = {"overall": accuracy(questions)}
     for kind in ("answer_type", "question_type"):
-        scores[kind] = vqa_accuracy([predictions[q.question_id] for q in questions], [q.answers for q in questions],
-                                    [getattr(q, kind) for q in questions])
-        scores["overall"] = scores[kind].pop("overall")
+        names = dict.fromkeys(getattr(q, kind) for q in questions)                # each once, in order
+        scores[kind] = {name: accuracy([q for q in questions if getattr(q, kind) == name]) for name in names}
     return scores
 
 

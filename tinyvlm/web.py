@@ -5,8 +5,7 @@
 
 Strangers wrote the links, so each is a request they make from inside your network (server-side request forgery): we
 talk to public addresses only. How a request is made and a body read is download.py's. Left out: proxies, robots.txt,
-cookies.
-"""
+cookies."""
 import contextlib
 import csv
 import functools
@@ -42,51 +41,44 @@ HEADER = ["image", "caption", "status", "url"]                  # of captions.cs
 ROWS = "https://datasets-server.huggingface.co/rows?dataset=BAAI%2FCapsFusion-120M&config=default&split=train"
 COLUMNS = ("image_url", "url"), ("capsfusion", "caption", "text")
 
-_here = threading.local()               # of each thread: the deadline of its request, and whether it may go anywhere
+_here = threading.local()               # of each thread: the deadline of its request
 
 
 def is_public(address):
     """Is an IP address out in the open internet? "8.8.8.8" yes; "127.0.0.1", "10.0.0.1", "::ffff:169.254.1.1" no."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = ipaddress.ip_address(address.partition("%")[0])                          # without the zone of "fe80::1%eth0"
     hides = ip.version == 6 and (ip.sixtofour or ip not in ipaddress.ip_network("2000::/3"))    # perhaps an IPv4 one
     return ip.is_global and not ip.is_multicast and not hides
 
 
 class _Timed(socket.socket):
     """Guard: every read ends by the deadline. A timeout alone starts anew with each byte of a server that drips."""
-
     def recv_into(self, *args):
-        left = _here.deadline - monotonic()
+        left = _here.deadline - monotonic()                                       # seconds
         if left <= 0:
             raise TimeoutError
         self.settimeout(min(left, TIMEOUT))
         return super().recv_into(*args)
 
 
-class _Checked:
-    """Guard: the address connected to must be public, before a byte is sent. Its name may lead elsewhere each time."""
-
-    def _new_conn(self):
-        sock = _Timed(fileno=super()._new_conn().detach())
-        sock.settimeout(self.timeout)
-        if not (_here.allow_private or is_public(sock.getpeername()[0])):
-            sock.close()
-            raise DownloadError(self.host, "private address")
-        return sock
-
-
 @functools.cache
 def _adapter(process, allow_private):
-    """What makes a requests session connect in this way; it keeps connections open, for all threads.
-
-    By process: one that was forked must not write into its parent's connections.
-    """
+    """What makes a requests session connect to public addresses only; it keeps connections open, for all threads. By
+    process: one that was forked must not write into its parent's connections."""
+    class Checked:
+        def _new_conn(self):            # Guard: checked before a byte is sent; a name may lead elsewhere each time
+            sock = _Timed(fileno=super()._new_conn().detach())
+            sock.settimeout(self.timeout)
+            if not (allow_private or is_public(sock.getpeername()[0])):
+                sock.close()
+                raise DownloadError(self.host, "private address")
+            return sock
     adapter = requests.adapters.HTTPAdapter()
     context = ssl.create_default_context(cafile=requests.certs.where())           # checks names and certificates
-    context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})
+    context.sslsocket_class = type("_TimedTLS", (_Timed, ssl.SSLSocket), {})      # the same under TLS
     adapter.init_poolmanager(THREADS, THREADS, ssl_context=context)
     adapter.poolmanager.pool_classes_by_scheme = {
-        scheme: type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (_Checked, pool.ConnectionCls), {})})
+        scheme: type("_Pool", (pool,), {"ConnectionCls": type("_Connection", (Checked, pool.ConnectionCls), {})})
         for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool))}
     adapter.cert_verify = lambda *args: None    # requests would read all authorities anew for each connection: 45 ms
     return adapter
@@ -94,8 +86,7 @@ def _adapter(process, allow_private):
 
 def fetch(url, allow_private=False):
     """The bytes of an image, and it as RGB PIL image. Raises DownloadError. Guard: each redirect is checked as well."""
-    _here.allow_private, _here.deadline = allow_private, monotonic() + MAX_SECONDS
-    session = requests.Session()
+    _here.deadline, session = monotonic() + MAX_SECONDS, requests.Session()
     session.trust_env = False                                   # Guard: a proxy would resolve the names, unchecked
     session.adapters = {"http": _adapter(os.getpid(), allow_private)}             # and https, by its first letters
 
@@ -125,7 +116,7 @@ def _pairs(rows, known):
             if None in row:
                 raise ValueError("more cells than the header has")
             if url and caption and url not in known:
-                known.add(url)
+                known.add(url)                                                    # duplicates within the rows, too
                 yield url, caption
     except (ValueError, TypeError, LookupError, RecursionError, csv.Error) as error:
         raise UserError(f"the rows cannot be read ({str(error)[:99]}); each needs image_url (or url) and capsfusion "
@@ -137,8 +128,7 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
 
     captions.csv makes the folder one that layouts.photos reads. It has a line per address with "ok" or the reason of
     its failure, and decides what is not fetched again: to retry failures, delete their lines. Never more rows are taken
-    than may still be needed, so that the folder holds the first good ones, however threads and kills fall.
-    """
+    than may still be needed, so that the folder holds the first good ones, however threads and kills fall."""
     table, pool, jobs = Path(folder, "captions.csv"), ThreadPoolExecutor(THREADS), [None]
     gates = defaultdict(lambda: threading.Semaphore(PER_HOST))  # by host
 
@@ -157,29 +147,26 @@ def download_images(rows, folder, size=128, limit=1000, allow_private=False):
         lines = [*csv.reader(table.read_text("utf-8", "replace").splitlines())] if table.exists() else [HEADER]
         if lines[:1] != [HEADER]:
             raise UserError(f"{table} was not made by this program; choose another folder")
-        done = {line[3]: line for line in lines[1:] if len(line) == 4}
-        pairs = _pairs(rows, set(done))
+        done = {line[3]: line for line in lines[1:] if len(line) == 4}          # by address; half a line does not count
+        pairs, counts = _pairs(rows, set(done)), Counter(line[2] for line in done.values())
         try:
             while jobs:
-                wanted = limit - sum(line[2] == "ok" for line in done.values())
                 jobs = [pool.submit(work, gates[str(url.split("/")[2:3])], url, caption)
-                        for url, caption in itertools.islice(pairs, max(0, min(wanted, 200)))]
+                        for url, caption in itertools.islice(pairs, max(0, min(limit - counts["ok"], 200)))]
                 for n, job in enumerate(as_completed(jobs), 1):
                     done[job.result()[3]] = job.result()
                     progress(n, len(jobs), "addresses")
                 write_csv(table, HEADER, sorted(done.values()))                   # a kill costs the jobs since
+                counts = Counter(line[2] for line in done.values())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    counts = Counter(line[2] for line in done.values())
     print(f"{folder} now holds: {dict(counts.most_common())}")
     return counts
 
 
 def capsfusion_rows(cache):
     """The rows (dicts) of BAAI/CapsFusion-120M from the Hub's rows service, in pages of 100 that are kept in `cache`.
-
-    The service converts only a first part of a large data set, and slowly: it is given about a minute for a page.
-    """
+    The service converts only a first part of a large data set, and slowly: it is given about a minute for a page."""
     offset, total = 0, 1
     while offset < total:
         page = read_json(download(f"{ROWS}&offset={offset}&length=100", Path(cache, f"{offset:09d}.json"), tries=8))
@@ -196,10 +183,7 @@ def table_rows(path):
 
 class ImageFolderCache:
     """For training while downloading: images from a folder, else fetched, and kept while it has less than max_bytes.
-
-    What came first stays: in epochs over more than fits, the least recently used image is the one needed next.
-    """
-
+    What came first stays: in epochs over more than fits, the least recently used image is the one needed next."""
     def __init__(self, folder, max_bytes, allow_private):
         self.folder, self.allow_private = folder, allow_private
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,10 @@ A safetensors file is three things in a row, all little-endian:
     the rest  the numbers of every tensor, row by row; data_offsets count from here
 
 No code is stored, so opening a stranger's file cannot run any (a pickled .bin can). As at github.com/huggingface/
-safetensors, but for slices, elements smaller than a byte (F4, F6) and models in several files.
-"""
+safetensors, but for slices, elements smaller than a byte (F4, F6) and models in several files."""
 import json
 import math
 import mmap
-import os
 from fnmatch import fnmatchcase
 
 import torch
@@ -47,44 +45,38 @@ def _unique(pairs):
 
 
 def _tensors(header, data):
-    """The header's entries -> {name: tensor over its part of the bytes `data`}.
-
-    Every byte belongs to exactly one tensor: nothing can hide between two, nothing is read twice.
-    """
+    """The header's entries -> {name: tensor over its part of data (uint8)}. Every byte belongs to exactly one tensor:
+    nothing can hide between two, nothing is read twice."""
     tensors, covered = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**60 for n in [*shape, begin, end])
         _demand(whole, f"{name!r:.60} has the shape {shape} and the data_offsets {begin}, {end}")
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize                                  # in bytes
         _demand(size == end - begin, f"{name!r:.60} of {size} bytes has the data_offsets {begin}, {end}")
         _demand(begin == covered, f"a hole or an overlap: {name!r:.60} begins at {begin}, others end at {covered}")
         _demand(end <= len(data), f"{name!r:.60} ends at {end} of {len(data)} bytes of data")
-        flat, covered = torch.empty(0, dtype=torch.uint8), end
-        if begin < end:                         # frombuffer refuses to look at nothing
-            flat = torch.frombuffer(data, dtype=torch.uint8, count=end - begin, offset=begin)
-        shifted = flat.data_ptr() % dtype.itemsize                      # by a header that was not padded
+        flat, covered = data[begin:end], end
+        shifted = flat.storage_offset() % dtype.itemsize                # by a header that was not padded
         tensors[name] = (flat.clone() if shifted else flat).view(dtype).reshape(shape)
     _demand(covered == len(data), f"its tensors cover {covered} bytes of data, the file holds {len(data)}")
     return tensors
 
 
 def _read(path):
-    """Map a file into memory, which reads nothing yet, and check its header -> ({name: tensor}, metadata).
-
-    No number from the file sizes anything before it was compared with the file's real length.
-    """
+    """Map a file into memory, which reads nothing yet, and check its header -> ({name: tensor}, metadata). No number
+    from the file sizes anything before it was compared with the file's real length."""
     try:
         with open(path, "rb") as file:
-            size, n = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            _demand(n <= MAX_HEADER and 8 + n <= size, f"its {size} bytes cannot hold a header of {n}")
-            text = file.read(n).decode("utf-8")
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        n = int.from_bytes(buffer[:8], "little")                                  # length of the header
+        _demand(n <= MAX_HEADER and 8 + n <= len(buffer), f"its {len(buffer)} bytes cannot hold a header of {n}")
+        text = buffer[8:8 + n].decode("utf-8")
         _demand(text.startswith("{"), "its header does not start with '{'")
         header = json.loads(text, object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", None) or {}
         _demand(all(type(value) is str for value in metadata.values()), "its __metadata__ holds more than strings")
-        return _tensors(header, memoryview(buffer)[8 + n:]), metadata
+        return _tensors(header, torch.frombuffer(buffer, dtype=torch.uint8)[8 + n:]), metadata
     except OSError as fault:
         raise SafetensorsError(f"cannot read {path}: {fault.strerror}; check the path") from fault
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as fault:    # may quote a megabyte of header
@@ -93,11 +85,8 @@ def _read(path):
 
 
 def load_safetensors(path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, on the CPU and not copied. Raises SafetensorsError naming the file and the fault.
-
-    The file is mapped: a page is read when a tensor's numbers are first used. Writing into a tensor changes neither the
-    file nor another load of it.
-    """
+    """Every tensor of a file, on the CPU and not copied. Raises SafetensorsError naming the file and the fault. The
+    file is mapped: a page is read when a tensor's numbers are first used, and writing into one changes no file."""
     return _read(path)[0]
 
 
@@ -109,10 +98,8 @@ def read_metadata(path) -> dict[str, str]:
 # ---- writing
 
 def save_safetensors(tensors, path, metadata=None):
-    """Write {name: tensor} and {str: str} as one safetensors file, byte for byte as the original library does.
-
-    Tensors may live on any device with any strides; each comes to the CPU in row order when its turn is there.
-    """
+    """Write {name: tensor} and {str: str} as one safetensors file, byte for byte as the original library does. Tensors
+    may live on any device with any strides; each comes to the CPU in row order when its turn is there."""
     kinds, begin = {dtype: kind for kind, dtype in DTYPES.items()}, 0
     header = {} if metadata is None else {"__metadata__": metadata}
     names = sorted(tensors, key=lambda name: (-list(kinds).index(tensors[name].dtype), name))
@@ -138,11 +125,10 @@ def copy_weights(model, tensors, rules, ignore=(), source="the checkpoint"):
 
     tensors: {their name: tensor} of any dtype; rules: {our name: Source}, see names.py; ignore: patterns such as
     "*.attn.masked_bias" for what is no weight; source: what the message calls the tensors. A model made on the "meta"
-    device gets its memory here, on the CPU, when all is known to fit. Raises UserError with the first five faults.
-    """
+    device gets its memory here, on the CPU, when all is known to fit. Raises UserError with the first five faults."""
     ours = model.state_dict()
     rules = {name: rule for name, rule in rules.items() if name in ours}
-    used = {theirs for rule in rules.values() for theirs in rule.names}
+    used = {theirs for rule in rules.values() for theirs in rule.names}           # names of theirs
     faults = sorted([f"{name} is missing" for name in (used - tensors.keys()) | (ours.keys() - rules.keys())] + [
         f"{name} has no use" for name in tensors.keys() - used if not any(fnmatchcase(name, glob) for glob in ignore)])
     what = f"{source} does not fit {type(model).__name__}"

@@ -1,8 +1,7 @@
 """Text <-> token ids by words: BERT's WordPiece (uncased), which takes words apart, and whole words as in 2015.
 
 WordPiece follows google-research/bert as the `tokenizers` library carries it on (signs younger than that library's
-edition of Unicode may differ). Left out: training it, and cased BERT.
-"""
+edition of Unicode may differ). Left out: training it, and cased BERT."""
 import collections
 import re
 from unicodedata import category, normalize
@@ -25,11 +24,9 @@ def lower(text):
 
 
 class WordPieceTokenizer(Tokenizer):
-    """The longest known beginning of a word, then the longest known "##..." continuation, and so on.
-
-    "unaffable" -> un ##aff ##able. A word that fails anywhere, or has over 100 characters, becomes [UNK] as a whole.
-    Opened from a vocab.txt it has no frame: who wants [CLS] and [SEP] adds them.
-    """
+    """The longest known beginning of a word, then the longest known "##..." continuation: "unaffable" -> un ##aff
+    ##able. A word that fails anywhere, or has over 100 characters, becomes [UNK] as a whole. Opened from a vocab.txt it
+    has no frame: who wants [CLS] and [SEP] adds them."""
     kind, old_name = "WordPiece", "vocab.txt"
 
     @staticmethod
@@ -47,15 +44,13 @@ class WordPieceTokenizer(Tokenizer):
         self.unk_id, self._cleanup = self._vocab["[UNK]"], (spec["decoder"] or {}).get("cleanup")
 
     def _normalize(self, text):
-        """Odd characters out, ideographs apart, lower case, accents off: "Le Café" -> "le cafe".
-
-        Unassigned characters (Cn) stay, as in `tokenizers`: next year's emoji is [UNK], not nothing.
-        """
+        """Odd characters out, ideographs apart, lower case, accents off: "Le Café" -> "le cafe". Unassigned characters
+        (Cn) stay, as in `tokenizers`: next year's emoji is [UNK], not nothing."""
         if text.isascii() and text.isprintable():
             return text.lower()
         text = "".join(c for c in text if c in "\t\n\r" or c != "\ufffd" and category(c) not in CONTROL)
-        text = lower(normalize("NFC", IDEOGRAPH.sub(r" \g<0> ", text)))
-        return "".join(c for c in normalize("NFD", text) if category(c) != "Mn")
+        text = lower(normalize("NFC", IDEOGRAPH.sub(r" \g<0> ", text)))           # each ideograph a word
+        return "".join(c for c in normalize("NFD", text) if category(c) != "Mn")  # e + accent -> e
 
     def _word_ids(self, word):
         """"cafe!" -> the ids of "cafe" and of "!": ASCII's symbols and Unicode's punctuation (P*) stand apart."""
@@ -67,11 +62,11 @@ class WordPieceTokenizer(Tokenizer):
         while start < len(word):
             prefix = "##" if start else ""
             ends = range(len(word), start, -1)
-            end = next((end for end in ends if prefix + word[start:end] in self._vocab), None)
+            end = next((end for end in ends if prefix + word[start:end] in self._vocab), None)  # the longest
             if end is None or len(word) > 100:
                 return [self.unk_id]
             ids.append(self._vocab[prefix + word[start:end]])
-            start = end
+            start = end                                                           # "##..." from here
         return ids
 
     def decode(self, ids):
@@ -91,10 +86,8 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, min_count=5, special_tokens=SPECIAL_TOKENS):
-        """Keep the words that occur at least min_count times, commonest first; then the special tokens.
-
-        A word that is spelled like a special token is no word: only `encode` gives it that token's id.
-        """
+        """Keep the words that occur at least min_count times, commonest first; then the special tokens. A word that is
+        spelled like a special token is no word: only `encode` gives it that token's id."""
         counts = collections.Counter(word for text in texts for word in NOT_SPACE.findall(text))
         words = [word for word, n in counts.items() if n >= min_count and word not in ("<unk>", *special_tokens)]
         if not words:
