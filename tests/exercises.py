@@ -141,6 +141,7 @@ def info_nce():
 
 def one_cycle():
     """anneal "linear", equal to torch's."""
+    assert schedule.one_cycle(5, 10, 1.0, anneal="linear") > 0
     for total, start in ((10, 0.3), (333, 0.5)):
         toy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
         theirs = torch.optim.lr_scheduler.OneCycleLR(toy, 0.03, total_steps=total, pct_start=start,
