@@ -17,7 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import torch                                                                      # noqa: E402
 import torch.nn.functional as F                                                   # noqa: E402
 
-from tinyvlm import clip, cnn, generate, lstm, metrics, optimizer, schedule, tokenizer, transformer, vit, vlm  # noqa: E402
+from tinyvlm import clip, cnn, generate, lstm, metrics, optimizer, schedule                  # noqa: E402
+from tinyvlm import tokenizer, transformer, vit, vlm                              # noqa: E402
 from tinyvlm import weights as files                                              # noqa: E402
 
 

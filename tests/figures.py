@@ -9,7 +9,6 @@ A drawing is made at twice its size and halved, as Pillow's lines have steps. No
 box or the picture: `Drawing.text` refuses it, so a figure that is drawn is legible.
 """
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import load_dataset                                                     # noqa: E402
+from data import DataConfig, load_dataset                                         # noqa: E402
 from tinyvlm.config import UserError, option, parse_config, run_script            # noqa: E402
 from tinyvlm.draw import INK, PAPER, attention_over, caption_sheet, similarity_picture       # noqa: E402
 from tinyvlm.features import text_embeddings                                      # noqa: E402
@@ -318,8 +317,9 @@ def attention(config):
     run = load_run(config.photos)
     if run.config["model"] != "cross":
         raise UserError(f"{config.photos} holds no model with cross-attention; see train.py --model cross")
-    options = FigureData(**{"dataset": run.config["options"]["dataset"], "data_dir": config.data_dir})
-    dataset = load_dataset(options)
+    dataset = load_dataset(DataConfig(run.config["options"]["dataset"], config.data_dir))
+    if config.photo and config.photo not in dataset.names:
+        raise UserError(f"{dataset.folder} holds no photo {config.photo}; names look like {dataset.names[0]}")
     i = dataset.names.index(config.photo) if config.photo else best_photo(run, dataset)
     photo = dataset.open(i)
     img = preprocess(photo, run.recipe)[None]                                     # (1, 3, S, S)
@@ -337,7 +337,8 @@ def attention(config):
             words.append((text.strip(), [w]))
     sharp = replace(run.recipe, size=2 * run.recipe.size, resize=None)            # shown at twice what the model sees
     square, grid = to_pil(preprocess(photo, sharp), sharp), run.recipe.size // run.model.config.vision.patch_size
-    pictures = [square] + [attention_over(square, torch.stack(w).mean(dim=0), grid) for _, w in words]
+    maps = [torch.stack(w).mean(dim=0)[-grid * grid:] for _, w in words]          # each (patches,)
+    pictures = [square] + [attention_over(square, w - w.min(), grid) for w in maps]     # from the least to the most
     sheet = caption_sheet(pictures, ["the photo", *(word for word, _ in words)], columns=5, side=146)
     figure = Image.new("RGB", (sheet.width, sheet.height + 44), PAPER)
     figure.paste(sheet, (0, 44))
@@ -345,19 +346,6 @@ def attention(config):
     ImageDraw.Draw(figure).text((10, 14), f"\"{caption}\"", INK, ImageFont.load_default(20))
     print(f"{dataset.names[i]}: {caption}")
     return figure.quantize(192, Image.Quantize.MEDIANCUT).convert("RGB")
-
-
-@dataclass
-class FigureData:
-    """What load_dataset asks for."""
-    dataset: str = "flickr8k"
-    data_dir: str | None = None
-    seed: int = 0
-    n_objects: int = 2
-    n_scenes: int = 20000
-    stream: bool = False
-    allow_private: bool = False
-    allow_broken: bool = False
 
 
 def similarity(config):

@@ -14,7 +14,8 @@ FIVE = ["Paper", "Shapes", "File", "Test", "Exercise"]
 @pytest.mark.parametrize("idea", IDEAS, ids=exercises.CHECKS)
 def test_each_idea_has_its_five(idea):
     assert re.findall(r"^- \*\*(\w+)\*\* ", idea, flags=re.MULTILINE) == FIVE
-    file, (test, name) = re.search(r"\*\*File\*\* (\S+)", idea)[1], re.search(r"\*\*Test\*\* (\S+)::(\w+)", idea).groups()
+    file = re.search(r"\*\*File\*\* (\S+)", idea)[1]
+    test, name = re.search(r"\*\*Test\*\* (\S+)::(\w+)", idea).groups()
     assert (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / test).read_text(encoding="utf-8")
     assert all((ROOT / path).is_file() for path in re.findall(r"figures/\w+\.png", idea))
 
