@@ -1,0 +1,26 @@
+"""The exercises: each names a file and a test that exist, is not done yet, and stands in the list with its five."""
+import re
+from pathlib import Path
+
+import pytest
+
+import exercises
+
+ROOT = Path(__file__).resolve().parent.parent
+IDEAS = (ROOT / "tests" / "exercises.md").read_text(encoding="utf-8").split("\n## ")[1:]
+FIVE = ["Paper", "Shapes", "File", "Test", "Exercise"]
+
+
+@pytest.mark.parametrize("idea", IDEAS, ids=exercises.CHECKS)
+def test_each_idea_has_its_five(idea):
+    assert re.findall(r"^- \*\*(\w+)\*\* ", idea, flags=re.MULTILINE) == FIVE
+    file = re.search(r"\*\*File\*\* (\S+)", idea)[1]
+    test, name = re.search(r"\*\*Test\*\* (\S+)::(\w+)", idea).groups()
+    assert (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / test).read_text(encoding="utf-8")
+    assert all((ROOT / path).is_file() for path in re.findall(r"figures/\w+\.png", idea))
+
+
+def test_each_exercise_is_still_to_be_done():
+    """All sixteen, in the order of the list; a check that passes before its exercise is done would check nothing."""
+    assert re.findall(r"\*\*Exercise\*\* `(\w+)`", "".join(IDEAS)) == list(exercises.CHECKS)
+    assert [name for name in exercises.CHECKS if exercises.failure(name) is None] == []
