@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from tinyvlm.shapes import (COLORS, OPPOSITE, SHAPES, Shapes, Thing, ask, describe, draw_scene, make_scene, parse,
+from tinyvlm.shapes import (COLORS, OPPOSITE, SHAPES, Shapes, Thing, ask, describe, draw_scene, make_scene, place, parse,
                             relation, score_parts)
 from tinyvlm.vqa import to_sentence, to_short
 
@@ -118,9 +118,10 @@ def blind_accuracy(n_objects, n_scenes):
 
 def test_the_question_alone_does_not_tell_the_answer():
     blind = blind_accuracy(2, 4000)
-    assert blind["all"] < 0.45 and set(blind) == {"all", "color", "size", "shape", "count", "relation", "yes/no"}
+    assert blind["all"] < 0.45 and set(blind) == {"all", "color", "size", "shape", "place", "count", "relation",
+                                                     "yes/no"}
     assert max(blind[kind] for kind in ("size", "count", "yes/no")) < 0.56
-    assert max(blind["color"], blind["shape"]) < 0.25 and blind["relation"] < 0.5
+    assert max(blind["color"], blind["shape"], blind["place"]) < 0.25 and blind["relation"] < 0.5
 
 
 def test_questions_are_unambiguous_and_become_whole_sentences():
@@ -140,6 +141,8 @@ def test_questions_are_unambiguous_and_become_whole_sentences():
             elif q.question_type == "relation":
                 a, b = words.removeprefix("where is ").split(" relative to ")
                 assert relation(only(a), only(b)).split()[0] == q.answer
+            elif q.question_type == "place":
+                assert f"in the {place(only(words.removeprefix('where is ')))}" == q.answer
             elif q.question_type == "count":
                 assert q.answer == str(len(scene)) and q.answer_type == "number"
             else:
