@@ -20,22 +20,17 @@ import json
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from tinyvlm.config import UserError, flag_name, option, parse_config, run_script
 from tinyvlm.device import check_device
 from tinyvlm.download import download
 from tinyvlm.draw import attention_over, caption_sheet
-from tinyvlm.features import Encoder
 from tinyvlm.files import list_images, write_image
-from tinyvlm.image import load_image, open_batches, preprocess, to_pil
+from tinyvlm.image import load_image, open_batches, to_pil
 from tinyvlm.pretrained import load_pretrained, load_run
-from tinyvlm.retrieval import label_embeddings
 from tinyvlm.serve import MAX_BYTES, serve
-from tinyvlm.use import attention, captions, embed_images, find, open_texts, rank, reply, words_attended
+from tinyvlm.use import attention, captions, embed_images, find, how_to_read, open_texts, ranker, reply, words_attended
 
 
 @dataclass
@@ -75,17 +70,6 @@ def open_image(name):
     with tempfile.TemporaryDirectory() as folder:
         path = download(name, Path(folder) / "image", max_bytes=MAX_BYTES, max_seconds=60)
         return load_image(path.read_bytes(), name=name)
-
-
-def how_to_read(run, config):
-    """-> prepare(PIL image), for each of a batch, and batch(list of those): pixels or features, as the run takes."""
-    made_by = run.config.get("features")
-    if not made_by:
-        return partial(preprocess, recipe=run.recipe), torch.stack                           # (3, S, S), (b, 3, S, S)
-    if not made_by["source"]:
-        raise UserError(f"this run reads features of {made_by['encoder'][:80]!r}, a network that is not at hand for new "
-                        "pictures; train on features that data.py --features makes, or on pixels")
-    return (lambda image: image), Encoder(made_by["source"], config.device)                  # PIL, (b, D)
 
 
 def inputs(run, config, batch_size):
@@ -154,28 +138,26 @@ def answer(run, config):
     for (name,), img in inputs(run, config, 1):                 # (1, 3, S, S)
         for question in config.prompt:
             start = f"{name}: {question}  "
-            text = reply(run, config, img, [(question, None)], (lambda text: out.grow(start + text)) if out.live else None)
+            say = (lambda text: out.grow(start + text)) if out.live else None
+            text = reply(run, config, img, [(question, None)], say)
             out.end(start + text, {"image": name, "question": question, "answer": text})
 
 
 # ---- labels and search
 
 def read_labels(labels):
-    """--labels: phrases, or one file that holds one on each line. Raises UserError for fewer than two."""
+    """--labels: phrases, or one file that holds one on each line."""
     try:
         if len(labels) == 1:
-            labels = [line.strip() for line in Path(labels[0]).read_text("utf-8-sig").split("\n") if line.strip()]
+            return [line.strip() for line in Path(labels[0]).read_text("utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError):
         pass
-    labels = list(dict.fromkeys(labels))
-    if len(labels) < 2:
-        raise UserError(f"{labels} is neither two labels nor a file of them, and one alone is always 100%; add some")
     return labels
 
 
 def compare(run, config):
     """A clip run: labels for images, or images for words."""
-    clean, out = open_texts(run, config), Lines(config)
+    out = Lines(config)
     if config.search is not None:
         hits = find(run, config, config.search)
         for name, score in hits:
@@ -185,32 +167,30 @@ def compare(run, config):
         return print(f"{config.sheet} shows them", file=sys.stderr)
     if not config.labels:
         raise UserError('this run compares pictures and sentences: give --labels "a dog" "a cat", or --search WORDS')
-    labels = read_labels(config.labels)
-    label_emb = label_embeddings(run.model, run.tokenizer, labels, clean=clean)               # (n, D)
+    rank = ranker(run, config, read_labels(config.labels))
     for names, img in inputs(run, config, config.batch_size):
-        for name, best in zip(names, rank(run, config, img, labels, label_emb)):
+        for name, best in zip(names, rank(img)):
             line = ", ".join(f"{label} {p:.1%}" for label, p in best.items())
             out.end(f"{name}: {line}", {"image": name, "labels": best})
 
 
 # ---- a page in the browser
 
-# what the page's sliders set: from, to, step
-SLIDERS = {"temperature": (0, 2, 0.05), "top_p": (0.05, 1, 0.05), "num_beams": (1, 8, 1)}
+SLIDERS = {"temperature": (0, 2, 0.05), "top_p": (0.05, 1, 0.05), "num_beams": (1, 8, 1)}          # from, to, step
 
 
 def settings(config, asked):
-    """The options, with those that the page asks for in their places. Raises UserError for what no page of ours asks."""
+    """The options, with what the page asks for in its place. Raises UserError for what no page of ours asks."""
     kinds = {**dict.fromkeys(SLIDERS, (int, float)), "prompt": list, "labels": list, "search": str}
     for name, value in asked.items():
-        good = isinstance(value, kinds.get(name, ())) and (
-            SLIDERS[name][0] <= value <= SLIDERS[name][1] if name in SLIDERS else all(isinstance(x, str) for x in value))
-        if not good:
+        low, high, _ = SLIDERS.get(name, (0, 0, 0))
+        if not isinstance(value, kinds.get(name, ())) or not (
+                low <= value <= high if name in SLIDERS else all(isinstance(text, str) for text in value)):
             raise UserError(f"the request's {name[:20]!r} does not fit this model; load the page again")
     now = replace(config, **asked)
-    drawing = now.temperature > 0                               # a beam search is not drawn, and only draws need limits
-    return replace(now, num_beams=1 if drawing else int(now.num_beams), top_k=now.top_k if drawing else None,
-                   top_p=now.top_p if drawing else None)
+    if now.temperature > 0:                                     # beams are not drawn, and only draws are limited
+        return replace(now, num_beams=1)
+    return replace(now, num_beams=int(now.num_beams), top_k=None, top_p=None)
 
 
 def thumbnail(path):
@@ -226,27 +206,28 @@ def page(run, config):
     asks for. asked: {option: value}, for a vqa run in "prompt" the dialogue: question, answer, .., question; data: the
     picture's bytes; send(row): called with results, and before them with texts as they are made."""
     task, recipe, (prepare, batch) = run.config["task"], run.recipe, how_to_read(run, config)
-    clean = open_texts(run, config) if task == "clip" else None
+    if task == "clip":
+        open_texts(run, config)
     about = {"task": task, "run": config.pretrained or config.out_dir, "max_bytes": MAX_BYTES,
              "images": len(embed_images(run, config)[0]) if config.images else 0,
              "turns": run.config["options"].get("turns", 1), "mode": recipe.mode,
              "share": recipe.size / (recipe.resize or recipe.size),               # of the picture that the model sees
-             "sliders": {name: [*row, getattr(config, name) or row[1]] for name, row in SLIDERS.items()}}
+             "sliders": {name: [*row, getattr(config, name)] for name, row in SLIDERS.items() if task != "clip"}}
 
     def act(asked, data, send):
         now = settings(config, asked)
-        if task == "clip" and "search" in asked:
+        if task == "clip" and now.search:
             return send({"hits": [{"image": name, "score": score, "picture": thumbnail(Path(config.images) / name)}
                                   for name, score in find(run, now, now.search)]})
         img = batch([prepare(load_image(data, "the picture"))]).to(config.device)
         if task == "clip":
-            labels = read_labels(now.labels)
-            label_emb = label_embeddings(run.model, run.tokenizer, labels, clean=clean)       # (n, D)
-            return send({"labels": next(rank(run, now, img, labels, label_emb))})
+            return send({"labels": ranker(run, now, now.labels)(img)[0]})
 
         def say(text):
             send({"text": text})
         if task == "vqa":
+            if len(now.prompt) % 2 == 0:
+                raise UserError("there is no question; ask one")
             turns = list(zip(now.prompt[::2], [*now.prompt[1::2], None]))
             return send({"answer": reply(run, now, img, turns, say)})
         ids = captions(run, now, img, now.seed, say)[0]

@@ -17,7 +17,7 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
     img: (B, 3, H, W) or features, or None for a model without images. temperature 0 takes the likeliest token every
     time (greedy); above 0 draws from softmax(logits / temperature), kept to the top_k likeliest and to the smallest set
     with probability top_p. num_beams > 1 searches for the best sum of log-probabilities / length ** length_penalty.
-    on_token: called with each step's B ids as they are chosen, eos_id behind an end; a beam search chooses at its end."""
+    on_token: called with each step's B ids as they are chosen, eos_id behind an end; beams are chosen at the end."""
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device, end = next(model.parameters()).device, -1 if eos_id is None else eos_id        # no token is -1
     lengths = [len(row) for row in idx]

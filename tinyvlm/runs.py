@@ -136,14 +136,14 @@ def report_test(model, setup, features, evaluate):
     if config.task == "clip":
         sim = torch.tensor([example["similarity"] for example in examples[:12]])   # (12, 12), or fewer
         write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:12]]))
-    print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training. Now try")
+    where = f"{out}/samples.png shows sixteen of them, {out}/curves.png the training."
+    if features and not features.meta["source"]:                # what made them cannot encode a new picture
+        return print(where)
+    print(where, "Now try")
     folder, question = shlex.quote(str(out)), shlex.quote(shown[0].get("question", ""))
     if config.task == "classify":
         data = f"--dataset {dataset.name}" + (f" --data-dir={shlex.quote(config.data_dir)}" if config.data_dir else "")
         return print(f"    python train.py {data} --vision={folder} --out-dir out/captions")
     how = f"--out-dir={folder} --image={shlex.quote(f'{out}/example.png')}"
-    if features and not features.meta["source"]:                # a new picture cannot be encoded: known ones by name
-        how = (f"--out-dir={folder} --features={shlex.quote(str(config.features))} "
-               f"--image={shlex.quote(dataset.names[shown[0]['image']])}")
     more = {"vqa": f" --prompt {question}", "clip": " --labels 'a dog' 'a child' 'a boat'"}.get(config.task, "")
     print(f"    python sample.py {how}{more}")

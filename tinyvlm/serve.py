@@ -126,7 +126,7 @@ def make_server(about, act, host, port):
     try:
         server = ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
-        raise UserError(f"--serve cannot listen at {host}, port {port} ({error.strerror}); give another --port") from None
+        raise UserError(f"no page can be at {host}, port {port} ({error.strerror}); give another --port") from None
     server.about, server.act, server.host, server.lock = about, act, host, threading.Lock()
     return server
 
@@ -135,8 +135,8 @@ def serve(about, act, host, port):
     """Answer until Ctrl-C. act(asked, data, send): see sample.page."""
     with make_server(about, act, host, port) as server:
         if not host.startswith("127.") and host != "localhost":
-            print(f"warning: --host {host} lets everybody who reaches this machine use the model and see the pictures of "
-                  "--images, without a password", file=sys.stderr)
+            print(f"warning: --host {host} lets everybody who reaches this machine use the model, and see the pictures "
+                  "of --images, without a password", file=sys.stderr)
         print(f"the page is at http://{host}:{server.server_port}  (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

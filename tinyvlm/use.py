@@ -14,11 +14,23 @@ import torch
 from .answering import room_for_text
 from .captions import clean_caption
 from .config import UserError
-from .features import open_encoder, text_embeddings
+from .features import Encoder, open_encoder, text_embeddings
 from .generate import generate
-from .retrieval import classify, embed_folder, search
+from .image import preprocess
+from .retrieval import classify, embed_folder, label_embeddings, search
 from .task import forbidden_ids
 from .vqa import encode_dialogue
+
+def how_to_read(run, config):
+    """-> prepare(PIL image), for each of a batch, and batch(list of those): pixels or features, as the run takes."""
+    made_by = run.config.get("features")
+    if not made_by:
+        return partial(preprocess, recipe=run.recipe), torch.stack                           # (3, S, S), (b, 3, S, S)
+    if not made_by["source"]:
+        raise UserError(f"this run takes features of {made_by['encoder'][:80]!r}, one that is not at hand for new "
+                        "pictures; train on pixels, or on features that data.py --features makes")
+    return (lambda image: image), Encoder(made_by["source"], config.device)                  # PIL, (b, D)
+
 
 # ---- captions and answers
 
@@ -114,12 +126,19 @@ def open_texts(run, config):
     return partial(clean_caption, how=run.config["clean"])
 
 
-def rank(run, config, img, labels, label_emb):
-    """Yields for each image the labels that fit best, with their probabilities: {"a dog": 0.9, ..}."""
-    with torch.inference_mode():
-        probs = classify(run.model.encode_image(img), label_emb, run.model.logit_scale)           # (b, n)
-    for row in probs:
-        yield {labels[k]: row[k].item() for k in row.argsort(descending=True)[:config.hits].tolist()}
+def ranker(run, config, labels):
+    """-> a function: img -> for each image the labels that fit best, with their probabilities, {"a dog": 0.9, ..}."""
+    labels, clean = list(dict.fromkeys(labels)), open_texts(run, config)
+    if len(labels) < 2:
+        raise UserError(f"{labels} is neither two labels nor a file of them, and one alone is always 100%; add some")
+    label_emb = label_embeddings(run.model, run.tokenizer, labels, clean=clean)               # (n, D)
+
+    def rank(img):
+        with torch.inference_mode():
+            probs = classify(run.model.encode_image(img), label_emb, run.model.logit_scale)   # (b, n)
+        best = probs.argsort(dim=1, descending=True)[:, :config.hits]                         # (b, hits)
+        return [{labels[k]: row[k].item() for k in order} for row, order in zip(probs, best.tolist())]
+    return rank
 
 
 def embed_images(run, config):
