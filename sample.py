@@ -208,10 +208,10 @@ def page(run, config):
     task, recipe, (prepare, batch) = run.config["task"], run.recipe, how_to_read(run, config)
     if task == "clip":
         open_texts(run, config)
-    about = {"task": task, "run": config.pretrained or config.out_dir, "max_bytes": MAX_BYTES,
-             "images": len(embed_images(run, config)[0]) if config.images else 0,
-             "turns": run.config["options"].get("turns", 1), "mode": recipe.mode,
-             "share": recipe.size / (recipe.resize or recipe.size),               # of the picture that the model sees
+    share = recipe.size / (recipe.resize or recipe.size)        # of the picture that the model sees
+    about = {"task": task, "run": config.pretrained or config.out_dir, "mode": recipe.mode, "share": share,
+             "images": len(embed_images(run, config)[0]) if config.images else 0, "max_bytes": MAX_BYTES,
+             "turns": run.config["options"].get("turns", 1),
              "sliders": {name: [*row, getattr(config, name)] for name, row in SLIDERS.items() if task != "clip"}}
 
     def act(asked, data, send):
@@ -222,9 +222,7 @@ def page(run, config):
         img = batch([prepare(load_image(data, "the picture"))]).to(config.device)
         if task == "clip":
             return send({"labels": ranker(run, now, now.labels)(img)[0]})
-
-        def say(text):
-            send({"text": text})
+        say = lambda text: send({"text": text})
         if task == "vqa":
             if len(now.prompt) % 2 == 0:
                 raise UserError("there is no question; ask one")
