@@ -21,6 +21,7 @@ from .retrieval import classify, embed_folder, label_embeddings, search
 from .task import forbidden_ids
 from .vqa import encode_dialogue
 
+
 def how_to_read(run, config):
     """-> prepare(PIL image), for each of a batch, and batch(list of those): pixels or features, as the run takes."""
     made_by = run.config.get("features")
@@ -158,7 +159,8 @@ def embed_images(run, config):
 
 def find(run, config, words):
     """The pictures of --images that fit the words best -> [(name, cosine), ..], best first."""
+    clean = open_texts(run, config)
     names, image_emb = embed_images(run, config)                                  # (n, D)
-    text_emb = text_embeddings(run.model, run.tokenizer, [words], clean=open_texts(run, config))[0].cpu()         # (D,)
+    text_emb = text_embeddings(run.model, run.tokenizer, [words], clean=clean)[0].cpu()      # (D,)
     scores, order = search(image_emb, text_emb, config.hits)                      # (k,), (k,)
     return [(names[i], score) for i, score in zip(order.tolist(), scores.tolist())]
