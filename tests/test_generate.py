@@ -134,7 +134,7 @@ def test_the_host_waits_for_a_device_every_eighth_step_only(n, error):
 
 
 def test_tokens_are_told_as_they_are_chosen():
-    """A listener gets a column of ids a step and changes nothing; the rows it heard, up to their ends, are the result."""
+    """A listener gets a column of ids a step and changes nothing; the rows it heard, up to an end, are the result."""
     model, images, heard = Table(seed=1), torch.arange(4), []
     for how in ({}, {"temperature": 1.0, "seed": 2}):
         heard.clear()
