@@ -80,7 +80,7 @@ def test_embeddings_of_other_captions_are_refused(made, tmp_path):
     ((20, 6), "--model lstm"), ((20, 9, 6), "--model lstm --soft-attention"), ((20, 9, 6), "--model cross"),
     ((20, 9, 6), "--model prefix --shuffle 3"), ((20, 6), "--task clip"), ((20, 9, 6), "--task clip")])
 def test_a_run_on_somebody_elses_features(made, tmp_path, capsys, shape, how):
-    """Features, or grids of them, of a network that is not at hand: pictures go by name, as a sentence says."""
+    """Features, or grids of them, of a network that is not at hand: as a sentence says, it takes no new pictures."""
     theirs, out = tmp_path / "their's.safetensors", tmp_path / "out"
     save_safetensors({"features": torch.randn(shape).half()}, theirs, {"ids": NAMES, "encoder": "their network"})
     argv = [train, *from_folder(made), *TINY, *TEXT, *"--epochs 1 --accum 1 --tokenizer bpe".split(), *how.split()]
@@ -88,9 +88,6 @@ def test_a_run_on_somebody_elses_features(made, tmp_path, capsys, shape, how):
     if "clip" in how and len(shape) == 3:
         return refused(capsys, "--task clip takes one vector for each image", *argv)
     run(*argv)
-    assert f"'--features={tmp_path}/their'\"'\"'s.safetensors'" in capsys.readouterr().out.splitlines()[-1]
+    assert "python sample.py" not in capsys.readouterr().out.splitlines()[-1]
     argv = [sample, "--out-dir", out, *(["--labels", "a dog", "a cat"] if "clip" in how else [])]
-    run(*argv, "--image", "5.jpg", "--features", theirs)
-    assert "5.jpg: " in capsys.readouterr().out
-    refused(capsys, "'their network', a network that is not at hand", *argv, "--image", made / "Images" / "5.jpg")
-    refused(capsys, "holds nothing for nobody.jpg", *argv, "--image", "nobody.jpg", "--features", theirs)
+    refused(capsys, "'their network', one that is not at hand", *argv, "--image", made / "Images" / "5.jpg")

@@ -133,6 +133,19 @@ def test_the_host_waits_for_a_device_every_eighth_step_only(n, error):
                 assert tokens.shape == (2, n)
 
 
+def test_tokens_are_told_as_they_are_chosen():
+    """A listener gets a column of ids a step and changes nothing; the rows it heard, up to an end, are the result."""
+    model, images, heard = Table(seed=1), torch.arange(4), []
+    for how in ({}, {"temperature": 1.0, "seed": 2}):
+        heard.clear()
+        out = generate(model, images, [[1]] * 4, 6, eos_id=EOS, on_token=heard.append, **how)
+        assert out == generate(model, images, [[1]] * 4, 6, eos_id=EOS, **how)
+        assert [[*itertools.takewhile(lambda i: i != EOS, row)] for row in zip(*heard)] == out
+    heard.clear()
+    generate(model, images, [[1]] * 4, 6, eos_id=EOS, num_beams=2, on_token=heard.append)
+    assert not heard                                            # beams are chosen at the end
+
+
 def test_top_p_worked_example():
     logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
     assert filter_logits(logits, top_p=0.7).isfinite().tolist() == [[False, True, False, True]]

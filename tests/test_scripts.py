@@ -98,6 +98,34 @@ def test_sample_on_files_and_folders_as_json(trained, tmp_path, capsys, how):
     assert "--prompt" not in how or all(line["caption"].startswith("a large") for line in lines)
 
 
+@pytest.mark.parametrize("how", [[], ["--temperature", "2", "--seed", "1"], ["--prompt", "a large"]])
+def test_a_terminal_shows_a_caption_as_it_is_made(trained, capsys, monkeypatch, how):
+    """Written in pieces, it is the line that goes into a pipe; two images are captioned together, a line at a time."""
+    argv = ["--image", trained / "example.png", "--out-dir", trained, *how]
+    run(sample, *argv)
+    line, pieces = capsys.readouterr().out, []
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    real = sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: (pieces.append(text), real(text))[1])
+    for more, live in (([], True), (["--json"], False), (["--num-beams", "2"], False)):
+        if "--temperature" in how and "--num-beams" in more:
+            continue
+        pieces.clear()
+        run(sample, *argv, *more)
+        shown = [piece for piece in pieces if piece not in ("", "\n")]
+        assert (len(shown) > 2) == live and (not live or "".join(pieces) == line), pieces
+    pieces.clear()
+    run(sample, *argv[:2], trained / "samples.png", *argv[2:])
+    assert len([piece for piece in pieces if piece not in ("", "\n")]) == 2
+
+
+def test_help_has_the_ten_options_that_matter_first(capsys):
+    run(sample, "-h")
+    first = capsys.readouterr().out.partition("what matters first:")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (--[a-z-]+)", first, re.MULTILINE) == ["--image", "--out-dir", "--pretrained", "--serve",
+        "--prompt", "--labels", "--search", "--images", "--num-beams", "--temperature"]
+
+
 def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
     for name in ("example.png", "log.csv"):
         host.pages[f"/{name}"] = send((trained / name).read_bytes())
@@ -117,6 +145,8 @@ MISTAKES = {
         "--imgae x": "did you mean --image", "--image EXAMPLE --out-dir none": "python train.py",
         "--image EXAMPLE --prompt a b": "give one --prompt", f"--image EXAMPLE --prompt={'a,' * 99}": "shorten",
         "--num-beams 2 --temperature 1": "--temperature", "--top-k 3": "--temperature", "--features f": "--features",
+        "--serve --labels a b": "--labels is for the terminal", "--serve --port 70000": "--port must be below",
+        "--images EMPTY": "are for clip",
         "--labels a b": "are for clip", "--search dog --images EMPTY": "are for clip", "--device nonsense": "--device",
         "--image EXAMPLE --out-dir DAMAGED": "model.safetensors"},
     train: {

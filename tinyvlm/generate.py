@@ -12,11 +12,12 @@ NEVER = -1e9    # a score no real sentence has; finite, because -inf - -inf is n
 
 @torch.inference_mode()
 def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, num_beams=1, eos_id=None,
-             length_penalty=1.0, seed=None, forbidden=()):
+             length_penalty=1.0, seed=None, forbidden=(), on_token=None):
     """Continue B prompts of ids, of any lengths, together -> B lists of new ids, without eos_id, and never `forbidden`.
     img: (B, 3, H, W) or features, or None for a model without images. temperature 0 takes the likeliest token every
     time (greedy); above 0 draws from softmax(logits / temperature), kept to the top_k likeliest and to the smallest set
-    with probability top_p. num_beams > 1 searches for the best sum of log-probabilities / length ** length_penalty."""
+    with probability top_p. num_beams > 1 searches for the best sum of log-probabilities / length ** length_penalty.
+    on_token: called with each step's B ids as they are chosen, eos_id behind an end; beams are chosen at the end."""
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device, end = next(model.parameters()).device, -1 if eos_id is None else eos_id        # no token is -1
     lengths = [len(row) for row in idx]
@@ -30,7 +31,7 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
     if num_beams > 1:
         tokens = beam_search(allowed(logits), step, state.reorder, max_new_tokens, num_beams, end, length_penalty)
     else:
-        tokens = sample(allowed(logits), step, max_new_tokens, temperature, top_k, top_p, end, seed)
+        tokens = sample(allowed(logits), step, max_new_tokens, temperature, top_k, top_p, end, seed, on_token)
     return [row[:row.index(end)] if end in row else row for row in tokens.tolist()]
 
 
@@ -48,7 +49,7 @@ def filter_logits(logits, top_k=None, top_p=None):
     return logits
 
 
-def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=None):
+def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=None, on_token=None):
     """One token at a time, the likeliest or drawn -> ids (B, T_new), filled with `end` once done. A draw from p is the
     argmax of p / e, each e exponentially distributed: torch.multinomial's way, but without waiting for a GPU."""
     rng = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
@@ -60,6 +61,8 @@ def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=No
         token = torch.where(done, end, logits.argmax(dim=-1))
         done |= token == end
         tokens.append(token)
+        if on_token:                                          # reading a token waits for the device: only if asked to
+            on_token(token.tolist())
         if n == max_new_tokens or (n % 8 == 0 or done.is_cpu) and done.all():     # seldom wait for a GPU
             break
         logits = step(token)

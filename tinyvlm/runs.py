@@ -138,18 +138,13 @@ def report_test(model, setup, evaluate):
     if config.task == "clip":
         sim = torch.tensor([example["similarity"] for example in examples[:12]])   # (12, 12), or fewer
         write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:12]]))
-    print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training. Now try")
-    print("    python " + shlex.join(next_command(setup, shown[0])))
-
-
-def next_command(setup, example):
-    """What to try with a new run, as words of a command line."""
-    config, features, out = setup.config, setup.prepared.features, setup.config.out_dir
+    print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training.")
+    features, words = setup.prepared.features, ["sample.py", f"--out-dir={out}", f"--image={out}/example.png"]
     if config.task == "classify":
         where = [f"--data-dir={config.data_dir}"] if config.data_dir else []
-        return ["train.py", "--dataset", setup.dataset.name, *where, f"--vision={out}", "--out-dir", "out/captions"]
-    words = ["sample.py", f"--out-dir={out}", f"--image={out}/example.png"]
-    if features and not features.meta["source"]:                # a new picture cannot be encoded: known ones by name
-        words[2:] = [f"--image={setup.dataset.names[example['image']]}", f"--features={config.features}"]
-    return words + {"vqa": ["--prompt", example.get("question")],
-                    "clip": ["--labels", "a dog", "a child", "a boat"]}.get(config.task, [])
+        words = ["train.py", "--dataset", dataset.name, *where, "--model", "prefix", f"--vision={out}", "--out-dir",
+                 "out/captions"]
+    words += {"vqa": ["--prompt", shown[0].get("question")], "clip": ["--labels", "a dog", "a child", "a boat"]}.get(
+        config.task, [])
+    if not features or features.meta["source"]:                 # else what made them cannot encode a new picture
+        print("Now try\n    python " + shlex.join(words))
