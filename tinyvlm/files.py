@@ -103,6 +103,14 @@ def read_json(path):
         raise UserError(f"{path} is not a readable JSON file: {str(fault)[:100]}; mend it or fetch it again") from None
 
 
+def read_object(path):
+    """The content of a JSON file that holds an object; {} where there is none. Raises UserError."""
+    content = read_json(path) if path and Path(path).exists() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; mend it, or fetch it again")
+    return content
+
+
 def list_files(folder):
     """["b.txt", "a/b.jpg", ..]: every file in a folder, shallow ones first; links are followed.
 

@@ -16,7 +16,7 @@ import regex
 
 from .config import UserError
 from .files import read_json
-from .vocab import END, SPECIAL_TOKENS, Tokenizer, read_beside, require
+from .vocab import END, SPECIAL_TOKENS, Tokenizer, added_tokens, require
 from .wordpiece import WordPieceTokenizer, WordTokenizer, lower
 
 # How GPT-2 cuts text into words; merges never cross a cut. "Hello  world\n" -> "Hello", " ", " world", "\n".
@@ -201,7 +201,7 @@ class BPETokenizer(Tokenizer):
             spec |= {"normalizer": CLIP_CLEANING, "pre_tokenizer": {
                 "type": "Sequence", "pretokenizers": [*CLIP_SPLITS[0], BYTE_LEVEL]}, "post_processor": {
                 "type": "RobertaProcessing", **frame, "trim_offsets": False, "add_prefix_space": False}}
-        return spec | {"added_tokens": read_beside(path.parent, vocab, (CLIP_START, END), normalized=clip)}
+        return spec | {"added_tokens": added_tokens(vocab, (CLIP_START, END), normalized=clip)}
 
     def _setup(self, spec):
         model, split, vocab = spec["model"], spec["pre_tokenizer"] or {}, self._vocab
