@@ -102,7 +102,9 @@ def test_json_lines(tmp_path):
     ("a.csv", "image,caption\n7.jpg", "holds no captions"), ("a.jsonl", '{"img": "7.jpg"}', "holds no captions"),
     ("a.csv", 'image,caption\n0.jpg,"a dog\n1.jpg,"a cat"', "quote"),
     ("a.csv", 'image,caption\n0.jpg,"open' + "x" * 200_000, "quote"), ("a.jsonl", "[3]", "not in a known layout"),
-    ("a.jsonl", '{"image": 3, "text": "a"}', "is not"), ("a.jsonl", '{"image": "7.jpg", "captions": [3]}', "is not"),
+    ("a.jsonl", '{"image": 3, "text": "a"}', "row of 3 has 3 where a text should be"),
+    *[("a.jsonl", f'{{"image": "7.jpg", "captions": {cell}}}', "row of '7.jpg' has .* where a text should be")
+      for cell in ("3", "true", "[3]", '["a", null]', '{"en": "a"}', '[["a"]]')],
     ("a.csv", "image,caption,split\n7.jpg,a,holdout", "gives '7.jpg' the split 'holdout'"),
     ("a.csv", "image,caption,split\n7.jpg,a,val\n7.jpg,b,train", "gives '7.jpg' the split 'train', and elsewhere 'val'"),
     ("a.csv", b"image,caption\n7.jpg,caf\xe9", "not UTF-8 .byte 23.; save it as UTF-8"),
@@ -214,7 +216,7 @@ def karpathy_json(path, members):
 def test_flickr8k_as_text_and_as_kaggles_zip_with_the_official_lists(tmp_path):
     pictures(tmp_path, [f"Flicker8k_Dataset/{k}.jpg" for k in range(120)])
     lines = [f"{k}.jpg#{j}\tA dog , number {k} ." for k in range(120) for j in range(5)]
-    lines.append("2258277193_586949ec62.jpg.1#0\tnone")                           # stands so in the real file
+    lines.append("2258277193_586949ec62.jpg.1#0\ta boat")                           # stands so in the real file
     write(tmp_path / "text" / "Flickr8k.token.txt", "\n".join(lines))
     for name, members in (("train", range(80)), ("dev", range(80, 99)), ("test", range(99, 118))):
         write(tmp_path / "text" / f"Flickr_8k.{name}Images.txt", "".join(f"{k}.jpg\n" for k in members))
@@ -241,7 +243,8 @@ def test_kaggles_flickr30k_with_bars_and_two_copies_of_everything(tmp_path):
     assert dict(zip([Path(name).name for name in ds.names], ds.captions)) == {
         "1000.jpg": ["Two men , one with a bar .", "2 dogs"], "77.jpg": ['"Stop" , he says 3 times'],
         "2199200615.jpg": ["A dog ."]}                          # one row of the real file lacks its second bar, too
-    assert ds.notes[0] == "2 rows of results.csv without an image name or a caption were left out"
+    assert ds.notes[:2] == ["columns of results.csv that are not read: comment_number",
+                            "2 rows of results.csv without an image name or a caption were left out"]
 
 
 def hub_table(path, splits, raw=lambda k: [f'a dog, "{k}"', "two\u2028dogs"]):

@@ -4,18 +4,18 @@ Before a vision tower meets text, it learns to tell colours, things and places a
 gave (pseudo-labels: "Self-training with Noisy Student", Xie et al. 2020, arXiv:1911.04252). One linear head per
 category; the heads are thrown away afterwards, the tower stays: train.py --vision RUN.
 """
-import csv
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .captions import clean_caption
+from .captions import IMAGE, clean_caption, read_table, readable
 from .cnn import ResNetConfig
 from .config import UserError, option
 from .features import Encoder
-from .files import read_json, tidy_name, write_csv
+from .files import ImageFinder, read_json, write_csv
 from .gpt import IGNORE
 from .image import Recipe, open_batches
 from .retrieval import classify, label_embeddings
@@ -72,12 +72,14 @@ def prepare(config, dataset, features=None, run=None):
     A label that the training split lacks has no number: nothing could learn it. Images without a label are left out.
     """
     start = load_vision(config.vision) if config.vision and not run else None
-    given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
+    labels, notes, rows = {}, [], []
+    given = read_labels(config.labels, dataset, notes) if config.labels else getattr(dataset, "labels", None)
     if given is None:
         raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, then give --labels")
-    labels, notes, rows = {}, [], []
     for category, name in sorted((pair for i in dataset.splits["train"] for pair in given.get(i, {}).items())):
         labels.setdefault(category, {})[name] = True            # each once, in alphabetical order
+    for category in [category for category, names in labels.items() if len(names) < 2]:
+        notes.append(f"all labels of {category} are {[*labels.pop(category)][0]}: it teaches nothing and is left out")
     labels = run.model.config.labels if run else {category: [*names] for category, names in labels.items()}
     for i in range(len(dataset.names)):
         found = [given.get(i, {}).get(category) for category in labels]
@@ -93,17 +95,25 @@ def prepare(config, dataset, features=None, run=None):
     return Prepared(recipe, rows, meta={"labels": labels}, start=start, notes=notes)
 
 
-def read_labels(path, dataset):
-    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}; None: of other images."""
-    number, found = {tidy_name(name): i for i, name in enumerate(dataset.names)}, {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file):
-                if row["label"] and row["category"]:
-                    found.setdefault(number.get(tidy_name(row["image"])), {})[row["category"]] = row["label"]
-    except (ValueError, csv.Error, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no table of labels that begins with image,category,label ({error!r:.80})") from None
-    return found
+def read_labels(path, dataset, notes):
+    """A table image,category,label[,..] (data.py --label) -> {image number: {category: label}}."""
+    path, number, rows, labels = Path(path), {name: i for i, name in enumerate(dataset.names)}, {}, {}
+    with readable(path):
+        for cells in read_table(path, (IMAGE, ("category",), ("label",))):
+            name, category, label = (" ".join(cell.split()) for cell in cells)
+            if category and label and rows.setdefault((name, category), label) != label:
+                raise UserError(f"{path} gives {name!r:.60} two labels of {category!r:.40}, {rows[name, category]!r:.40} "
+                                f"and {label!r:.40}; keep one")
+    files = ImageFinder(dataset.folder or ".", dataset.names).find({name for name, _ in rows})
+    for (name, category), label in rows.items():
+        if name in files:
+            labels.setdefault(number[files[name]], {})[category] = label
+    if absent := [name for name, _ in rows if name not in files]:
+        notes.append(f"{len(absent)} of {len(rows)} labels of {path} are of images not in {dataset.name}, such as "
+                     f"{absent[0]!r:.60}")
+    if not labels:
+        raise UserError(f"{path} labels no image of {dataset.name} ({len(rows)} labels, of other images); name its own file")
+    return labels
 
 
 def build(config, prepared, features=None):

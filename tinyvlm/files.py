@@ -21,6 +21,7 @@ from .config import UserError
 
 # Pillow cannot open .heic, from phones, by itself: such a file is named as broken, never overlooked.
 IMAGE_TYPES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
+UNREAD_TYPES = tuple(".ppm .pgm .pbm .pnm .jp2 .j2k .jxl .ico .svg .tga .psd .eps .pdf .dng .cr2 .nef .raw .exr .hdr".split())
 
 
 def atomic_write(path, write):
@@ -150,14 +151,18 @@ class ImageFinder:
     is missing, nothing stands in, not dogs/8.jpg. Only where no name has a folder that exists do file names suffice.
     """
 
-    def __init__(self, folder):
-        self.folder, self.home, self.files = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
-        self.ending, inner = {}, ["", *glob.glob("**/", root_dir=folder, recursive=True)]
+    def __init__(self, folder, images=None):
+        self.folder, self.home = Path(folder), Path(os.path.abspath(folder)).name
+        self.files = list_files(folder) if images is None else images
+        self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)] if images is None else images
+        inner = ["", *glob.glob("**/", root_dir=folder, recursive=True)] if images is None else images
         self.places = {place for path in inner for place, _ in _ends(tidy_name(f"{self.home}/{path}x"))}
-        self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)]
+        self.ending = {}                                        # {"cats/8.jpg": [the images whose paths end so]}
         for path in self.images:
             for _, end in _ends(tidy_name(f"{self.home}/{path}")):
-                self.ending.setdefault(end, []).append(path)    # {"cats/8.jpg": [the images whose paths end so]}
+                self.ending.setdefault(end, []).append(path)
+                if not (stem := posixpath.splitext(end)[0]).endswith(IMAGE_TYPES):          # "cats/8" will do
+                    self.ending.setdefault(stem, []).append(path)
 
     def find(self, names, base=""):
         """{name: path} of those that are there: below `base`, the folder of the file that names them, else anywhere."""

@@ -72,10 +72,9 @@ def read_beside(folder, spec):
     tokens = []
     for role, value in (config | roles).items():            # "bos_token": "<s>" or {"content": "<s>", ..}
         if value and (role.endswith("_token") or role in ("additional_special_tokens", "extra_special_tokens")):
-            several = value if isinstance(value, list) else [value] if "content" in value or isinstance(value, str) \
-                else value.values()
+            value = value.values() if isinstance(value, dict) and "content" not in value else value
             tokens += [({"content": token} if isinstance(token, str) else token) | {"special": True}
-                       for token in several]
+                       for token in ([value] if isinstance(value, (str, dict)) else value)]
     tokens += [*(spec.get("added_tokens") or []), *({"content": name, "id": i} for name, i in ids.items())]
     tokens += [token | {"id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
     for token in tokens:
@@ -151,7 +150,8 @@ class Tokenizer:
         except UserError as error:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is broken ({type(error).__name__}: {str(error):.120}); fetch it again") from None
+            raise UserError(f"{path} or a file beside it is broken ({type(error).__name__}: {str(error):.120}); fetch it "
+                            "again") from None
 
     def save(self, path):
         """Write a tokenizer.json: `path` is the name of a .json file, or a folder."""
