@@ -48,7 +48,7 @@ def test_questions_and_annotations_are_joined_by_id(tmp_path):
 
 
 @pytest.mark.parametrize("which, text, fault", [
-    ("q", "{", "not a readable JSON"), ("q", "[7]", "as VQA publishes"), ("a", "", "as VQA publishes"),
+    ("q", "{", "not a readable JSON"), ("q", "[7]", "is not a JSON object"), ("a", "", "as VQA publishes"),
     ("q", '{"questions": [{"question_id": 2000, "image_id": 2, "question": 3}]}', "as VQA publishes"),
     ("q", '{"questions": [{"question_id": 2000, "image_id": 3, "question": "of another split?"}]}', "(2000, 3)"),
     ("a", '{"annotations": [{"question_id": 2000, "image_id": 2, "answers": "yes"}]}', "as VQA publishes")])

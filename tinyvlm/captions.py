@@ -88,18 +88,18 @@ def readable(path):
 
 
 def read_table(path, needed, more=(), notes=None):
-    """Yields for each row the cells of the columns that are asked for, each by its possible names; "" where it has none.
+    """Yields each row's cells of the columns that are asked for, each by its possible names; "" where it has none.
 
     Captions are a list: there may be several columns of them. Two columns for anything else are refused, since none is
     taken silently; and those that nobody asked for are noted.
     """
     unread, asked = {}, (*needed, *more)
     for row in _rows(path, needed):
-        found = [[(column, cell) for column, cell in row if column in known] for known in asked]
+        found = [[pair for pair in row if pair[0] in known] for known in asked]
         for cells, known in zip(found, asked):
             if len({column for column, _ in cells}) > 1 or len(cells) > 1 and known is not CAPTION:
-                raise UserError(f"{path} has several columns for one thing ({', '.join(column for column, _ in row)}); "
-                                "rename all but one of them")
+                columns = ", ".join(column for column, _ in row)
+                raise UserError(f"{path} has several columns for one thing ({columns}); rename all but one of them")
         unread |= {column: 1 for column, _ in row if column and not any(column in known for known in asked)}
         found = [[cell for _, cell in cells if cell is not None] for cells in found]
         yield [sum((cell if isinstance(cell, list) else [cell] for cell in cells), []) if known is CAPTION else
@@ -142,7 +142,8 @@ def _rows(path, needed):
         if len(row) > len(header):
             raise UserError(f"{path}: the row of {row[0][:60]} has more cells than the header; put quotes round them")
         # a list of captions, as the hub has it: ["a dog", "two dogs"]
-        yield [(name, json.loads(cell) if re.match(r"\[\s*[\"'\]]", cell) else cell) for name, cell in zip(header, row)]
+        yield [(column, json.loads(cell) if re.match(r"\[\s*[\"'\]]", cell) else cell)
+               for column, cell in zip(header, row)]
 
 
 def _karpathy(path):

@@ -102,8 +102,8 @@ def read_labels(path, dataset, notes):
         for cells in read_table(path, (IMAGE, ("category",), ("label",))):
             name, category, label = (" ".join(cell.split()) for cell in cells)
             if category and label and rows.setdefault((name, category), label) != label:
-                raise UserError(f"{path} gives {name!r:.60} two labels of {category!r:.40}, {rows[name, category]!r:.40} "
-                                f"and {label!r:.40}; keep one")
+                raise UserError(f"{path} gives {name!r:.60} two labels of {category!r:.40}: {label!r:.40} and "
+                                f"{rows[name, category]!r:.40}; keep one")
     files = ImageFinder(dataset.folder or ".", dataset.names).find({name for name, _ in rows})
     for (name, category), label in rows.items():
         if name in files:
@@ -112,7 +112,7 @@ def read_labels(path, dataset, notes):
         notes.append(f"{len(absent)} of {len(rows)} labels of {path} are of images not in {dataset.name}, such as "
                      f"{absent[0]!r:.60}")
     if not labels:
-        raise UserError(f"{path} labels no image of {dataset.name} ({len(rows)} labels, of other images); name its own file")
+        raise UserError(f"{path} labels no image of {dataset.name} ({len(rows)} labels, of others); name its own file")
     return labels
 
 
@@ -157,7 +157,7 @@ def evaluate(model, setup, split, limit=None, **_):
 def read_categories(path):
     """A label file, {"category": ["phrase", ..], ..} -> the same. Raises UserError where it is not of that form."""
     categories = read_json(path)
-    named = [*categories.values()] if isinstance(categories, dict) else []
+    named = [*categories.values()]
     if not named or not all(isinstance(names, list) and len(names) > 1 for names in named) or not all(
             isinstance(name, str) and name.strip() for names in named for name in names):
         raise UserError(f'{path} should be like {{"color": ["red", "blue"]}}, two phrases or more in each category')

@@ -21,7 +21,6 @@ from .config import UserError
 
 # Pillow cannot open .heic, from phones, by itself: such a file is named as broken, never overlooked.
 IMAGE_TYPES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
-UNREAD_TYPES = tuple(".ppm .pgm .pbm .pnm .jp2 .j2k .jxl .ico .svg .tga .psd .eps .pdf .dng .cr2 .nef .raw .exr .hdr".split())
 
 
 def atomic_write(path, write):
@@ -96,19 +95,16 @@ def locked(path, wait=True):
         yield
 
 
-def read_json(path):
-    """The content of a JSON file. Raises UserError when it is broken."""
+def read_json(path, missing_ok=False):
+    """The object in a JSON file, or {} where there is no file and missing_ok. Raises UserError when it is broken."""
+    if missing_ok and not (path and Path(path).exists()):
+        return {}
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as fault:   # not UTF-8, not JSON, nested too deeply
         raise UserError(f"{path} is not a readable JSON file: {str(fault)[:100]}; mend it or fetch it again") from None
-
-
-def read_object(path):
-    """The content of a JSON file that holds an object; {} where there is none. Raises UserError."""
-    content = read_json(path) if path and Path(path).exists() else {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; mend it, or fetch it again")
+        raise UserError(f"{path} is not a JSON object, {{..}}; mend it or fetch it again")
     return content
 
 
@@ -153,6 +149,8 @@ class ImageFinder:
 
     def __init__(self, folder, images=None):
         self.folder, self.home = Path(folder), Path(os.path.abspath(folder)).name
+        if images is None and not self.folder.is_dir():
+            raise UserError(f"there is no folder {folder}; check the path")
         self.files = list_files(folder) if images is None else images
         self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)] if images is None else images
         inner = ["", *glob.glob("**/", root_dir=folder, recursive=True)] if images is None else images

@@ -16,7 +16,7 @@ from pathlib import Path
 from .captions import SPLIT_WORDS, read_captions
 from .config import UserError
 from .download import download, extract_zip
-from .files import UNREAD_TYPES, ImageFinder, locked, read_json
+from .files import IMAGE_TYPES, ImageFinder, locked, read_json
 from .image import load_image
 
 SPLITS = ("train", "val", "test")
@@ -28,7 +28,7 @@ PUBLIC = {"flickr8k": ("dataset_flickr8k.json", "captions.txt", "Flickr8k.token.
           "coco": ("dataset_coco.json", "captions_*2014.json", "captions_*2017.json")}
 OWN = ("captions.txt", "captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 # train.txt, val_images.txt, Flickr_8k.devImages.txt: files so called list the images of a split, one on each line
-LIST = re.compile(rf"(.*[._ -])?({'|'.join(SPLIT_WORDS)}|splits?|folds?)[._ -]?(images?|lists?|ids?|names?|files?|split)?"
+LIST = re.compile(rf"(.*[._ -])?({'|'.join(SPLIT_WORDS)}|splits?|folds?)[._ -]?(images?|lists?|ids?|names?|files?)?"
                   r"\.(txt|lst|csv|tsv|jsonl?)")
 COCO = "https://s3.amazonaws.com/images.cocodataset.org/"       # what images.cocodataset.org serves, with TLS
 GITHUB = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
@@ -73,14 +73,14 @@ def check_absent(notes, absent, total, where, folder, allow_broken):
     """Note which of the `total` images that `where` names are absent. More than 1% of them are a UserError."""
     if not absent:
         return
-    odd = [name for name in absent if str(name).lower().endswith(UNREAD_TYPES)]
-    first = repr(str((odd or absent)[0])[:60])                  # a name may hold a line break, or 400 letters
-    fault, remedy = ("of a kind that is not read, in", "convert them to JPEG or PNG, and mend their names") if odd else (
+    odd = [name for name in absent if posixpath.splitext(name)[1].lower() not in ("", *IMAGE_TYPES)]
+    first = repr((odd or absent)[0][:60])                       # a name may hold a line break, or 400 letters
+    fault, remedy = ("of a kind that is not read, in", "convert them to JPEG or PNG, in the table, too") if odd else (
         "not in", "add them")
     notes.append(f"{len(absent)} of {total} images of {where} are {fault} the folder, such as {first}")
     if len(absent) > MAX_LOST * total and not allow_broken:
-        raise UserError(f"{where} names {len(absent)} images that are {fault} {folder} (such as {first}); {remedy}, or "
-                        "go on without them with --allow-broken")
+        raise UserError(f"{where} names {len(odd or absent)} images that are {fault} {folder} (such as {first}); "
+                        f"{remedy}, or go on without them with --allow-broken")
 
 
 def make_splits(names, lists, seed, notes, folder):

@@ -23,7 +23,7 @@ from .cnn import ResNetConfig
 from .config import UserError
 from .download import hf_file
 from .families import FAMILIES, IGNORE, agree, tie_lm_head
-from .files import read_object
+from .files import read_json
 from .gpt import GPTConfig
 from .image import Recipe
 from .names import Source, best_naming
@@ -77,7 +77,7 @@ def _finder(source):
 def open_checkpoint(source):
     """A Hub id or a folder -> its config, tensors, their path; and the content of any other JSON file: read(name)."""
     find = _finder(source)
-    config = read_object(find("config.json"))
+    config = read_json(find("config.json"), missing_ok=True)
     # timm's CLIP folders hold two files, and the one called model.safetensors is the image tower alone
     path = None if "model_type" in config else find("open_clip_model.safetensors")
     path = path or find("model.safetensors")
@@ -86,7 +86,8 @@ def open_checkpoint(source):
                         "opened; name a revision that has it, as org/name@refs/pr/1")
     # DistributedDataParallel and torch.compile put something in front
     tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in load_safetensors(path).items()}
-    return SimpleNamespace(config=config, tensors=tensors, path=path, read=lambda name: read_object(find(name)))
+    return SimpleNamespace(config=config, tensors=tensors, path=path,
+                           read=lambda name: read_json(find(name), missing_ok=True))
 
 
 # ---- dress: text, and the loaders
@@ -217,7 +218,7 @@ def load_run(folder):
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
-    config = read_object(path)
+    config = read_json(path)
     with blame(f"{path} describes no run of this version", "mend it, or train again"):
         for key in [key for key in ("sizes", "recipe") if not isinstance(config[key], dict)]:
             raise ValueError(f"{key} is {config[key]!r:.60}")

@@ -40,8 +40,9 @@ def from_transformers(p, kind):
     crop = crop or (side if squash else None)
     if crop is None or odd or odder or "longest_edge" in sizes[0] or kind == "ConvNext" and squash:
         raise ValueError(f"size = {p['size']!r}, do_center_crop = {p.get('do_center_crop')!r} of class {kind}")
-    return Recipe(crop, "squash" if squash else "crop", None if side == crop else side,
-                  FILTERS.get(p["resample"], f"of resample = {p['resample']!r}"), p.get("image_mean", p["mean"]), p.get("image_std", p["std"]))
+    how = FILTERS.get(p["resample"], f"of resample = {p['resample']!r}")
+    return Recipe(crop, "squash" if squash else "crop", None if side == crop else side, how,
+                  p.get("image_mean", p["mean"]), p.get("image_std", p["std"]))
 
 
 def from_timm(p):

@@ -12,7 +12,7 @@ from pathlib import Path
 import regex
 
 from .config import UserError
-from .files import read_json, read_object, write_json
+from .files import read_json, write_json
 
 END = "<|endoftext|>"
 SPECIAL_TOKENS = (END, "<image>", "<|system|>", "<|user|>", "<|assistant|>")    # those that tinyvlm itself uses
@@ -64,7 +64,7 @@ def read_beside(folder, spec):
     role (such as "pad_token") must have one at all: transformers would give it the next, for which a model has no row.
     """
     names, model, found = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), spec["model"], {}
-    config, roles, ids = (read_object(folder / name) for name in names)
+    config, roles, ids = (read_json(folder / name, missing_ok=True) for name in names)
     kind = model.get("type", "BPE") + (model.get("end_of_word_suffix") or "")
     classes = [name + "Tokenizer" + fast for name in CLASSES.get(kind, ()) for fast in ("", "Fast")]
     for name, usual in (SETTINGS | {"tokenizer_class": classes + ANY_CLASS}).items():
@@ -150,7 +150,7 @@ class Tokenizer:
         except UserError as error:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} or a file beside it is broken ({type(error).__name__}: {str(error):.120}); fetch it "
+            raise UserError(f"{path} or a file beside it is broken ({type(error).__name__}: {error!s:.160}); fetch it "
                             "again") from None
 
     def save(self, path):

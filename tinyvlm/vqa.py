@@ -55,7 +55,7 @@ def read_vqa(questions_path, annotations_path=None):
             return [Question(*ids, q["question"].strip(), []) for ids, q in texts.items()]
         people = by_ids(annotations_path, "annotations")
         if lacking := [ids for ids in texts if ids not in people]:
-            raise ValueError(f"{len(lacking)} of {len(texts)} questions have no answers, such as that of ids {lacking[0]}")
+            raise ValueError(f"{len(lacking)} of {len(texts)} questions have no answers, such as {lacking[0]}")
         return [Question(*ids, q["question"].strip(), [each["answer"].strip() for each in people[ids]["answers"]], *(
             people[ids][key].strip() for key in ("multiple_choice_answer", "question_type", "answer_type")))
                 for ids, q in texts.items()]
@@ -73,7 +73,8 @@ def vqav2(folder, seed=0, allow_broken=False):
     folder, finder, notes, about, lists = Path(folder), ImageFinder(folder), [], {}, {}
     for split, subset in SUBSETS.items():
         parts = [f"v2_OpenEnded_mscoco_{subset}_questions.json", f"v2_mscoco_{subset}_annotations.json"]
-        files, found, where = {name: files_called(finder, name) for name in parts[:1 if split == "test" else 2]}, {}, {}
+        parts, found, where = parts[:1] if split == "test" else parts, {}, {}
+        files = {name: files_called(finder, name) for name in parts}
         if split != "train" and not files[parts[0]]:
             continue
         for name, paths in files.items():
@@ -82,14 +83,15 @@ def vqav2(folder, seed=0, allow_broken=False):
             if not all(filecmp.cmp(folder / paths[0], folder / path, shallow=False) for path in paths[1:]):
                 raise UserError(f"{folder} holds {' and '.join(paths)}, which differ; keep one")
         questions = read_vqa(*(folder / paths[0] for paths in files.values()))
-        for form in (f"COCO_{subset}_{{:012d}}.jpg", "{:012d}.jpg"):        # .. in COCO's folders of 2017: the same
+        for form in (f"COCO_{subset}_{{:012d}}.jpg", "{:012d}.jpg"):        # in COCO's folders of 2017 are the same
             names = {form.format(i): i for i in {q.image_id for q in questions} - where.keys()}
             where |= {names[name]: path for name, path in finder.find(names).items()}
         for q in questions:
             found.setdefault(where.get(q.image_id), []).append(q)
         absent = {q.image_id for q in found.pop(None, [])}
         if found or split != "test":                            # many have the questions of test, but not its images
-            check_absent(notes, [f"COCO_{subset}_{i:012d}.jpg" for i in sorted(absent)], len(found) + len(absent), parts[0], folder, allow_broken)
+            check_absent(notes, [f"COCO_{subset}_{i:012d}.jpg" for i in sorted(absent)], len(found) + len(absent),
+                         parts[0], folder, allow_broken)
             about, lists[split] = about | found, {*found}
     captions = [[f"{q.question} {q.answer}".strip() for q in questions] for questions in about.values()]
     dataset = Dataset("vqav2", [*about], captions, make_splits([*about], lists, seed, notes, folder), folder, notes)
