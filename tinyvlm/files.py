@@ -150,7 +150,7 @@ class ImageFinder:
     def __init__(self, folder, images=None):
         self.folder, self.home = Path(folder), Path(os.path.abspath(folder)).name
         if images is None and not self.folder.is_dir():
-            raise UserError(f"there is no folder {folder}; check the path")
+            raise UserError(f"there is no folder {folder}; name one with --data-dir")
         self.files = list_files(folder) if images is None else images
         self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)] if images is None else images
         inner = ["", *glob.glob("**/", root_dir=folder, recursive=True)] if images is None else images
