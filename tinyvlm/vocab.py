@@ -57,7 +57,7 @@ def added_tokens(vocab, names, normalized=False):
     return [ADDED | {"content": name, "id": vocab[name], "normalized": normalized} for name in names if name in vocab]
 
 
-def read_beside(folder, spec):
+def read_beside(folder, spec, kind):
     """A tokenizer.json, or what an older layout becomes -> the same, with what the small files beside it add.
 
     How a token is found in a text, the last one of them says. It must have one id everywhere, and a name that has a
@@ -65,8 +65,8 @@ def read_beside(folder, spec):
     """
     names, model, found = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), spec["model"], {}
     config, roles, ids = (read_json(folder / name, missing_ok=True) for name in names)
-    kind = model.get("type", "BPE") + (model.get("end_of_word_suffix") or "")
-    classes = [name + "Tokenizer" + fast for name in CLASSES.get(kind, ()) for fast in ("", "Fast")]
+    known = CLASSES.get(kind + (model.get("end_of_word_suffix") or ""), ())
+    classes = [name + "Tokenizer" + fast for name in known for fast in ("", "Fast")]
     for name, usual in (SETTINGS | {"tokenizer_class": classes + ANY_CLASS}).items():
         require(f"{name} in {names[0]}", config.get(name), None, *usual)
     tokens = []
@@ -143,10 +143,10 @@ class Tokenizer:
         try:
             old = [kind for kind in kinds.values() if kind.old_name == path.name]
             spec = old[0].old_layout(path) if old else read_json(path)
-            spec = read_beside(path.parent, spec) if old or path.name == "tokenizer.json" else spec
             kind = spec["model"].get("type") or ("BPE" if "merges" in spec["model"] else "WordPiece")    # oldest files
             require("model", kind, *kinds)
-            return kinds[kind](spec)
+            beside = old or path.name == "tokenizer.json"
+            return kinds[kind](read_beside(path.parent, spec, kind) if beside else spec)
         except UserError as error:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
