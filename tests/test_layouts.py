@@ -222,6 +222,8 @@ def test_images_of_a_kind_that_is_not_read_are_said_to_be_so(tmp_path):
         write(tmp_path / kind / f"0.{kind}", "x")
         table(tmp_path / kind / "captions.csv", [f"0.{kind},a dog"])
         refused(f"names 1 images that are of a kind that is not read.*'0.{kind}'.*convert", "folder", tmp_path / kind)
+    table(tmp_path / "xcf" / "captions.csv", ["http://a.org/0.jpg?size=3,a dog"])
+    refused("names 1 images that are not in", "folder", tmp_path / "xcf")
 
 
 def test_missing_splits_are_held_out_and_noted():

@@ -73,7 +73,7 @@ def check_absent(notes, absent, total, where, folder, allow_broken):
     """Note which of the `total` images that `where` names are absent. More than 1% of them are a UserError."""
     if not absent:
         return
-    odd = [name for name in absent if posixpath.splitext(name)[1].lower() not in ("", *IMAGE_TYPES)]
+    odd = [name for name in absent if re.search(r"\.\w{2,5}$", name) and not name.lower().endswith(IMAGE_TYPES)]
     first = repr((odd or absent)[0][:60])                       # a name may hold a line break, or 400 letters
     fault, remedy = ("of a kind that is not read, in", "convert them to JPEG or PNG, in the table, too") if odd else (
         "not in", "add them")
