@@ -88,8 +88,8 @@ def prepare(config, dataset, features=None, run=None):
     for split, members in dataset.splits.items():
         dataset.splits[split] = kept = [i for i in members if rows[i]]
         if not kept:
-            raise UserError(f"no image of the {split} split has a label that is learned (of a category with two or more); "
-                            "label more, or lower --margin")
+            raise UserError(f"no image of the {split} split has a label that is learned, of a category with two or "
+                            "more; label more, or lower --margin")
         if len(kept) < len(members):
             notes.append(f"{len(members) - len(kept)} images of the {split} split have no label and are left out")
     recipe = run.recipe if run else start.recipe if start else Recipe(size=config.image_size)
