@@ -53,8 +53,8 @@ def test_json_and_csv_come_back(tmp_path):
     assert read_json(tmp_path / "a.json") == {"a": [1, "\udcff"]}
     write_csv(tmp_path / "a.csv", ["b", "a"], [[1, "x,y"], {"a": 2}])
     assert (tmp_path / "a.csv").read_text() == 'b,a\n1,"x,y"\n,2\n'
-    for content in ("{", "[" * 100_000):
-        with pytest.raises(UserError, match="b.json is not a readable JSON file"):
+    for content in ("{", "[" * 100_000, "[1]", "null"):
+        with pytest.raises(UserError, match="b.json is not a (readable )?JSON"):
             read_json(touch(tmp_path, "b.json", text=content) / "b.json")
 
 
@@ -107,6 +107,14 @@ def test_a_name_is_found_however_it_is_written(tmp_path, monkeypatch):
     assert found(finder, "p.jpg") == "p.JPG" and found(finder, "P.jpg") is None
     monkeypatch.chdir(tmp_path)
     assert found(ImageFinder("photos"), "photos/dogs/8.jpg") == "dogs/8.jpg"
+
+
+def test_a_name_without_an_ending_is_the_image_of_that_name(tmp_path):
+    """Tables of numbers and VOC's lists have none; of two kinds none is chosen, and "a.jpg" is no name of a.jpg.png."""
+    finder = ImageFinder(touch(tmp_path, "x/000007.JPG", "8.png", "8.jpg", "a.jpg.png"))
+    assert finder.find(["000007", "a.jpg"]) == {"000007": "x/000007.JPG"} and found(finder, "8.png") == "8.png"
+    with pytest.raises(UserError, match="8 could be"):
+        finder.find(["8"])
 
 
 def test_an_image_never_stands_in_for_that_of_another_folder(tmp_path):

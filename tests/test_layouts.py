@@ -11,6 +11,7 @@ from PIL import Image
 
 from tinyvlm import layouts
 from tinyvlm.captions import clean_caption, read_captions
+from tinyvlm.classifying import read_labels
 from tinyvlm.config import UserError
 from tinyvlm.layouts import Dataset, make_splits, open_photos, photos, report
 
@@ -92,7 +93,19 @@ def test_json_lines(tmp_path):
     assert read_captions(path) == ({"0.jpg": ["a dog, runs"], "1.jpg": ["one", "two"]}, {"0.jpg": None, "1.jpg": "val"})
 
 
+def test_every_column_of_captions_counts_and_others_are_said(tmp_path):
+    """Of caption_1 .. caption_5 none may be lost, and a caption_fr beside them is not silently passed over."""
+    notes = []
+    path = table(tmp_path / "a.csv", ['7.jpg,a,b,un,"[""x"", ""y""]"', "8.jpg,nan,,deux,None"],
+                 "Image Name,Caption 1,caption_2,caption_fr,caption3")
+    assert read_captions(path, notes)[0] == {"7.jpg": ["a", "b", "x", "y"]}
+    assert notes == ["columns of a.csv that are not read: caption_fr",
+                     "1 rows of a.csv without an image name or a caption were left out"]
+
+
 @pytest.mark.parametrize("name, content, words", [
+    ("a.csv", "image,image_2,caption\n7.jpg,8.jpg,a", "several columns"), ("a.jsonl", '[["image", "7.jpg"]]', "each line should be one"),
+    ("a.csv", "image,captions\n7.jpg,\"['a', 'b']\"", "not in a known layout"),
     ("a.csv", "image,caption,text\n7.jpg,a,b", "several columns for one thing .image, caption, text"),
     ("a.jsonl", '{"image": "7.jpg", "caption": "a", "text": "b"}', "several columns"),
     ("a.csv", "image,caption\n7.jpg,a dog, a cat", "row of 7.jpg has more cells"),
@@ -102,7 +115,9 @@ def test_json_lines(tmp_path):
     ("a.csv", "image,caption\n7.jpg", "holds no captions"), ("a.jsonl", '{"img": "7.jpg"}', "holds no captions"),
     ("a.csv", 'image,caption\n0.jpg,"a dog\n1.jpg,"a cat"', "quote"),
     ("a.csv", 'image,caption\n0.jpg,"open' + "x" * 200_000, "quote"), ("a.jsonl", "[3]", "not in a known layout"),
-    ("a.jsonl", '{"image": 3, "text": "a"}', "is not"), ("a.jsonl", '{"image": "7.jpg", "captions": [3]}', "is not"),
+    ("a.jsonl", '{"image": 3, "text": "a"}', "row of 3 has 3 where a text should be"),
+    *[("a.jsonl", f'{{"image": "7.jpg", "captions": {cell}}}', "row of '7.jpg' has .* where a text should be")
+      for cell in ("3", "true", "[3]", '["a", null]', '{"en": "a"}', '[["a"]]')],
     ("a.csv", "image,caption,split\n7.jpg,a,holdout", "gives '7.jpg' the split 'holdout'"),
     ("a.csv", "image,caption,split\n7.jpg,a,val\n7.jpg,b,train", "gives '7.jpg' the split 'train', and elsewhere 'val'"),
     ("a.csv", b"image,caption\n7.jpg,caf\xe9", "not UTF-8 .byte 23.; save it as UTF-8"),
@@ -133,7 +148,7 @@ def test_a_folder_of_ones_own_and_its_report(tmp_path):
     refused("captions.csv names 1 images that are not in .*20.jpg.*--allow-broken", "folder", tmp_path)
     (tmp_path / "captions.csv").unlink()
     refused("holds no captions.txt, captions.csv", "folder", tmp_path)
-    refused("holds no captions.txt, captions.csv", "folder", tmp_path / "no")
+    refused("there is no folder .*no; name one with", "folder", tmp_path / "no")
 
 
 def test_a_missing_image_is_missing_though_another_has_its_name(tmp_path):
@@ -179,6 +194,38 @@ def test_a_split_column_and_split_folders_are_the_split(tmp_path):
     assert sizes(ds) == [4, 4, 4] and {ds.captions[i][0] for i in ds.splits["test"]} == {"test"}
 
 
+@pytest.mark.parametrize("names", [("train.txt", "dev.txt", "test.txt"), ("my_train_images.lst", "VAL-ids.txt", "test.csv")])
+@pytest.mark.parametrize("form", ["{}.jpg", "./{}.jpg", "{}"])
+def test_lists_of_ones_own_are_the_split(tmp_path, names, form):
+    """A train.txt beside the captions was passed over, and another split was drawn: scores of images trained on."""
+    pictures(tmp_path, [f"{k}.jpg" for k in range(9)])
+    table(tmp_path / "captions.csv", [f"{k}.jpg,a dog" for k in range(9)])
+    for name, members in zip(names, (range(4), range(4, 6), range(6, 9))):
+        write(tmp_path / "lists" / name, "\n".join(form.format(k) for k in members))
+    ds = photos("folder", tmp_path)
+    assert ds.splits == {"train": [0, 1, 2, 3], "val": [4, 5], "test": [6, 7, 8]} and ds.notes == ["official split 4/2/3"]
+    (tmp_path / "lists" / names[0]).unlink()                    # what no list tells
+    assert photos("folder", tmp_path).splits == ds.splits
+    write(tmp_path / "splits.json", {"train": ["0.jpg"]})
+    write(tmp_path / "lists" / names[1], "4.jpg\n40.jpg")
+    ds = photos("folder", tmp_path)
+    assert sizes(ds) == [5, 1, 3] and ds.notes[0].startswith("splits.json is not read") and any(
+        f"1 of the 2 lines of lists/{names[1]} name no image" in note for note in ds.notes)
+    table(tmp_path / "captions.csv", [f"{k}.jpg,a,{word}" for k, word in enumerate(["train"] * 5 + ["val", "test"] * 2)],
+          "image,caption,split")
+    assert sizes(ds := photos("folder", tmp_path)) == [5, 2, 2] and "not of the lists of" in "".join(ds.notes)
+
+
+def test_images_of_a_kind_that_is_not_read_are_said_to_be_so(tmp_path):
+    """They were "not in the folder", although they are."""
+    for kind in ("ppm", "jp2", "ico", "svg", "tga", "xcf"):
+        write(tmp_path / kind / f"0.{kind}", "x")
+        table(tmp_path / kind / "captions.csv", [f"0.{kind},a dog"])
+        refused(f"names 1 images that are of a kind that is not read.*'0.{kind}'.*convert", "folder", tmp_path / kind)
+    table(tmp_path / "xcf" / "captions.csv", ["http://a.org/0.jpg?size=3,a dog"])
+    refused("names 1 images that are not in", "folder", tmp_path / "xcf")
+
+
 def test_missing_splits_are_held_out_and_noted():
     names, notes = [f"{i}" for i in range(40)], []
     lists = {"train": set(names[:30]), "val": set(names[30:38])}
@@ -201,6 +248,24 @@ def test_left_and_right_in_any_case_are_never_mirrored():
     assert [ds.may_flip(i) for i in range(5)] == [False, True, False, False, True]
 
 
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+def test_labels_are_read_as_captions_are(tmp_path):
+    """Names once had to be written as we print them: "7.jpg" for Images/7.jpg was the label of no image, silently."""
+    dataset, notes = Dataset("folder", [f"Images/{k}.jpg" for k in range(3)], [], {}, tmp_path), []
+    rows = ["0.jpg;colour;red;x", ".\\1.JPG;colour; dark  red ;x", "2.jpg;colour;;x", "8.jpg;colour;red;x"]
+    path = table(tmp_path / "labels.csv", rows, "Image;Category;Label;who")
+    assert read_labels(path, dataset, notes) == {0: {"colour": "red"}, 1: {"colour": "dark red"}}
+    assert notes == [f"1 of 3 labels of {path} are of images not in folder, such as '8.jpg'"]
+    for rows, fault in ((["0.jpg,c,red", "0.jpg,c,blue"], "gives '0.jpg' two labels of 'c': 'blue' and 'red'; keep one"),
+                        (["8.jpg,c,red"], "labels no image of folder .1 labels, of others"),
+                        (["0.jpg,c,red,blue"], "more cells than the header"), ([], "labels no image")):
+        with pytest.raises(UserError, match=fault):
+            read_labels(table(path, rows, "image,category,label"), dataset, [])
+    with pytest.raises(UserError, match="should begin with the line `image,category,label`"):
+        read_labels(table(path, ["0.jpg,red"], "image,colour"), dataset, [])
+
+
 # -- Flickr ------------------------------------------------------------------------------------------------------------
 
 def karpathy_json(path, members):
@@ -214,7 +279,7 @@ def karpathy_json(path, members):
 def test_flickr8k_as_text_and_as_kaggles_zip_with_the_official_lists(tmp_path):
     pictures(tmp_path, [f"Flicker8k_Dataset/{k}.jpg" for k in range(120)])
     lines = [f"{k}.jpg#{j}\tA dog , number {k} ." for k in range(120) for j in range(5)]
-    lines.append("2258277193_586949ec62.jpg.1#0\tnone")                           # stands so in the real file
+    lines.append("2258277193_586949ec62.jpg.1#0\ta boat")                           # stands so in the real file
     write(tmp_path / "text" / "Flickr8k.token.txt", "\n".join(lines))
     for name, members in (("train", range(80)), ("dev", range(80, 99)), ("test", range(99, 118))):
         write(tmp_path / "text" / f"Flickr_8k.{name}Images.txt", "".join(f"{k}.jpg\n" for k in members))
@@ -241,7 +306,8 @@ def test_kaggles_flickr30k_with_bars_and_two_copies_of_everything(tmp_path):
     assert dict(zip([Path(name).name for name in ds.names], ds.captions)) == {
         "1000.jpg": ["Two men , one with a bar .", "2 dogs"], "77.jpg": ['"Stop" , he says 3 times'],
         "2199200615.jpg": ["A dog ."]}                          # one row of the real file lacks its second bar, too
-    assert ds.notes[0] == "2 rows of results.csv without an image name or a caption were left out"
+    assert ds.notes[:2] == ["columns of results.csv that are not read: comment_number",
+                            "2 rows of results.csv without an image name or a caption were left out"]
 
 
 def hub_table(path, splits, raw=lambda k: [f'a dog, "{k}"', "two\u2028dogs"]):
@@ -378,6 +444,6 @@ def test_coco_streams_from_its_annotations_alone_then_completes(server):
 def test_what_is_there_by_hand_is_not_downloaded_again(server, tmp_path):
     official(tmp_path / "data" / "coco", 2017)
     assert len(fetched("coco").names) == 24
-    with pytest.raises(UserError, match="no holds no dataset_flickr8k.json"):
+    with pytest.raises(UserError, match="there is no folder .*no;"):
         fetched("flickr8k", data_dir=str(tmp_path / "no"))
     assert server.requests == []

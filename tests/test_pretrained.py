@@ -330,6 +330,40 @@ def test_vit_gpt2_logits_and_captions(tmp_path, naming):
         assert rows == [row[:row.index(39)] if 39 in row else row for row in theirs]
 
 
+@pytest.mark.parametrize("place", ["generation_config", "config"])
+@pytest.mark.parametrize("told, want", [
+    ({"max_new_tokens": 7}, 7), ({"max_length": 9}, 8), ({"max_length": None}, 20), ({"max_length": 99}, 20),
+    ({"eos_token_id": [39]}, 11), ({"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "num_beams": 4}, 11),
+    ({"eos_token_id": [39, 5]}, "eos_token_id = [39, 5]"), ({"decoder_start_token_id": "x"}, "start_token_id = 'x'"),
+    ({"max_length": "9"}, "max_length = '9'"),
+    *[({word: value}, f"{word} = {value}") for word, value in (
+        ("no_repeat_ngram_size", 1), ("suppress_tokens", [1]), ("begin_suppress_tokens", [2]), ("bad_words_ids", [[5]]),
+        ("forced_bos_token_id", 3), ("forced_eos_token_id", 39), ("repetition_penalty", 1.2), ("min_length", 5),
+        ("encoder_repetition_penalty", 1.1), ("min_new_tokens", 3), ("sequence_bias", [[[1], 2.0]]),
+        ("diversity_penalty", 0.5), ("num_beam_groups", 2), ("stop_strings", ["."]), ("guidance_scale", 2.0))]])
+def test_what_a_captioner_may_say_is_read_or_refused_by_name(tmp_path, place, told, want):
+    """A no_repeat_ngram_size was once passed over, and the captions were others than their owner's. The longest
+    captions were checked against transformers 5.24; config.json tells only where there is no generation_config.json."""
+    path, base = tmp_path / "x", {"decoder_start_token_id": 39, "eos_token_id": 39, "max_length": 12}
+    files = {"generation_config": base | told} if place == "generation_config" else {}
+    config = config_of("vit_gpt2") | ({"no_repeat_ngram_size": 2, "max_length": 5} if files else base | told)
+    preprocessor = json.loads((REFERENCE / "vit_gpt2" / "preprocessor_config.json").read_text())
+    folder(path, tensors_of("vit_gpt2"), config, preprocessor_config=preprocessor, **files)
+    if isinstance(want, str):
+        refused(path, want, "name another model")
+    else:
+        assert load_pretrained(path).config["max_tokens"] == want
+
+
+def test_an_output_matrix_that_is_nowhere_is_missing(tmp_path):
+    """Untied in config.json, and no lm_head in the file: transformers makes a random one. Equal tensors are equal."""
+    bare, config = tensors_of("gpt2"), config_of("gpt2") | {"tie_word_embeddings": False}
+    refused(folder(tmp_path / "x", bare, config), "tie_word_embeddings = False")
+    head = {"lm_head.weight": next(t for n, t in bare.items() if n.endswith("wte.weight")).clone()}
+    close(load_gpt2(folder(tmp_path / "x", bare | head, config))(answers_of("gpt2")["idx"])[0],
+          answers_of("gpt2")["logits"])
+
+
 @pytest.mark.parametrize("recipe", [Recipe(16, "crop", 20), Recipe(16, "squash", 20), Recipe(16, "squash")])
 def test_towers_of_different_width_export_and_return(tmp_path, monkeypatch, recipe):
     """enc_to_dec_proj, and the whole way out and back: equal logits, recipe, tokenizer, start and end."""
@@ -484,7 +518,8 @@ def test_runs_come_back_with_either_kind_of_tower(tmp_path):
 
 @pytest.mark.parametrize("where, value, fault", [
     ("sizes.text.n_head", 0, "n_head"), ("sizes.text.n_head", 3, "n_head"), ("sizes.vision.n_layer", "2", "n_layer"),
-    ("sizes.vision.patch_size", 0, "patch_size"), ("sizes.text.n_embd", None, "n_embd"), ("sizes", 3, ""),
+    ("sizes.vision.patch_size", 0, "patch_size"), ("sizes.text.n_embd", None, "n_embd"), ("sizes", 3, "sizes is 3"),
+    ("sizes", None, "sizes is None"), ("recipe", [], "recipe is []"),
     ("sizes.text.extra", 1, "extra"), ("sizes.vision.activation", "x", "activation"), ("sizes.text.eps", "x", "eps"),
     ("recipe.mode", "x", "mode"), ("recipe.std", [1, 1, 0], "std"), ("task", "x", "'x'"), ("end", 999, "end is 999"),
     ("clean", "x", "clean is 'x'"), ("max_tokens", "8", "max_tokens is '8'"), ("model", "prefix", "model is 'prefix'"),

@@ -27,12 +27,15 @@ def write(path, spec):
     return path
 
 
-def write_vocab(folder, **beside):
-    """GPT-2's older layout: vocab.json (320 is <|endoftext|>), merges.txt and small files beside them."""
+def write_vocab(folder, whole=False, **beside):
+    """GPT-2's older layout: vocab.json (320 is <|endoftext|>), merges.txt and small files beside them; whole: the same
+    as a tokenizer.json."""
     model = REFERENCE["base"]["model"]
     write(folder / "vocab.json", model["vocab"] | {"<|endoftext|>": 320})
     lines = [" ".join(pair) for pair in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
+    if whole:
+        load_tokenizer(folder).save(folder)
     for name, content in beside.items():
         write(folder / f"{name}.json", content)
     return folder
@@ -184,14 +187,31 @@ def test_special_tokens_of_the_files_beside_a_vocabulary(beside, tmp_path):
     assert 321 not in tokenizer.encode_plain("<image>")
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("beside, name", [
+    *[({"tokenizer_config": {"tokenizer_class": f"{name}Tokenizer"}}, name) for name in
+      ("Bart", "Qwen2", "Llama", "Whisper", "CLIP", "Bert")],
+    ({"tokenizer_config": {"extra_special_tokens": {"image_token": "<x>"}}}, "<x>"), ({"added_tokens": []}, "added_tokens"),
+    ({"tokenizer_config": {"bos_token": 5}}, "a file beside it is broken"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<|endoftext|>"}}}}, "the ids 320 and 7"),
     ({"special_tokens_map": {"pad_token": "<pad>"}}, "<pad>"), ({"added_tokens": {"<image>": 5}}, "has the id 5"),
     ({"added_tokens": {"e": 321}}, "token 'e'"), ({"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}, "Roberta"),
     *[({"tokenizer_config": {key: True}}, key) for key in ("add_bos_token", "add_prefix_space", "split_special_tokens")],
     ({"tokenizer_config": {"added_tokens_decoder": {"321": {"content": "<x>", "lstrip": True}}}}, "added token")])
-def test_what_lies_beside_and_cannot_be_read_is_refused_by_name(beside, name, tmp_path):
+def test_what_lies_beside_and_cannot_be_read_is_refused_by_name(whole, beside, name, tmp_path):
+    """transformers' classes bring parts of their own: Roberta's would frame each text, with a tokenizer.json or not."""
     with pytest.raises(UserError, match=name):
-        load_tokenizer(write_vocab(tmp_path, **beside))
+        load_tokenizer(write_vocab(tmp_path, whole, **beside))
+
+
+def test_tokens_beside_a_tokenizer_json_are_cut_out_as_transformers_does(tmp_path):
+    """Its tokenizer_config.json may add tokens; they were once cut into letters. A flag said last counts."""
+    beside = {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "pad_token": None,
+                                   "added_tokens_decoder": {"321": {"content": "<image>", "special": True}}}}
+    tokenizer = load_tokenizer(write_vocab(tmp_path, True, **beside))
+    assert tokenizer.encode("<image>")[-1:] == [321] and tokenizer.special_ids == [320, 321]
+    write(tmp_path / "special_tokens_map.json", {"eos_token": {"content": "<|endoftext|>", "lstrip": True}})
+    assert load_tokenizer(tmp_path).special_ids == [320, 321], "the file's own entry tells how a token is found"
 
 
 def test_older_files_and_far_ids(tmp_path):

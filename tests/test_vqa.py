@@ -48,7 +48,7 @@ def test_questions_and_annotations_are_joined_by_id(tmp_path):
 
 
 @pytest.mark.parametrize("which, text, fault", [
-    ("q", "{", "not a readable JSON"), ("q", "[7]", "as VQA publishes"), ("a", "", "as VQA publishes"),
+    ("q", "{", "not a readable JSON"), ("q", "[7]", "is not a JSON object"), ("a", "", "as VQA publishes"),
     ("q", '{"questions": [{"question_id": 2000, "image_id": 2, "question": 3}]}', "as VQA publishes"),
     ("q", '{"questions": [{"question_id": 2000, "image_id": 3, "question": "of another split?"}]}', "(2000, 3)"),
     ("a", '{"annotations": [{"question_id": 2000, "image_id": 2, "answers": "yes"}]}', "as VQA publishes")])
@@ -107,6 +107,29 @@ def test_an_image_is_the_one_of_its_split_and_of_this_number(tmp_path):
     other = tmp_path / "other"                                                    # COCO's folders of 2017: split anew
     write_pair(other, images=range(1, 31), name="val2017/{i:012d}.jpg")
     assert vqav2(other).names[0] == "val2017/000000000001.jpg"
+
+
+def test_two_copies_of_a_file_must_be_the_same_and_ids_may_be_written_as_text(tmp_path):
+    """Of two question files the shallower was taken; ids as "7" on one side only were annotations of another split."""
+    questions, annotations = write_pair(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    copy = tmp_path / "b" / questions.name
+    copy.write_text(questions.read_text())
+    assert len(vqav2(tmp_path).names) == 40
+    rows = json.loads(questions.read_text())["questions"]
+    copy.write_text(json.dumps({"questions": rows[:4]}))
+    with pytest.raises(UserError, match="which differ; keep one"):
+        vqav2(tmp_path)
+    copy.unlink()
+    for row in rows:
+        row["image_id"] = str(row["image_id"])
+    questions.write_text(json.dumps({"questions": rows}))
+    assert len(vqav2(tmp_path).names) == 40
+    for change, fault in ((rows + rows[:1], "1 of the questions in .* come twice"), (rows + [{
+            **rows[0], "question_id": 7}], r"1 of 81 questions have no answers, such as \(7, 1\)")):
+        questions.write_text(json.dumps({"questions": change}))
+        with pytest.raises(UserError, match=fault):
+            vqav2(tmp_path)
 
 
 # -- sentences

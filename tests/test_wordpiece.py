@@ -40,7 +40,7 @@ def test_added_tokens_survive_a_round_trip(bert, tmp_path):
 
 
 @pytest.mark.parametrize("config, name", [
-    ({"do_lower_case": False}, "do_lower_case"), ({"strip_accents": False}, "strip_accents"), ([], "broken"),
+    ({"do_lower_case": False}, "do_lower_case"), ({"strip_accents": False}, "strip_accents"), ([], "not a JSON object"),
     ({"tokenize_chinese_chars": False}, "tokenize_chinese"), ({"tokenizer_class": "AlbertTokenizer"}, "Albert"),
     ({"do_basic_tokenize": False}, "do_basic_tokenize")])
 def test_a_cased_vocab_txt_is_refused(config, name, bert, tmp_path):

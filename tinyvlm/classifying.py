@@ -4,18 +4,18 @@ Before a vision tower meets text, it learns to tell colours, things and places a
 gave (pseudo-labels: "Self-training with Noisy Student", Xie et al. 2020, arXiv:1911.04252). One linear head per
 category; the heads are thrown away afterwards, the tower stays: train.py --vision RUN.
 """
-import csv
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .captions import clean_caption
+from .captions import IMAGE, clean_caption, read_table, readable
 from .cnn import ResNetConfig
 from .config import UserError, option
 from .features import Encoder
-from .files import read_json, tidy_name, write_csv
+from .files import ImageFinder, read_json, write_csv
 from .gpt import IGNORE
 from .image import open_batches
 from .retrieval import classify, label_embeddings
@@ -71,36 +71,47 @@ def prepare(config, dataset, features=None, run=None):
 
     A label that the training split lacks has no number: nothing could learn it. Images without a label are left out.
     """
-    start = run or load_vision(config)
-    given = read_labels(config.labels, dataset) if config.labels else getattr(dataset, "labels", None)
+    start, notes, rows = run or load_vision(config), [], []
+    given = read_labels(config.labels, dataset, notes) if config.labels else getattr(dataset, "labels", None)
     if given is None:
         raise UserError(f"{dataset.name} has no labels of its own; make some with data.py --label, then give --labels")
     pairs = sorted({pair for i in dataset.splits["train"] for pair in given.get(i, {}).items()})
-    labels = run.model.config.labels if run else {c: [name for k, name in pairs if k == c] for c, _ in pairs}
-    rows, notes = [], []
+    labels = {category: [name for k, name in pairs if k == category] for category, _ in pairs}
+    for category in [category for category, names in labels.items() if len(names) < 2]:
+        notes.append(f"all labels of {category} are {labels.pop(category)[0]}: it teaches nothing and is left out")
+    labels = run.model.config.labels if run else labels
     for known in (given.get(i, {}) for i in range(len(dataset.names))):
         row = [names.index(known[c]) if known.get(c) in names else IGNORE for c, names in labels.items()]
         rows.append([(row, [0] + [IGNORE] * (len(row) - 1))] if {*row} - {IGNORE} else [])
     for split, members in dataset.splits.items():
         dataset.splits[split] = kept = [i for i in members if rows[i]]
         if not kept:
-            raise UserError(f"no image of the {split} split has a label that is learned; label more, or lower --margin")
+            raise UserError(f"no image of the {split} split has a label that is learned, of a category with two or "
+                            "more; label more, or lower --margin")
         if len(kept) < len(members):
             notes.append(f"{len(members) - len(kept)} images of the {split} split have no label and are left out")
     return Prepared(start.recipe, rows, meta={"labels": labels}, start=start, notes=notes)
 
 
-def read_labels(path, dataset):
-    """A csv image,category,label[,..] (data.py --label) -> {image number: {category: label}}; None: of other images."""
-    number, found = {tidy_name(name): i for i, name in enumerate(dataset.names)}, {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file):
-                if row["label"] and row["category"]:
-                    found.setdefault(number.get(tidy_name(row["image"])), {})[row["category"]] = row["label"]
-    except (ValueError, csv.Error, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no table of labels that begins with image,category,label ({error!r:.80})") from None
-    return found
+def read_labels(path, dataset, notes):
+    """A table image,category,label[,..] (data.py --label) -> {image number: {category: label}}."""
+    path, number, rows, labels = Path(path), {name: i for i, name in enumerate(dataset.names)}, {}, {}
+    with readable(path):
+        for cells in read_table(path, (IMAGE, ("category",), ("label",))):
+            name, category, label = (" ".join(cell.split()) for cell in cells)
+            if category and label and rows.setdefault((name, category), label) != label:
+                raise UserError(f"{path} gives {name!r:.60} two labels of {category!r:.40}: {label!r:.40} and "
+                                f"{rows[name, category]!r:.40}; keep one")
+    files = ImageFinder(dataset.folder or ".", dataset.names).find({name for name, _ in rows})
+    for (name, category), label in rows.items():
+        if name in files:
+            labels.setdefault(number[files[name]], {})[category] = label
+    if absent := [name for name, _ in rows if name not in files]:
+        notes.append(f"{len(absent)} of {len(rows)} labels of {path} are of images not in {dataset.name}, such as "
+                     f"{absent[0]!r:.60}")
+    if not labels:
+        raise UserError(f"{path} labels no image of {dataset.name} ({len(rows)} labels, of others); name its own file")
+    return labels
 
 
 def build(config, prepared):
@@ -144,7 +155,7 @@ def evaluate(model, setup, split, limit=None, **_):
 def read_categories(path):
     """A label file, {"category": ["phrase", ..], ..} -> the same. Raises UserError where it is not of that form."""
     categories = read_json(path)
-    named = [*categories.values()] if isinstance(categories, dict) else []
+    named = [*categories.values()]
     if not named or not all(isinstance(names, list) and len(names) > 1 for names in named) or not all(
             isinstance(name, str) and name.strip() for names in named for name in names):
         raise UserError(f'{path} should be like {{"color": ["red", "blue"]}}, two phrases or more in each category')

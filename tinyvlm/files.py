@@ -95,12 +95,17 @@ def locked(path, wait=True):
         yield
 
 
-def read_json(path):
-    """The content of a JSON file. Raises UserError when it is broken."""
+def read_json(path, missing_ok=False):
+    """The object in a JSON file, or {} where there is no file and missing_ok. Raises UserError when it is broken."""
+    if missing_ok and not (path and Path(path).exists()):
+        return {}
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as fault:   # not UTF-8, not JSON, nested too deeply
         raise UserError(f"{path} is not a readable JSON file: {str(fault)[:100]}; mend it or fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object, {{..}}; mend it or fetch it again")
+    return content
 
 
 def list_files(folder):
@@ -142,14 +147,20 @@ class ImageFinder:
     is missing, nothing stands in, not dogs/8.jpg. Only where no name has a folder that exists do file names suffice.
     """
 
-    def __init__(self, folder):
-        self.folder, self.home, self.files = Path(folder), Path(os.path.abspath(folder)).name, list_files(folder)
-        self.ending, inner = {}, ["", *glob.glob("**/", root_dir=folder, recursive=True)]
+    def __init__(self, folder, images=None):
+        self.folder, self.home = Path(folder), Path(os.path.abspath(folder)).name
+        if images is None and not self.folder.is_dir():
+            raise UserError(f"there is no folder {folder}; name one with --data-dir")
+        self.files = list_files(folder) if images is None else images
+        self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)] if images is None else images
+        inner = ["", *glob.glob("**/", root_dir=folder, recursive=True)] if images is None else images
         self.places = {place for path in inner for place, _ in _ends(tidy_name(f"{self.home}/{path}x"))}
-        self.images = [path for path in self.files if path.lower().endswith(IMAGE_TYPES)]
+        self.ending = {}                                        # {"cats/8.jpg": [the images whose paths end so]}
         for path in self.images:
             for _, end in _ends(tidy_name(f"{self.home}/{path}")):
-                self.ending.setdefault(end, []).append(path)    # {"cats/8.jpg": [the images whose paths end so]}
+                self.ending.setdefault(end, []).append(path)
+                if not (stem := posixpath.splitext(end)[0]).endswith(IMAGE_TYPES):          # "cats/8" will do
+                    self.ending.setdefault(stem, []).append(path)
 
     def find(self, names, base=""):
         """{name: path} of those that are there: below `base`, the folder of the file that names them, else anywhere."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from .captions import SPLIT_WORDS, read_captions
 from .config import UserError
 from .download import download, extract_zip
-from .files import ImageFinder, locked, read_json
+from .files import IMAGE_TYPES, ImageFinder, locked, read_json
 from .image import load_image
 
 SPLITS = ("train", "val", "test")
@@ -27,7 +27,9 @@ PUBLIC = {"flickr8k": ("dataset_flickr8k.json", "captions.txt", "Flickr8k.token.
                         "results_20130124.token"),
           "coco": ("dataset_coco.json", "captions_*2014.json", "captions_*2017.json")}
 OWN = ("captions.txt", "captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
-LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
+# train.txt, val_images.txt, Flickr_8k.devImages.txt: files so called list the images of a split, one on each line
+LIST = re.compile(rf"(.*[._ -])?({'|'.join(SPLIT_WORDS)}|splits?|folds?)[._ -]?(images?|lists?|ids?|names?|files?)?"
+                  r"\.(txt|lst|csv|tsv|jsonl?)")
 COCO = "https://s3.amazonaws.com/images.cocodataset.org/"       # what images.cocodataset.org serves, with TLS
 GITHUB = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 HUB = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/"
@@ -69,23 +71,33 @@ def report(dataset):
 
 def check_absent(notes, absent, total, where, folder, allow_broken):
     """Note which of the `total` images that `where` names are absent. More than 1% of them are a UserError."""
-    first = repr(str(absent[0])[:60]) if absent else ""         # a name may hold a line break, or 400 letters
-    if absent:
-        notes.append(f"{len(absent)} of {total} images of {where} are not in the folder, such as {first}")
+    if not absent:
+        return
+    odd = [name for name in absent if re.search(r"\.\w{2,5}$", name) and not name.lower().endswith(IMAGE_TYPES)]
+    first = repr((odd or absent)[0][:60])                       # a name may hold a line break, or 400 letters
+    fault, remedy = ("of a kind that is not read, in", "convert them to JPEG or PNG, in the table, too") if odd else (
+        "not in", "add them")
+    notes.append(f"{len(absent)} of {total} images of {where} are {fault} the folder, such as {first}")
     if len(absent) > MAX_LOST * total and not allow_broken:
-        raise UserError(f"{where} names {len(absent)} images that are not in {folder} (such as {first}), or of no kind "
-                        "that is read; add them, or go on without them with --allow-broken")
+        raise UserError(f"{where} names {len(odd or absent)} images that are {fault} {folder} (such as {first}); "
+                        f"{remedy}, or go on without them with --allow-broken")
 
 
 def make_splits(names, lists, seed, notes, folder):
     """{"train": [i, ..], "val": [..], "test": [..]}, places in `names`, from the official lists {split: {name, ..}}.
 
-    Where val or test has no list, the other one is the test set, and a tenth of train (at most 5,000), drawn by the
-    seed, is held out as val. With one list or none, or no train, all images are split 80/10/10.
+    Where train alone is listed, or all but train, the other images are the test set, or train. Where val or test has no
+    list, the other one is the test set, and a tenth of train (at most 5,000), drawn by the seed, is held out as val.
+    With no list, or one of all images, or no train, all images are split 80/10/10.
     """
     order = {split: [i for i, n in enumerate(names) if n in lists[split]] for split in SPLITS if split in lists}
     if len(set().union(*order.values())) < sum(map(len, order.values())):
         raise UserError(f"the split lists in {folder} name an image twice; mend them")
+    rest = sorted({*range(len(names))} - set().union(*order.values()))
+    if rest and order and (order.keys() == {"train"} or "train" not in order):
+        split = "test" if "train" in order else "train"
+        order = {"train": [], **order, split: rest}
+        notes.append(f"no list tells the {split} split: it is the {len(rest)} images of no other list")
     note, rng = "official split", random.Random(seed)
     if "train" not in order or len(order) < 2:
         mixed, k = rng.sample(range(len(names)), len(names)), max(1, len(names) // 10)
@@ -154,13 +166,19 @@ def read_files(finder, name, stream, notes, allow_broken):
     return captions, splits
 
 
-def listed_splits(finder):
-    """{split: {path, ..}} by the three lists that belong to the original texts of Flickr8k."""
-    lists = {}
-    for split, known in LISTS.items():
-        for file in files_called(finder, known):
-            text = (finder.folder / file).read_text(errors="replace")
-            lists.setdefault(split, set()).update(finder.find(text.split()).values())
+def listed_splits(finder, names, notes):
+    """{split: {path, ..}} by the files of a folder that are called as a split and name its images, one on each line."""
+    lists, names = {}, {*names}
+    for file in finder.files:
+        if match := LIST.fullmatch(posixpath.basename(file).lower()):
+            lines = {line.strip() for line in (finder.folder / file).read_text(errors="replace").split("\n")} - {""}
+            found = {*finder.find(lines, posixpath.dirname(file)).values()} & names
+            if found and match[2] in SPLIT_WORDS:
+                lists.setdefault(SPLIT_WORDS[match[2]], set()).update(found)
+                if bad := len(lines) - len(found):
+                    notes.append(f"{bad} of the {len(lines)} lines of {file} name no image that has a caption")
+            else:
+                notes.append(f"{file} is not read: no list of a split, with the name of a captioned image on each line")
     return lists
 
 
@@ -184,8 +202,11 @@ def photos(name, folder, seed=0, allow_broken=False, stream=False):
     finder, notes = ImageFinder(folder), []
     captions, splits = read_files(finder, name, stream, notes, allow_broken)
     names, lists = list(captions), {split: {n for n in splits if splits[n] == split} for split in {*splits.values()}}
+    listed = listed_splits(finder, names, notes)
     if len(lists) < 2:                          # nothing, or one word for all: {None: {..}}, {"train": {..}}
-        lists = listed_splits(finder)
+        lists = listed
+    elif listed:
+        notes.append(f"the split is that of the captions, not of the lists of {', '.join(listed)}")
     if extra := set() if name in PUBLIC else {*finder.images} - {*names}:         # what is public may lie there twice
         notes.append(f"{len(extra)} images in the folder have no caption and were left out, such as {min(extra)}")
     order, urls = make_splits(names, lists, seed, notes, folder), coco_urls(finder, names) if stream else None

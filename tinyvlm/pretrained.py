@@ -22,7 +22,7 @@ from .clip import CLIP, CLIPConfig
 from .cnn import ResNetConfig
 from .config import UserError
 from .download import hf_file
-from .families import FAMILIES, IGNORE, tie_lm_head
+from .families import FAMILIES, IGNORE, agree, tie_lm_head
 from .files import read_json
 from .gpt import GPTConfig
 from .image import Recipe
@@ -55,17 +55,15 @@ def blame(where, remedy):
 
 # ---- find: the files, and what is in them
 
+NEUTRAL = {     # what a generation_config.json may say and is not done here, with the value that changes nothing
+    **dict.fromkeys(("min_length min_new_tokens no_repeat_ngram_size encoder_no_repeat_ngram_size suppress_tokens "
+                     "begin_suppress_tokens bad_words_ids sequence_bias forced_bos_token_id forced_eos_token_id "
+                     "forced_decoder_ids force_words_ids constraints exponential_decay_length_penalty stop_strings "
+                     "watermarking_config penalty_alpha dola_layers diversity_penalty token_healing").split(), 0),
+    **dict.fromkeys("repetition_penalty encoder_repetition_penalty guidance_scale num_beam_groups".split(), 1)}
 PINNED = {      # main has no safetensors in these: a commit that does
     "openai/clip-vit-base-patch32": "d15b5f29721ca72dac15f8526b284be910de18be",
     "nlpconnect/vit-gpt2-image-captioning": "93857e539f312a97c13f16976c2a43505fd76d87"}
-
-
-def _object(path):
-    """A JSON file that holds an object; {} where there is no such file."""
-    config = read_json(path) if path else {}
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object; fetch it again")
-    return config
 
 
 def _finder(source):
@@ -79,7 +77,7 @@ def _finder(source):
 def open_checkpoint(source):
     """A Hub id or a folder -> its config, tensors, their path; and the content of any other JSON file: read(name)."""
     find = _finder(source)
-    config = _object(find("config.json"))
+    config = read_json(find("config.json"), missing_ok=True)
     # timm's CLIP folders hold two files, and the one called model.safetensors is the image tower alone
     path = None if "model_type" in config else find("open_clip_model.safetensors")
     path = path or find("model.safetensors")
@@ -88,7 +86,8 @@ def open_checkpoint(source):
                         "opened; name a revision that has it, as org/name@refs/pr/1")
     # DistributedDataParallel and torch.compile put something in front
     tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in load_safetensors(path).items()}
-    return SimpleNamespace(config=config, tensors=tensors, path=path, read=lambda name: _object(find(name)))
+    return SimpleNamespace(config=config, tensors=tensors, path=path,
+                           read=lambda name: read_json(find(name), missing_ok=True))
 
 
 # ---- dress: text, and the loaders
@@ -120,13 +119,27 @@ def _check(config, model, tokenizer):
             raise ValueError(f"{key} is {config[key]!r:.99}")
 
 
-def _frame(ck, vocab_size):
-    """The id a caption starts from, the id that ends it, and how many new ones a caption may have."""
-    places = (ck.config.get("decoder") or {}, ck.config, ck.read("generation_config.json"))        # the last one counts
-    told = {word: value for place in places for word, value in place.items() if value is not None}
-    end = told.get("eos_token_id", min(50256, vocab_size - 1))
-    return {"first": told.get("decoder_start_token_id", told.get("bos_token_id", end)), "end": end,
-            "max_tokens": told.get("max_length", 20) - 1}       # theirs counts the start token
+def _frame(ck, config):
+    """The id a caption starts from, the id that ends it, and how many new ones a caption may have.
+
+    As in transformers: where generation_config.json is, it alone says what is allowed. How to search (num_beams,
+    length_penalty, do_sample, temperature, top_k, ..) is the user's choice and not read; NEUTRAL's are refused.
+    """
+    own, decoder = ck.read("generation_config.json"), ck.config.get("decoder") or {}
+    rules = own or decoder | {word: value for word, value in ck.config.items() if value is not None}
+    for word in [word for word, value in NEUTRAL.items() if rules.get(word) and rules[word] != value]:
+        raise ValueError(f"{word} = {rules[word]!r:.60} of its captions is not supported")
+    told = {word: value for place in (decoder, ck.config, own) for word, value in place.items() if value is not None}
+    ends = told.get("eos_token_id", min(50256, config.vocab_size - 1))
+    end = ends[0] if isinstance(ends, list) and len(ends) == 1 else ends        # of several, none is the one end
+    first = told.get("decoder_start_token_id", told.get("bos_token_id", end))
+    length = {word: rules[word] for word in ("max_length", "max_new_tokens") if rules.get(word) is not None}
+    for word, value in {"eos_token_id": end, "decoder_start_token_id": first, **length}.items():
+        if type(value) is not int:
+            raise ValueError(f"{word} = {value!r:.60} is not one whole number")
+    # max_new_tokens goes before max_length, which counts the start token; without both, transformers 5 makes 20
+    longest = length.get("max_new_tokens", length.get("max_length", 21) - 1)
+    return {"first": first, "end": end, "max_tokens": min(longest, config.block_size)}
 
 
 def load_pretrained(source, family=None, special_tokens=()):
@@ -143,10 +156,13 @@ def load_pretrained(source, family=None, special_tokens=()):
     kind, model_class, measure, task = FAMILIES[found]
     if family not in (None, found):
         raise UserError(f"{source} is {kind} by the names of its tensors, not {FAMILIES[family][0]}; name another")
+    tied = "lm_head" not in " ".join(ck.tensors)
     tie_lm_head(ck.tensors, rules)
-    with blame(source, "fetch config.json and the weights again, or name another model"):
+    tokenizer = None if task == "vision" else pretrained_tokenizer(source, missing_ok=True)
+    with blame(source, "name another model, or make sure that config.json and the weights are whole"):
+        if tied and found in ("gpt2", "vit_gpt2"):              # else its output matrix would be missing
+            agree(ck.config.get("decoder") or ck.config, tie_word_embeddings=True)
         config = measure(ck, {ours: rule.shape(ck.tensors) for ours, rule in rules.items()})
-        tokenizer = None if task == "vision" else pretrained_tokenizer(source, missing_ok=True)
         if task == "clip" and tokenizer and tokenizer.token_to_id(END):         # a text is read where that puts its end
             config.end_token = tokenizer.token_to_id(END)
         size = getattr(getattr(config, "vision", config), "image_size", None)
@@ -155,7 +171,7 @@ def load_pretrained(source, family=None, special_tokens=()):
             model = model_class(config)
         about = {"task": task, "model": "cross" if task == "caption" else found, "dataset": str(source),
                  "sizes": asdict(config), "recipe": recipe and asdict(recipe), "clean": "none", "features": None,
-                 "options": {}, **(_frame(ck, config.text.vocab_size) if task == "caption" else {})}
+                 "options": {}, **(_frame(ck, config.text) if task == "caption" else {})}
         _check(about, model, tokenizer)
     copy_weights(model, ck.tensors, rules, IGNORE, ck.path)
     if special_tokens and tokenizer:
@@ -202,8 +218,10 @@ def load_run(folder):
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
-    config = _object(path)
+    config = read_json(path)
     with blame(f"{path} describes no run of this version", "mend it, or train again"):
+        for key in [key for key in ("sizes", "recipe") if not isinstance(config[key], dict)]:
+            raise ValueError(f"{key} is {config[key]!r:.60}")
         with torch.device("meta"):
             model = _build_run(config)
         tokenizer = pretrained_tokenizer(folder, missing_ok=getattr(model.config, "text", None) is None)

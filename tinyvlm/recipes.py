@@ -31,7 +31,8 @@ def from_transformers(p, kind):
     """
     sizes = [p["size"], p["crop_size"] if p.get("do_center_crop") else None]
     word = "height" if kind == "ViT" else "shortest_edge"
-    sizes = [size if isinstance(size, dict) else {word: size} for size in sizes]
+    sizes = [size if isinstance(size, dict) else dict(zip(("height", "width"), size)) if isinstance(size, list) else
+             {word: size} for size in sizes]
     (side, *odd), (crop, *odder) = (set(size.values()) for size in sizes)                   # odd: not square
     squash = "height" in sizes[0]
     if kind == "ConvNext" and side < 384:                       # it crops by itself
@@ -39,8 +40,9 @@ def from_transformers(p, kind):
     crop = crop or (side if squash else None)
     if crop is None or odd or odder or "longest_edge" in sizes[0] or kind == "ConvNext" and squash:
         raise ValueError(f"size = {p['size']!r}, do_center_crop = {p.get('do_center_crop')!r} of class {kind}")
-    return Recipe(crop, "squash" if squash else "crop", None if side == crop else side,
-                  FILTERS.get(p["resample"]), p.get("image_mean", p["mean"]), p.get("image_std", p["std"]))
+    how = FILTERS.get(p["resample"], f"of resample = {p['resample']!r}")
+    return Recipe(crop, "squash" if squash else "crop", None if side == crop else side, how,
+                  p.get("image_mean", p["mean"]), p.get("image_std", p["std"]))
 
 
 def from_timm(p):
@@ -64,6 +66,8 @@ def read_recipe(ck, family, size=None):
     if not p and family != "clip":                              # there it is for the bare vision tower
         kind, p = "timm", ck.config.get("pretrained_cfg")
     if p:
+        if kind not in CLASSES:
+            raise ValueError(f"image_processor_type = {kind!r:.60} where {', '.join(CLASSES)} are supported")
         p = CLASSES[kind] | {word: value for word, value in p.items() if value is not None}
         for word in [word for word, value in FOLLOWED.items() if p.get(word, value) != value]:
             raise ValueError(f"{word} = {p[word]!r} where {FOLLOWED[word]!r} is supported")

@@ -15,7 +15,7 @@ import regex
 
 from .config import UserError
 from .files import read_json
-from .vocab import END, SPECIAL_TOKENS, Tokenizer, read_beside, require
+from .vocab import END, SPECIAL_TOKENS, Tokenizer, added_tokens, require
 from .wordpiece import WordPieceTokenizer, WordTokenizer, lower
 
 # How GPT-2 cuts text into words; merges never cross a cut. "Hello  world\n" -> "Hello", " ", " world", "\n".
@@ -187,7 +187,7 @@ class BPETokenizer(Tokenizer):
         vocab, lines = read_json(path), path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
         clip, model = CLIP_START in vocab, {"type": "BPE", "vocab": vocab, "merges": merges}
-        spec = GPT2_PARTS | {"added_tokens": read_beside(path.parent, vocab, (CLIP_START, END), normalized=clip)}
+        spec = GPT2_PARTS | {"added_tokens": added_tokens(vocab, (CLIP_START, END), normalized=clip)}
         if not clip:
             return spec | {"model": model}
         return spec | {"model": model | {"unk_token": END, "end_of_word_suffix": "</w>"}, "normalizer": CLIP_CLEANING,

@@ -23,11 +23,13 @@ FILE = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [
 # normalized: searched for in the text once it is cleaned, so that CLIP's are found in capitals, too.
 ADDED = {"id": None, "content": "", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": True}
-# What a tokenizer_config.json may say where it changes ids.
+# What a tokenizer_config.json may say where it changes ids. A class of transformers brings parts of its own, whatever
+# tokenizer.json says; the two last ones take what is there.
 SETTINGS = {**dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"), [False]),
             **dict.fromkeys(("do_lower_case", "do_basic_tokenize", "strip_accents", "tokenize_chinese_chars"), [True]),
-            "never_split": [[]], "tokenizer_class": [name + fast for name in ("GPT2Tokenizer", "CLIPTokenizer",
-                                                     "BertTokenizer", "DistilBertTokenizer") for fast in ("", "Fast")]}
+            "never_split": [[]]}
+CLASSES = {"BPE": ["GPT2"], "BPE</w>": ["CLIP"], "WordPiece": ["Bert", "DistilBert"]}
+ANY_CLASS = ["PreTrainedTokenizerFast", "TokenizersBackend"]
 
 
 def require(place, part, *known):
@@ -50,25 +52,40 @@ def read_frame(spec):
     return [], []
 
 
-def read_beside(folder, vocab, special, normalized=False):
-    """The "added_tokens" of an older layout: names that are special by themselves, and those in files beside it."""
-    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    config, roles, ids = [read_json(folder / name) if (folder / name).exists() else {} for name in names]
-    for name, usual in SETTINGS.items():
+def added_tokens(vocab, names, normalized=False):
+    """The "added_tokens" of an older layout: the names that are special by themselves."""
+    return [ADDED | {"content": name, "id": vocab[name], "normalized": normalized} for name in names if name in vocab]
+
+
+def read_beside(folder, spec, kind):
+    """A tokenizer.json, or what an older layout becomes -> the same, with what the small files beside it add.
+
+    How a token is found in a text, the last one of them says. It must have one id everywhere, and a name that has a
+    role (such as "pad_token") must have one at all: transformers would give it the next, for which a model has no row.
+    """
+    names, model, found = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), spec["model"], {}
+    config, roles, ids = (read_json(folder / name, missing_ok=True) for name in names)
+    known = CLASSES.get(kind + (model.get("end_of_word_suffix") or ""), ())
+    classes = [name + "Tokenizer" + fast for name in known for fast in ("", "Fast")]
+    for name, usual in (SETTINGS | {"tokenizer_class": classes + ANY_CLASS}).items():
         require(f"{name} in {names[0]}", config.get(name), None, *usual)
-    tokens = [{"content": name, "special": True, "normalized": normalized} for name in special if name in vocab]
+    tokens = []
     for role, value in (config | roles).items():            # "bos_token": "<s>" or {"content": "<s>", ..}
-        if value and (role.endswith("_token") or role == "additional_special_tokens"):
+        if value and (role.endswith("_token") or role in ("additional_special_tokens", "extra_special_tokens")):
+            value = value.values() if isinstance(value, dict) and "content" not in value else value
             tokens += [({"content": token} if isinstance(token, str) else token) | {"special": True}
-                       for token in (value if isinstance(value, list) else [value])]
-    tokens += [{"content": name, "id": i} for name, i in ids.items()]
+                       for token in ([value] if isinstance(value, (str, dict)) else value)]
+    tokens += [*(spec.get("added_tokens") or []), *({"content": name, "id": i} for name, i in ids.items())]
     tokens += [token | {"id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
-    found = {}
     for token in tokens:
         name = token["content"]
-        found[name] = {"id": vocab.get(name), "special": False} | found.get(name, {}) | token
-    return [{key: token.get(key, not token["special"] if key == "normalized" else ADDED[key]) for key in ADDED}
-            for token in found.values()]
+        old = found.get(name, {"id": model["vocab"].get(name), "special": False})
+        if None not in (old["id"], token.get("id")) and old["id"] != token["id"]:
+            raise UserError(f"the token {name!r:.60} has the ids {old['id']} and {token['id']} in files of one folder")
+        found[name] = old | token | {"special": old["special"] or token.get("special", False)}
+    return spec | {"added_tokens": [
+        {key: token.get(key, not token["special"] if key == "normalized" else ADDED[key]) for key in ADDED}
+        for token in found.values()]}
 
 
 class Tokenizer:
@@ -128,11 +145,13 @@ class Tokenizer:
             spec = old[0].old_layout(path) if old else read_json(path)
             kind = spec["model"].get("type") or ("BPE" if "merges" in spec["model"] else "WordPiece")    # oldest files
             require("model", kind, *kinds)
-            return kinds[kind](spec)
+            beside = old or path.name == "tokenizer.json"
+            return kinds[kind](read_beside(path.parent, spec, kind) if beside else spec)
         except UserError as error:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is broken ({type(error).__name__}: {str(error):.120}); fetch it again") from None
+            raise UserError(f"{path} or a file beside it is broken ({type(error).__name__}: {error!s:.160}); fetch it "
+                            "again") from None
 
     def save(self, path):
         """Write a tokenizer.json: `path` is the name of a .json file, or a folder."""

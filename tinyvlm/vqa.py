@@ -7,15 +7,16 @@ From "Making the V in VQA matter" (Goyal et al. 2017, arXiv:1612.00837: the file
     masked                        image   masked                                  trained ...................
 
 Left out: multiple choice, version 1, test-dev (a part of test), and grammar: a few safe rules make the sentences."""
+import filecmp
 import re
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from .config import UserError
-from .files import list_files, read_json, write_csv
+from .files import ImageFinder, read_json, write_csv
 from .gpt import IGNORE
-from .layouts import Dataset, check_absent, make_splits
+from .layouts import Dataset, check_absent, files_called, make_splits
 from .metrics import vqa_accuracy
 from .tokenizer import SPECIAL_TOKENS
 
@@ -41,18 +42,25 @@ def read_vqa(questions_path, annotations_path=None):
 
     They are joined by the ids of question and image: two splits may both count from 0, but are about other images.
     """
+    def by_ids(path, key):
+        rows = read_json(path)[key]
+        found = {(int(row["question_id"]), int(row["image_id"])): row for row in rows}
+        if len(found) < len(rows):
+            raise ValueError(f"{len(rows) - len(found)} of the {key} in {path.name} come twice")
+        return found
     try:
-        texts = {(q["question_id"], int(q["image_id"])): q["question"].strip()
-                 for q in read_json(questions_path)["questions"]}
+        texts = by_ids(questions_path, "questions")
         if not annotations_path:
-            return [Question(*ids, text, []) for ids, text in texts.items()]
-        people = {(a["question_id"], a["image_id"]): a for a in read_json(annotations_path)["annotations"]}
-        return [Question(*ids, text, [each["answer"].strip() for each in people[ids]["answers"]], *(
+            return [Question(*ids, q["question"].strip(), []) for ids, q in texts.items()]
+        people = by_ids(annotations_path, "annotations")
+        if lacking := [ids for ids in texts if ids not in people]:
+            raise ValueError(f"{len(lacking)} of {len(texts)} questions have no answers, such as {lacking[0]}")
+        return [Question(*ids, q["question"].strip(), [each["answer"].strip() for each in people[ids]["answers"]], *(
             people[ids][key].strip() for key in ("multiple_choice_answer", "question_type", "answer_type")))
-                for ids, text in texts.items()]
+                for ids, q in texts.items()]
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
-        raise UserError(f"{questions_path} and {annotations_path} should be one split as VQA publishes it ({fault!r}); "
-                        "fetch both again") from None
+        raise UserError(f"{questions_path} and {annotations_path and annotations_path.name} should be one split as VQA "
+                        f"publishes it ({type(fault).__name__}: {fault!s:.120}); put both files of it there") from None
 
 
 def vqav2(folder, seed=0, allow_broken=False):
@@ -61,21 +69,28 @@ def vqav2(folder, seed=0, allow_broken=False):
     The captions are the questions with their answers. Splits are the official ones; see make_splits where val or test
     lacks. The answers of test are secret: with its images in the folder it is kept, to be submitted and not scored.
     """
-    folder, notes, about, lists = Path(folder), [], {}, {}
-    files = {Path(path).name: path for path in reversed(list_files(folder))}                # of two, the shallower
+    folder, finder, notes, about, lists = Path(folder), ImageFinder(folder), [], {}, {}
     for split, subset in SUBSETS.items():
         parts = [f"v2_OpenEnded_mscoco_{subset}_questions.json", f"v2_mscoco_{subset}_annotations.json"]
-        parts, found = parts[:1] if split == "test" else parts, {}
-        if split != "train" and parts[0] not in files:
+        parts, found, where = parts[:1] if split == "test" else parts, {}, {}
+        files = {name: files_called(finder, name) for name in parts}
+        if split != "train" and not files[parts[0]]:
             continue
-        if lacking := [name for name in parts if name not in files]:
-            raise UserError(f"{folder} holds no {lacking[0]}; put VQA's files there, or name it: --data-dir")
-        for q in read_vqa(*(folder / files[name] for name in parts)):
-            name = f"{q.image_id:012d}.jpg"                     # so in COCO's folders of 2017: the same images
-            found.setdefault(files.get(f"COCO_{subset}_{name}", files.get(name)), []).append(q)
+        for name, paths in files.items():
+            if not paths:
+                raise UserError(f"{folder} holds no {name}; put VQA's files there, or name it: --data-dir")
+            if not all(filecmp.cmp(folder / paths[0], folder / path, shallow=False) for path in paths[1:]):
+                raise UserError(f"{folder} holds {' and '.join(paths)}, which differ; keep one")
+        questions = read_vqa(*(folder / paths[0] for paths in files.values()))
+        for form in (f"COCO_{subset}_{{:012d}}.jpg", "{:012d}.jpg"):        # in COCO's folders of 2017 are the same
+            names = {form.format(i): i for i in {q.image_id for q in questions} - where.keys()}
+            where |= {names[name]: path for name, path in finder.find(names).items()}
+        for q in questions:
+            found.setdefault(where.get(q.image_id), []).append(q)
         absent = {q.image_id for q in found.pop(None, [])}
         if found or split != "test":                            # many have the questions of test, but not its images
-            check_absent(notes, sorted(absent), len(found) + len(absent), parts[0], folder, allow_broken)
+            check_absent(notes, [f"COCO_{subset}_{i:012d}.jpg" for i in sorted(absent)], len(found) + len(absent),
+                         parts[0], folder, allow_broken)
             about, lists[split] = about | found, {*found}
     captions = [[f"{q.question} {q.answer}".strip() for q in questions] for questions in about.values()]
     dataset = Dataset("vqav2", [*about], captions, make_splits([*about], lists, seed, notes, folder), folder, notes)

@@ -7,7 +7,7 @@ import re
 from unicodedata import category, normalize
 
 from .config import UserError
-from .vocab import NOT_SPACE, SPECIAL_TOKENS, Tokenizer, read_beside, require
+from .vocab import NOT_SPACE, SPECIAL_TOKENS, Tokenizer, added_tokens, require
 
 # CJK ideographs, which BERT takes one by one (kana and hangul are cut like letters); 2b920, not 2b820, as `tokenizers`.
 IDEOGRAPH = re.compile("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
@@ -33,7 +33,7 @@ class WordPieceTokenizer(Tokenizer):
     def old_layout(path):
         """vocab.txt (a token a line), with small files beside it -> tokenizer.json."""
         vocab = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
-        added = read_beside(path.parent, vocab, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
+        added = added_tokens(vocab, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
         return {"added_tokens": added, "normalizer": CLEANING, "pre_tokenizer": {"type": "BertPreTokenizer"},
                 "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False}, "model": MODEL | {"vocab": vocab}}
 
