@@ -1,5 +1,6 @@
 """The three scripts, run for real at tiny size: every promise of the README that a small machine can check."""
 import json
+import sys
 import os
 import re
 import shlex

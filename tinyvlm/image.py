@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .config import UserError
 from .draw import progress
@@ -81,6 +81,9 @@ def load_image(source, name=None):
         raise
     except FileNotFoundError:
         raise UserError(f"there is no image {name}; check the path") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is no image of a kind that is read ({', '.join(FORMATS)}), or damaged at its beginning; "
+                        "replace it, or convert it to JPEG or PNG") from None
     except Exception as error:                  # Pillow's decoders raise nearly anything on a damaged file
         raise UserError(f"{name} cannot be opened ({type(error).__name__}: {str(error)[:99]}); replace it, or convert "
                         "it to JPEG or PNG") from None

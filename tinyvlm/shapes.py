@@ -151,8 +151,9 @@ def ask(scene, rng, i=0):
         found.append(("count", "how many things are there?", str(len(scene))))
     if len(scene) > 1:
         a, b = rng.sample(scene, 2)
-        if names(a) and names(b):
-            question = f"where is {rng.choice(names(a))} relative to {rng.choice(names(b))}?"
+        others = names(b) + ["the other thing"] * (len(scene) == 2)
+        if names(a) and others:
+            question = f"where is {rng.choice(names(a))} relative to {rng.choice(others)}?"
             found.append(("relation", question, relation(a, b).removesuffix(" of")))
     yes = rng.random() < 0.5                                                      # as often as no
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in scene)])

@@ -91,7 +91,7 @@ class WordTokenizer(Tokenizer):
         counts = collections.Counter(word for text in texts for word in NOT_SPACE.findall(text))
         words = [word for word, n in counts.items() if n >= min_count and word not in ("<unk>", *special_tokens)]
         if not words:
-            raise UserError(f"no word occurs {min_count} times; lower the minimum count")
+            raise UserError(f"no word occurs {min_count} times; lower --min-count, or clean the captions less")
         words = ["<unk>", *sorted(words, key=lambda word: (-counts[word], word))]
         tokenizer = cls({"pre_tokenizer": {"type": "WhitespaceSplit"}, "model": {
             "type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}})
