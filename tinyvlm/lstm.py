@@ -6,7 +6,7 @@
     h' = o * tanh(c')        what the outside, and the next step, gets to see
 
 `plain_loop` is the lesson; `Recurrence` gives the same numbers faster, with its way back by hand, and `LSTM` stacks
-layers of either. With 512 units on two quiet CPU threads a training step has 0.8 of torch.nn.LSTM's speed: that is one
+layers of either. On a CPU a training step is somewhat slower than torch.nn.LSTM's (`tests/bench.py lstm`): that is one
 compiled loop, where a step here is a dozen small calls from Python. To fuse them would hide the formulas, so they stay
 apart. Left out: bidirectional, projected and packed sequences, peepholes."""
 import torch
