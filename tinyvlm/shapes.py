@@ -45,6 +45,9 @@ class Thing:
         return f"{self.size} {self.color} {self.shape}"
 
 
+MIDDLE = Thing("", "", "", CANVAS / 2, CANVAS / 2)      # of the picture
+
+
 def relation(a, b):
     """How a stands to b: the longer of the two distances decides. A tie never happens: make_scene leaves a margin."""
     dx, dy = a.x - b.x, a.y - b.y                                                 # pixels
@@ -147,6 +150,9 @@ def ask(scene, rng, i=0):
         found.append(("shape", f"what shape is the {t.color} thing?", t.shape))
     if names(t) and place(t):
         found.append(("place", f"where is {rng.choice(names(t))}?", f"in the {place(t)}"))
+    if names(t) and abs(abs(t.x - MIDDLE.x) - abs(t.y - MIDDLE.y)) > 10:
+        question = f"where is {rng.choice(names(t))} relative to the middle?"
+        found.append(("side", question, relation(t, MIDDLE).removesuffix(" of")))
     if len(scene) > 1 or rng.random() < 0.74:                   # so do single things: 57% of scenes
         found.append(("count", "how many things are there?", str(len(scene))))
     if len(scene) > 1:
