@@ -31,7 +31,8 @@ def main():
     scenes = [(i, *dataset.scenes[i]) for i in dataset.splits["val"] if len({t.color for t in dataset.scenes[i]}) == 2]
     found = [(both_ways(run, preprocess(dataset.open(i), run.recipe), a, b), relation(a, b)) for i, a, b in scenes]
     right = sum(answers == [how.split()[0], OPPOSITE[how].split()[0]] for answers, how in found)
-    print(f"{len(found)} pairs of things: {sum(x == y for (x, y), _ in found)} answered alike both ways, {right} rightly")
+    alike = sum(x == y for (x, y), _ in found)
+    print(f"{len(found)} pairs of things: {alike} got the same answer both ways, {right} the right ones")
 
 
 if __name__ == "__main__":

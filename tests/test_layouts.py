@@ -104,7 +104,8 @@ def test_every_column_of_captions_counts_and_others_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.csv", "image,image_2,caption\n7.jpg,8.jpg,a", "several columns"), ("a.jsonl", '[["image", "7.jpg"]]', "each line should be one"),
+    ("a.csv", "image,image_2,caption\n7.jpg,8.jpg,a", "several columns"),
+    ("a.jsonl", '[["image", "7.jpg"]]', "each line should be one"),
     ("a.csv", "image,captions\n7.jpg,\"['a', 'b']\"", "not in a known layout"),
     ("a.csv", "image,caption,text\n7.jpg,a,b", "several columns for one thing .image, caption, text"),
     ("a.jsonl", '{"image": "7.jpg", "caption": "a", "text": "b"}', "several columns"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import public
-from test_pretrained import REFERENCE, config_of, folder, refused, tensors_of
+from test_pretrained import config_of, folder, refused, tensors_of
 from tinyvlm.image import RECIPES, Recipe
 from tinyvlm.pretrained import load_pretrained
 

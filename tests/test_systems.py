@@ -14,7 +14,7 @@ import data
 import public
 import sample
 import train
-from helpers import TEXT, TINY, album, from_folder, png, refused, run, table
+from helpers import TEXT, album, from_folder, png, refused, run, table
 from servers import send
 from tinyvlm import layouts
 from tinyvlm.pretrained import load_gpt2, load_resnet50, load_run, load_vit

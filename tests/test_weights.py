@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from tinyvlm.config import UserError
-from tinyvlm.files import write_json
 from tinyvlm.names import Source
 from tinyvlm.weights import (DTYPES, SafetensorsError, copy_weights, load_safetensors, read_metadata,
                              save_safetensors)

@@ -82,8 +82,8 @@ def load_image(source, name=None):
     except FileNotFoundError:
         raise UserError(f"there is no image {name}; check the path") from None
     except UnidentifiedImageError:
-        raise UserError(f"{name} is no image of a kind that is read ({', '.join(FORMATS)}), or damaged at its beginning; "
-                        "replace it, or convert it to JPEG or PNG") from None
+        raise UserError(f"{name} is no image of a kind that is read ({', '.join(FORMATS)}), or damaged at its "
+                        "beginning; replace it, or convert it to JPEG or PNG") from None
     except Exception as error:                  # Pillow's decoders raise nearly anything on a damaged file
         raise UserError(f"{name} cannot be opened ({type(error).__name__}: {str(error)[:99]}); replace it, or convert "
                         "it to JPEG or PNG") from None

@@ -24,7 +24,7 @@ def orthogonalise(x, steps=5):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the groups with "muon": True, of matrices and filters only, step by Muon. Both share lr and weight_decay:
+    """AdamW, but the groups with "muon": True, of matrices and filters only, step by Muon. Both share lr and decay:
     an orthogonal R x C matrix times 0.2 sqrt(max(R, C)) has entries as large as AdamW's steps usually are."""
     def __init__(self, params, **options):
         super().__init__(params, **options)
