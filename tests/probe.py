@@ -2,8 +2,8 @@
 
     python tests/probe.py out/answers            a run of --task vqa on shapes
 
-"Where is the blue thing relative to the red thing?" and the same with the two exchanged must get opposite answers. A
-model that answers alike knows how the two lie, but not which of them it was asked about: it takes them as a set.
+"Where is the star relative to the cross?" and "where is the cross relative to the star?" have opposite answers. A model
+that answers alike may know how the two lie, but not which of them it was asked about: it takes them as a set.
 """
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from tinyvlm.vqa import encode_dialogue, to_short                               
 
 def both_ways(run, img, a, b):
     """The short answers to "where is a relative to b?" and "where is b relative to a?" about img (3, S, S)."""
-    questions = [f"where is the {x.color} thing relative to the {y.color} thing?" for x, y in ((a, b), (b, a))]
+    questions = [f"where is the {x.shape} relative to the {y.shape}?" for x, y in ((a, b), (b, a))]
     prompts = [encode_dialogue(run.tokenizer, [(question, None)])[0] for question in questions]
     rows = generate(run.model, img.expand(2, -1, -1, -1), prompts, run.config["longest"], eos_id=run.config["end"])
     return [to_short(run.tokenizer.decode(row)) for row in rows]
@@ -28,7 +28,7 @@ def both_ways(run, img, a, b):
 
 def main():
     run, dataset = load_run(sys.argv[1]), Shapes(n_scenes=2000)
-    scenes = [(i, *dataset.scenes[i]) for i in dataset.splits["val"] if len({t.color for t in dataset.scenes[i]}) == 2]
+    scenes = [(i, *dataset.scenes[i]) for i in dataset.splits["val"] if len({t.shape for t in dataset.scenes[i]}) == 2]
     found = [(both_ways(run, preprocess(dataset.open(i), run.recipe), a, b), relation(a, b)) for i, a, b in scenes]
     right = sum(answers == [how.split()[0], OPPOSITE[how].split()[0]] for answers, how in found)
     alike = sum(x == y for (x, y), _ in found)

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from tinyvlm.shapes import (COLORS, MIDDLE, OPPOSITE, SHAPES, Shapes, Thing, ask, describe, draw_scene, make_scene,
-                            parse, place, relation, score_parts)
+from tinyvlm.shapes import (COLORS, OPPOSITE, SHAPES, Shapes, Thing, ask, describe, draw_scene, make_scene, parse,
+                            relation, score_parts)
 from tinyvlm.vqa import to_sentence, to_short
 
 
@@ -104,28 +104,23 @@ def test_mirrored_scenes_keep_their_caption(shapes):
 # -- questions
 
 def blind_accuracy(n_objects, n_scenes):
-    """{kind or "all": how often the commonest answer to a question's exact words (to its kind, where these are new), as
-    counted in half of the scenes, is right in the others}."""
-    rng, counts, right, total = random.Random(0), collections.defaultdict(collections.Counter), {}, {}
-    for n in range(2 * n_scenes):
+    """{kind or "all": how often the commonest answer to a question's exact words is right}."""
+    rng, answers, right, total = random.Random(0), collections.defaultdict(collections.Counter), {}, {}
+    for _ in range(n_scenes):
         for q in ask(make_scene(rng, n_objects), rng):
-            if n < n_scenes:
-                for key in (q.question, q.question_type):
-                    counts[key][q.answer] += 1
-                continue
-            guess = counts[q.question if q.question in counts else q.question_type].most_common(1)[0][0]
-            for name in ("all", q.question_type):
-                right[name] = right.get(name, 0) + (guess == q.answer)
-                total[name] = total.get(name, 0) + 1
+            answers[q.question, q.question_type][q.answer] += 1
+    for (_, kind), counts in answers.items():
+        for name in ("all", kind):
+            right[name] = right.get(name, 0) + max(counts.values())
+            total[name] = total.get(name, 0) + counts.total()
     return {name: right[name] / total[name] for name in total}
 
 
 def test_the_question_alone_does_not_tell_the_answer():
     blind = blind_accuracy(2, 4000)
-    assert blind["all"] < 0.45 and set(blind) == {"all", "color", "size", "shape", "place", "side", "count",
-                                                     "relation", "yes/no"}
+    assert blind["all"] < 0.45 and set(blind) == {"all", "color", "size", "shape", "count", "relation", "yes/no"}
     assert max(blind[kind] for kind in ("size", "count", "yes/no")) < 0.56
-    assert max(blind["color"], blind["shape"], blind["place"]) < 0.25 and max(blind["relation"], blind["side"]) < 0.5
+    assert max(blind["color"], blind["shape"]) < 0.25 and blind["relation"] < 0.5
 
 
 def test_questions_are_unambiguous_and_become_whole_sentences():
@@ -142,13 +137,9 @@ def test_questions_are_unambiguous_and_become_whole_sentences():
             words = q.question.rstrip("?")
             if q.question_type in ("color", "size", "shape"):
                 assert getattr(only(words.split(" is ")[1]), q.question_type) == q.answer
-            elif q.question_type in ("relation", "side"):
+            elif q.question_type == "relation":
                 a, b = words.removeprefix("where is ").split(" relative to ")
-                others = [t for t in scene if t is not only(a)]                   # one, where it can be "the other"
-                [other] = {"the middle": [MIDDLE], "the other thing": others}.get(b) or [only(b)]
-                assert relation(only(a), other).split()[0] == q.answer
-            elif q.question_type == "place":
-                assert f"in the {place(only(words.removeprefix('where is ')))}" == q.answer
+                assert relation(only(a), only(b)).split()[0] == q.answer
             elif q.question_type == "count":
                 assert q.answer == str(len(scene)) and q.answer_type == "number"
             else:

@@ -45,22 +45,12 @@ class Thing:
         return f"{self.size} {self.color} {self.shape}"
 
 
-MIDDLE = Thing("", "", "", CANVAS / 2, CANVAS / 2)      # of the picture
-
-
 def relation(a, b):
     """How a stands to b: the longer of the two distances decides. A tie never happens: make_scene leaves a margin."""
     dx, dy = a.x - b.x, a.y - b.y                                                 # pixels
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
-
-
-def place(thing):
-    """Which of the picture's ninths holds its centre; None within 6 pixels of the lines between them, as unclear."""
-    across, down = 3 * thing.x / CANVAS, 3 * thing.y / CANVAS                     # 0..3, to the right and downwards
-    if all(abs(v - line) * CANVAS > 18 for v in (across, down) for line in (1, 2)):
-        return PLACES[3 * int(down) + int(across)]
 
 
 def describe(scene):
@@ -71,7 +61,7 @@ def describe(scene):
     first, *others = scene
     if others:
         return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
-    return f"a {first} in the {place(first)}"
+    return f"a {first} in the {PLACES[3 * int(3 * first.y / CANVAS) + int(3 * first.x / CANVAS)]}"
 
 
 def parse(caption):
@@ -114,7 +104,9 @@ def make_scene(rng, n_objects):
                                 rng.uniform(r, CANVAS - r), rng.uniform(r, CANVAS - r)))
         pairs = [(abs(a.x - b.x), abs(a.y - b.y), SIZES[a.size] + SIZES[b.size]) for a, b in combinations(things, 2)]
         clear = all(max(dx, dy) > reach + 4 and abs(dx - dy) > 10 for dx, dy, reach in pairs)
-        if clear and (pairs or place(things[0])):               # where a lone thing is, must be clear
+        if not pairs:                   # a lone thing keeps off the lines between the ninths: its place is clear
+            clear = all(abs(v - line * CANVAS / 3) > 6 for v in (things[0].x, things[0].y) for line in (1, 2))
+        if clear:
             return sorted(things, key=lambda t: (t.size != "large", t.x))
 
 
@@ -138,29 +130,22 @@ def ask(scene, rng, i=0):
     every question, but sees nothing, is right less than 45% of the time."""
     found, t = [], rng.choice(list(scene))
 
-    def names(thing):
-        """The phrases that single it out: by its shape, by its color, by both."""
-        ways = [(f"the {u.shape}", f"the {u.color} thing", f"the {u.color} {u.shape}") for u in scene]
-        return [text for text, *same in zip(ways[scene.index(thing)], *ways) if same.count(text) == 1]
-    if f"the {t.shape}" in names(t):
+    def name(thing):
+        same = [u.color for u in scene if u.shape == thing.shape]                 # of all things of its shape
+        text = f"the {thing.shape}" if len(same) == 1 else f"the {thing.color} {thing.shape}"
+        return text if same.count(thing.color) == 1 else None
+    if name(t) == f"the {t.shape}":
         found.append(("color", f"what color is the {t.shape}?", t.color))
         if t.size == "large" or rng.random() < 0.72:        # even out: 58% are small, as these find room more easily
-            found.append(("size", f"how big is {rng.choice(names(t))}?", t.size))
-    if f"the {t.color} thing" in names(t):
+            found.append(("size", f"how big is the {t.shape}?", t.size))
+    if sum(u.color == t.color for u in scene) == 1:
         found.append(("shape", f"what shape is the {t.color} thing?", t.shape))
-    if names(t) and place(t):
-        found.append(("place", f"where is {rng.choice(names(t))}?", f"in the {place(t)}"))
-    if names(t) and abs(abs(t.x - MIDDLE.x) - abs(t.y - MIDDLE.y)) > 10:
-        question = f"where is {rng.choice(names(t))} relative to the middle?"
-        found.append(("side", question, relation(t, MIDDLE).removesuffix(" of")))
     if len(scene) > 1 or rng.random() < 0.74:                   # so do single things: 57% of scenes
         found.append(("count", "how many things are there?", str(len(scene))))
     if len(scene) > 1:
         a, b = rng.sample(scene, 2)
-        others = names(b) + ["the other thing"] * (len(scene) == 2)
-        if names(a) and others:
-            question = f"where is {rng.choice(names(a))} relative to {rng.choice(others)}?"
-            found.append(("relation", question, relation(a, b).removesuffix(" of")))
+        if name(a) and name(b):
+            found.append(("relation", f"where is {name(a)} relative to {name(b)}?", relation(a, b).removesuffix(" of")))
     yes = rng.random() < 0.5                                                      # as often as no
     color = t.color if yes else rng.choice([c for c in COLORS if all(c != u.color for u in scene)])
     found.append(("yes/no", f"is there a{'n' * (color[0] in 'aeiou')} {color} thing?", "yes" if yes else "no"))
