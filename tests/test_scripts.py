@@ -135,7 +135,7 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
     one, two = capsys.readouterr().out.splitlines()
     assert one.partition("example.png: ")[2] == two.partition("example.png: ")[2] != ""
     assert Image.open(tmp_path / "a.png").size[0] > 500
-    for name, words in (("none.png", "404"), ("log.csv", "log.csv cannot be opened")):
+    for name, words in (("none.png", "404"), ("log.csv", "log.csv is no image of a kind")):
         refused(capsys, words, sample, "--image", f"{host.url}/{name}", "--out-dir", trained)
 
 
