@@ -250,7 +250,7 @@ def main():
     task = run.config["task"]
     if task not in MODES:
         raise UserError(f"{where} was trained for --task {task}, which sample.py has no use for; train.py "
-                        f"--{'text' if task == 'text' else 'vision'} {where} starts a captioner from it")
+                        f"--{'text' if task == 'text' else 'vision'} {where} starts another model from it")
     if (config.labels or config.search or config.images) and task != "clip":
         raise UserError(f"{where} is a {task} model: --labels, --search and --images are for clip")
     run.model.to(config.device)

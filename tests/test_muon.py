@@ -15,7 +15,6 @@ def test_keeps_the_directions_and_evens_their_strength(shape):
     torch.testing.assert_close(mixed, torch.diag(mixed.diagonal()), atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has its own Muon from 2.9 on")
 def test_steps_as_torchs_muon_and_adamw():
     """torch's Muon works in bfloat16, ours here in float32: equal to within bfloat16's rounding of one step's length.
     What is not marked steps exactly as AdamW. The rate is set anew each step, as the training loop does. Filters

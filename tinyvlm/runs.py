@@ -17,6 +17,7 @@ from .features import digest, short_names
 from .files import atomic_write, read_json, write_csv, write_image, write_json
 from .pretrained import is_run
 from .task import show
+from .vit import ViT
 from .weights import load_safetensors, save_safetensors
 
 RUN_FILES = ("state.pt", "model.safetensors", "tokenizer.json", "log.csv", "curves.png", "samples.png", "example.png",
@@ -142,8 +143,8 @@ def report_test(model, setup, evaluate):
     features, words = setup.prepared.features, ["sample.py", f"--out-dir={out}", f"--image={out}/example.png"]
     if config.task == "classify":
         where = [f"--data-dir={config.data_dir}"] if config.data_dir else []
-        words = ["train.py", "--dataset", dataset.name, *where, "--model", "prefix", f"--vision={out}", "--out-dir",
-                 "out/captions"]
+        how = ["--model", "prefix"] if isinstance(model.vision, ViT) else ["--task", "clip"]   # which takes a ResNet
+        words = ["train.py", *how, "--dataset", dataset.name, *where, f"--vision={out}", "--out-dir", "out/next"]
     words += {"vqa": ["--prompt", shown[0].get("question")], "clip": ["--labels", "a dog", "a child", "a boat"]}.get(
         config.task, [])
     if not features or features.meta["source"]:                 # else what made them cannot encode a new picture
