@@ -55,6 +55,7 @@ class Options(DecoderOptions):
 # options that are a model's or its tokenizer's own: a stage that goes on from --init cannot change them
 MADE_WITH = {"image_size", "patch_size", "stem", "class_token", "n_layer", "n_head", "n_embd", "n_hidden", "shuffle",
              "wiring", "soft_attention", "tokenizer", "vocab_size", "min_count"}
+SLOTS = 8       # a GPT has nothing to choose from in a single vector of features: it is made into this many image tokens
 ONLY = {"wiring": "cross", "shuffle": "prefix", "n_hidden": "lstm", "soft_attention": "lstm"}   # .. and of one --model
 
 
@@ -144,7 +145,7 @@ def build(config, prepared):
         return extend(start.run.model, config, vocab_size, features)
     vision = None if features else replace(start.vision.config, dropout=config.dropout)
     c = VLMConfig(model=config.model, vision=vision, text=None, wiring=config.wiring, shuffle=config.shuffle,
-                  feat_dim=features and features.feat_dim,
+                  feat_dim=features and features.feat_dim, slots=SLOTS if features and features.n_tokens == 1 else 1,
                   image_token=prepared.meta["first"] if config.model == "prefix" else None)
     room = config.max_tokens + 2 + n_image_tokens(c, features)                    # start, end
     if config.model == "lstm":
@@ -168,7 +169,7 @@ def build(config, prepared):
 
 def n_image_tokens(c, features=None):
     """How many tokens an image takes in the decoder's context: 196 in a prefix of 16-pixel patches at 224."""
-    n = 0 if c.model != "prefix" else c.vision.n_patches if c.vision else features.n_tokens
+    n = 0 if c.model != "prefix" else c.vision.n_patches if c.vision else features.n_tokens * c.slots
     side = math.isqrt(n)
     if c.shuffle > 1 and (side ** 2 != n or side % c.shuffle):
         raise UserError(f"--shuffle {c.shuffle} needs a square grid that it divides, not {n} image tokens")

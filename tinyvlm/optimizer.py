@@ -15,7 +15,8 @@ def make_optimizer(model, config):
     for part, p in ((part, p) for part, params in model.parts().items() for p in params):
         name = names[id(p)]
         decays = p.dim() >= 2 and not name.endswith((".wte.weight", ".wpe.weight", ".pos", ".cls"))
-        inside = p.dim() == 4 or p.dim() == 2 and (".blocks." in name or name.startswith("connector."))
+        inside = p.dim() == 4 or p.dim() == 2 and (".blocks." in name or name.startswith("connector.")) and (
+            min(p.shape) <= 1024)                               # Muon's cost grows with this squared
         muon = config.optimizer == "muon" and inside
         group = {"params": [], "factor": factor[part], "weight_decay": config.weight_decay * decays, "muon": muon}
         groups.setdefault((part, muon, decays), group)["params"].append(p)

@@ -39,6 +39,7 @@ class VLMConfig:
     wiring: str = "final"                   # cross: or "lockstep", see CrossCaptioner
     image_token: int | None = None          # prefix: the id of <image>
     feat_dim: int | None = None             # width of ready-made features
+    slots: int = 1                          # cross, prefix: image tokens made of each vector of ready-made features
     shuffle: int = 1                        # prefix: shuffle x shuffle neighbouring patches make one image token
 
 
@@ -52,6 +53,7 @@ class Captioner(nn.Module):
         self.vision = ViT(config.vision) if config.vision else None
         self.width = config.vision.n_embd if config.vision else config.feat_dim   # channels of the image features
         self.text = None if config.model == "lstm" else GPT(config.text)
+        self.drop = nn.Dropout(config.text.dropout)                               # on ready-made features
 
     def forward(self, img, idx, targets=None):
         """idx (B * K, T): the K captions of each of B images, side by side; the vision tower runs once for all of them.
@@ -65,6 +67,10 @@ class Captioner(nn.Module):
     def features(self, img):
         """Pixels (B, 3, H, W), or ready-made features (B, N, C) or (B, C), of one token -> (B, N, C)."""
         return self.vision(img) if img.dim() == 4 else img.reshape(len(img), -1, img.size(-1))
+
+    def slots(self, x):
+        """A wide vector is several tokens side by side: (B, N, slots C) -> (B, N slots, C)."""
+        return x.unflatten(-1, (self.config.slots, -1)).flatten(1, 2)
 
     def parts(self):
         """{"connector" | "decoder" | "vision": parameters}, for per-part learning rates and staged unfreezing."""
@@ -82,15 +88,20 @@ class CrossCaptioner(Captioner):
     def __init__(self, config):
         config.text.cross = True
         super().__init__(config)
-        n_norm, n_embd = config.text.n_layer - 1 if config.wiring == "lockstep" else 0, config.text.n_embd
+        n_norm, n_out = config.text.n_layer - 1 if config.wiring == "lockstep" else 0, config.text.n_embd * config.slots
         self.connector = nn.ModuleDict({
             "norms": nn.ModuleList(nn.LayerNorm(self.width) for _ in range(n_norm)),
-            "proj": nn.Linear(self.width, n_embd) if self.width != n_embd else nn.Identity()})
+            "proj": nn.Linear(self.width, n_out) if self.width != n_out else nn.Identity()})
+        if not self.vision:
+            self.connector["norm"] = nn.LayerNorm(self.width)   # a vision tower ends with its own
+            init_weights(self.connector, n_layer=1)
 
     def encode(self, img):
         """img (B, 3, H, W) or features -> what the decoder attends to: (B, N, C), or a list of them, one per block."""
         if self.config.wiring == "final":
-            return self.connector["proj"](self.features(img))
+            x = self.features(img)                                                # (B, N, C_img)
+            x = x if self.vision else self.drop(self.connector["norm"](x))
+            return self.slots(self.connector["proj"](x))                          # (B, N slots, C)
         norms = [*self.connector["norms"], self.vision.ln_f]
         return [self.connector["proj"](norm(x)) for norm, x in zip(norms, self.vision.layers(img), strict=True)]
 
@@ -118,14 +129,14 @@ class PrefixVLM(Captioner):
             raise UserError(f"the prefix model needs the id of <image> in its vocabulary, not {config.image_token}")
         n_embd, width = config.text.n_embd, self.width * config.shuffle ** 2
         self.connector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_embd), nn.GELU(),
-                                       nn.Linear(n_embd, n_embd))
+                                       nn.Linear(n_embd, n_embd * config.slots))
         init_weights(self.connector, n_layer=1)                                   # as small as word embeddings
 
     def encode(self, img):
-        feats = self.vision.grid(img) if img.dim() == 4 else self.features(img)   # (B, N, C)
+        feats = self.vision.grid(img) if img.dim() == 4 else self.drop(self.features(img))       # (B, N, C)
         if self.config.shuffle > 1:
             feats = pixel_shuffle(feats, self.config.shuffle)                     # (B, N / k^2, k^2 C)
-        return self.connector(feats)                                              # image tokens
+        return self.slots(self.connector(feats))                                  # image tokens (B, N slots, C)
 
     def splice(self, img, idx):
         """Replace the one <image> of each row of idx (B * K, T) by the N image tokens of its image: x (B * K, L, C),
@@ -172,7 +183,6 @@ class LSTMCaptioner(Captioner):
         check_sizes(c)
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)                           # (V, C), also the output matrix
         nn.init.normal_(self.wte.weight, std=c.n_embd ** -0.5)
-        self.drop = nn.Dropout(c.dropout)
         self.connector = nn.ModuleDict({"norm": nn.LayerNorm(self.width),
                                         "state": nn.Linear(self.width, 2 * c.n_layer * c.n_hidden)})
         if c.n_head:
