@@ -139,7 +139,7 @@ def report_test(model, setup, evaluate):
     if config.task == "clip":
         sim = torch.tensor([example["similarity"] for example in examples[:12]])   # (12, 12), or fewer
         write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:12]]))
-    print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training.")
+    print(f"{out}/samples.png shows {len(shown)} of them, {out}/curves.png the training.")
     features, words = setup.prepared.features, ["sample.py", f"--out-dir={out}", f"--image={out}/example.png"]
     if config.task == "classify":
         where = [f"--data-dir={config.data_dir}"] if config.data_dir else []
