@@ -52,7 +52,7 @@ class TrainConfig(DataConfig):
     """The options of every task; those of the data set (--dataset, --data-dir, ..) are in DataConfig, in data.py."""
     task: str = option("caption", "what to learn; `--task clip -h` shows its own options, too", tuple(TASKS), "the run")
     out_dir: str = option("out", "the run's folder")
-    resume: bool = option(False, "continue the run in --out-dir, exactly")
+    resume: bool = option(False, "continue the run in --out-dir, exactly; where there is none, begin it")
     eval_only: bool = option(False, "train nothing: score the run in --out-dir on --split")
     split: str = option("test", "with --eval-only: the split to score", ("train", "val", "test"))
     vision: str | None = option(None, "start from this vision tower: a Hub id, a folder, or a run", group="the model")
@@ -171,6 +171,8 @@ def train(setup, state=None):
         step, best, log = state["step"], state["best"], state["log"]
     device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K}"
                f" texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
+    if config.resume and not state:                             # one command for a scheduler, and a mistyped folder
+        device.say(f"{out} holds no run to resume: a new one begins")
     if not state and len(old_files(out)) > 1:
         device.say(f"the run in {out} will be replaced after the first step; Ctrl-C keeps it")
     if device.cuda and n_params > 1e7 if config.compile is None else config.compile:

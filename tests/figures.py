@@ -1,4 +1,4 @@
-"""Every picture of the README, made anew by one command, with Pillow and tinyvlm.draw alone.
+"""Every picture of the README but that of the page, made anew by one command, with Pillow and tinyvlm.draw alone.
 
     python tests/figures.py                             trains three models first, by the README's own commands
     python tests/figures.py --data-dir DIR              .. with the Flickr8k that lies in DIR
@@ -387,8 +387,9 @@ FIGURES = {                     # name: (the run it needs, how it is made)
 def train(name, out, data_dir):
     """The README's command for a run that is not there yet."""
     print(f"{out} holds no finished run: training it")
-    data = ["--data-dir", data_dir] if data_dir and name == "photos" else []
-    subprocess.run([sys.executable, *TRAIN[name], *data, "--out-dir", out], cwd=ROOT, check=True)
+    data = ["--data-dir", str(Path(data_dir).resolve())] if data_dir and name == "photos" else []
+    if subprocess.run([sys.executable, *TRAIN[name], *data, "--out-dir", out], cwd=ROOT).returncode:
+        raise UserError(f"the run for --{name} ended early, see above; mend that, or name a finished one")
 
 
 def main():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tinyvlm.config import run_script                                             # noqa: E402
+from tinyvlm.config import UserError, run_script                                  # noqa: E402
 from tinyvlm.generate import generate                                             # noqa: E402
 from tinyvlm.image import preprocess                                              # noqa: E402
 from tinyvlm.pretrained import load_run                                           # noqa: E402
@@ -27,6 +27,8 @@ def both_ways(run, img, a, b):
 
 
 def main():
+    if len(sys.argv) != 2:
+        raise UserError("usage: python tests/probe.py RUN, the folder of a vqa run on shapes")
     run, dataset = load_run(sys.argv[1]), Shapes(n_scenes=2000)
     scenes = [(i, *dataset.scenes[i]) for i in dataset.splits["val"] if len({t.shape for t in dataset.scenes[i]}) == 2]
     found = [(both_ways(run, preprocess(dataset.open(i), run.recipe), a, b), relation(a, b)) for i, a, b in scenes]

@@ -21,6 +21,10 @@ def test_each_idea_has_its_five(idea):
 
 
 def test_each_exercise_is_still_to_be_done():
-    """All sixteen, in the order of the list; a check that passes before its exercise is done would check nothing."""
+    """All sixteen, in the order of the list. A check that passes before its exercise is done would check nothing; one
+    that fails for any other reason could never pass: two of them once built a Block as it had been built before."""
     assert re.findall(r"\*\*Exercise\*\* `(\w+)`", "".join(IDEAS)) == list(exercises.CHECKS)
-    assert [name for name in exercises.CHECKS if exercises.failure(name) is None] == []
+    missing = ["min_count", "overlap", "off", "window", "gated", "row_end", "7 were given", "drop", "sigmoid_loss",
+               "anneal", "undo", "n_best", "smooth", "'d'", "describe", "freeze_vision"]
+    failures = {name: str(exercises.failure(name)) for name in exercises.CHECKS}
+    assert [failures[name] for name, what in zip(failures, missing, strict=True) if what not in failures[name]] == []

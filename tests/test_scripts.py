@@ -277,7 +277,7 @@ def test_a_killed_run_and_one_that_is_told_to_end_resume_to_the_same_end(trained
     process = Training(tmp_path / "log", *argv)
     process.until("step 6/12")
     process.signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL and "holds no run to resume: a new one begins" in process.printed()
     load_safetensors(out / "model.safetensors")
     json.loads((out / "config.json").read_text())
     process = Training(tmp_path / "log2", *argv, in_memory=False)

@@ -139,13 +139,13 @@ def report_test(model, setup, evaluate):
     if config.task == "clip":
         sim = torch.tensor([example["similarity"] for example in examples[:12]])   # (12, 12), or fewer
         write_image(out / "similarity.png", similarity_picture(sim, [example["truth"] for example in examples[:12]]))
-    print(f"{out}/samples.png shows sixteen of them, {out}/curves.png the training.")
+    print(f"{out}/samples.png shows {len(shown)} of them, {out}/curves.png the training.")
     features, words = setup.prepared.features, ["sample.py", f"--out-dir={out}", f"--image={out}/example.png"]
     if config.task == "classify":
         where = [f"--data-dir={config.data_dir}"] if config.data_dir else []
         how = ["--model", "prefix"] if isinstance(model.vision, ViT) else ["--task", "clip"]   # which takes a ResNet
         words = ["train.py", *how, "--dataset", dataset.name, *where, f"--vision={out}", "--out-dir", "out/next"]
-    words += {"vqa": ["--prompt", shown[0].get("question")], "clip": ["--labels", "a dog", "a child", "a boat"]}.get(
-        config.task, [])
+    words += {"vqa": ["--prompt", shown[0].get("question")],
+              "clip": ["--labels", *dict.fromkeys(example["truth"] for example in shown[:3])]}.get(config.task, [])
     if not features or features.meta["source"]:                 # else what made them cannot encode a new picture
         print("Now try\n    python " + shlex.join(words))
