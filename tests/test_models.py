@@ -226,3 +226,14 @@ def test_ready_made_features_stand_in_for_a_vision_tower(kind, shape):
     net, img = tiny(kind), torch.randn(4, 3, 16, 16)
     feats = net.vision.grid(img) if kind == "prefix" else net.vision(img)
     torch.testing.assert_close(net(feats, idx)[0], net(img, idx)[0])
+
+
+@pytest.mark.parametrize("kind", ["cross", "prefix"])
+def test_a_single_vector_is_read_as_several_tokens(kind):
+    """slots 3: each vector's projection is cut into three tokens, in order, of which attention weighs every one."""
+    sizes = {"model": kind, "text": tiny_gpt(), "image_token": IMAGE, **KINDS[kind], "vision": None, "feat_dim": 20}
+    net, feats = build(VLMConfig(**sizes, slots=3)).eval(), torch.randn(2, 20)
+    tokens, proj = net.encode(feats), net.connector["proj"] if kind == "cross" else net.connector[3]
+    assert tokens.shape == (2, 3, 16) and proj.weight.shape[0] == 48
+    proj.weight.data[16:] = proj.bias.data[16:] = 0             # only the first token's rows are left
+    assert torch.equal(net.encode(feats)[:, :1], tokens[:, :1]) and not net.encode(feats)[:, 1:].any()
