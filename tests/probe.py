@@ -30,6 +30,8 @@ def main():
     if len(sys.argv) != 2:
         raise UserError("usage: python tests/probe.py RUN, the folder of a vqa run on shapes")
     run, dataset = load_run(sys.argv[1]), Shapes(n_scenes=2000)
+    if run.config["task"] != "vqa":
+        raise UserError(f"{sys.argv[1]} answers no questions; name a run of --task vqa on shapes")
     scenes = [(i, *dataset.scenes[i]) for i in dataset.splits["val"] if len({t.shape for t in dataset.scenes[i]}) == 2]
     found = [(both_ways(run, preprocess(dataset.open(i), run.recipe), a, b), relation(a, b)) for i, a, b in scenes]
     right = sum(answers == [how.split()[0], OPPOSITE[how].split()[0]] for answers, how in found)
