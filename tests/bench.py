@@ -256,6 +256,7 @@ def parity(config):
     import transformers as hf
     torch.manual_seed(0)
     img, idx = torch.randn(2, 3, 224, 224), torch.randint(0, 40000, (2, 32))
+    idx[:, -1] = 49407                                          # CLIP's end token, where a text is read
     clip = hf.CLIPConfig()
     vision_encoder_decoder = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(), hf.GPT2Config(
         is_decoder=True, add_cross_attention=True, decoder_start_token_id=50256))
@@ -291,7 +292,8 @@ def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "-h"
     if name not in BENCHES and name not in ("-h", "--help"):
         raise UserError(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHES)}")
-    config = parse_config(BenchConfig, sys.argv[2:] if name in BENCHES else ["-h"], description=__doc__.split("\n")[0])
+    about = f"python tests/bench.py NAME [options], NAME one of {', '.join(BENCHES)}. " + __doc__.split("\n")[0]
+    config = parse_config(BenchConfig, sys.argv[2:] if name in BENCHES else ["-h"], description=about)
     torch.set_num_threads(config.threads)
     print(f"{name}: {config.pairs} pairs, torch {torch.__version__}, {config.threads} threads, {config.device}")
     BENCHES[name](config)

@@ -46,7 +46,8 @@ def export_vit_gpt2(model, folder, recipe=None, tokenizer=None, first=None, end=
         "model_type": "vision-encoder-decoder", "architectures": ["VisionEncoderDecoderModel"], **ids,
         "is_encoder_decoder": True, "tie_word_embeddings": True, "torch_dtype": "float32",
         "encoder": _config(c.vision, "vit"), "decoder": _config(c.text, "gpt2") | {
-            "architectures": ["GPT2LMHeadModel"], "add_cross_attention": True, "is_decoder": True}}
+            "architectures": ["GPT2LMHeadModel"], "add_cross_attention": True, "is_decoder": True,
+            "bos_token_id": first, "eos_token_id": end}}        # else that library takes GPT-2's 50256, and warns
     if tokenizer:
         tokenizer.save(folder)
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.id_to_token(end))
