@@ -49,6 +49,8 @@ def main():
         raise UserError(f"{sys.argv[1]} answers no questions; name a run of --task vqa on shapes")
     scenes = {i: dataset.scenes[i] for split in ("val", "test") for i in dataset.splits[split]}
     scenes = {i: scene for i, scene in scenes.items() if len({t.shape for t in scene}) == 2}
+    img = torch.stack([preprocess(dataset.open(i), run.recipe) for i in scenes])  # (n, 3, S, S)
+    found = [(both_ways(run, x, a, b), relation(a, b)) for x, (a, b) in zip(img[:200], scenes.values())]
     right = sum(answers == [how.split()[0], OPPOSITE[how].split()[0]] for answers, how in found)
     alike = sum(x == y for (x, y), _ in found)
     print(f"{len(found)} pairs of things: {alike} got the same answer both ways, {right} the right ones")
