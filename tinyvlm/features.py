@@ -152,7 +152,9 @@ class FeatureFile:
         encoder, self.recipe, lost = meta.get("encoder", "unknown"), meta["recipe"], len(wanted) - len(self.row)
         about = f"{path}, by {encoder:.100}, lacks {lost} of the {len(wanted)} images of {dataset.name}"
         if lost > MAX_LOST * len(wanted) or of not in (None, dataset.name):
-            raise UserError(f"{about}, and was made of {of or 'others'}; run data.py --features again")
+            first = names[min(wanted - self.row.keys(), default=0)]
+            raise UserError(f"{about}, such as {first:.60}, and was made of {of or 'others'}; run data.py --features "
+                            "again")
         say(about)
         self.feat_dim, self.n_tokens = self.data.shape[-1], 1 if self.data.dim() == 2 else self.data.shape[1]
         # source: None where sample.py cannot make features of new pictures
