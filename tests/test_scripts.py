@@ -292,13 +292,27 @@ def test_a_killed_run_and_one_that_is_told_to_end_resume_to_the_same_end(trained
     same_run(trained, out)
 
 
-def two(logs, *argv):
-    """train.py as torchrun starts it twice -> exit codes, what each has printed."""
+def start_two(logs, *argv):
+    """train.py as torchrun starts it twice."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [Training(logs / f"log{rank}", *argv, rank=rank, port=port) for rank in (0, 1)]
+    return [Training(logs / f"log{rank}", *argv, rank=rank, port=port) for rank in (0, 1)]
+
+
+def two(logs, *argv):
+    """.. -> exit codes, what each has printed."""
+    both = start_two(logs, *argv)
     return [process.wait() for process in both], [process.printed() for process in both]
+
+
+def test_a_process_that_is_killed_takes_the_other_along_in_one_sentence(tmp_path):
+    """Killed, it has no message of its own that would say why, as the other one said."""
+    one, other = start_two(tmp_path, *RUN, "--epochs", "90", "--out-dir", tmp_path / "r")
+    one.until("step 3/")
+    other.signal(signal.SIGKILL)
+    assert other.wait() == -signal.SIGKILL and one.wait() == 2 and "Traceback" not in one.printed()
+    assert one.printed().endswith("its own message, or torchrun's report, says why\n"), one.printed()
 
 
 def test_two_processes_give_the_same_curve_as_one(tmp_path):
