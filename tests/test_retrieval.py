@@ -1,5 +1,7 @@
 """--task clip beyond its model: labels in words, and a folder of photographs that is embedded once."""
 import os
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,8 +85,19 @@ def test_micro_batches_do_not_change_a_contrastive_run(tmp_path):
 
 
 def test_recall_among_one_image_is_no_result(tmp_path, capsys):
-    """It was 100%, and decided which checkpoint is kept."""
-    refused(capsys, "recall needs two", train, *CLIP_RUN, "--n-scenes", "16", "--out-dir", tmp_path / "r")
+    """It was 100%, and decided which checkpoint is kept; then it was refused, but only after an epoch."""
+    refused(capsys, "the val split of shapes has 1 usable images", train, *CLIP_RUN, "--n-scenes", "16", "--out-dir",
+            tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_captions_of_which_cleaning_leaves_nothing_are_no_wrong_answers():
+    """All of them became the same row, the end alone: right and wrong answers of a batch were one."""
+    data = SimpleNamespace(captions=[["a dog", "7"], ["1, 2 .."], ["a cat"]], splits={"train": [0, 1], "val": [2]})
+    assert retrieval.drop_empty(data, "words") == [
+        "2 captions hold nothing to learn after --clean words and were left out"]
+    assert data.captions == [["a dog"], [], ["a cat"]] and data.splits == {"train": [0], "val": [2]}
+    assert not retrieval.drop_empty(data, "words")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from .captions import IMAGE, clean_caption, read_table, readable
 from .cnn import ResNetConfig
 from .config import UserError, option
 from .features import Encoder
-from .files import ImageFinder, read_json, write_csv
+from .files import ImageFinder, check_writable, read_json, write_csv
 from .gpt import IGNORE
 from .image import open_batches
 from .retrieval import classify, label_embeddings
@@ -170,6 +170,7 @@ def write_pseudo_labels(config, dataset, path, say=print):
     config: data.PrepareConfig.
     """
     categories, encoder = read_categories(config.label), Encoder(config.labeler, config.device)
+    check_writable(path.parent)
     model, tokenizer, clean = encoder.model, encoder.loaded.tokenizer, encoder.loaded.config.get("clean", "none")
     if getattr(model, "text_head", None) is None or tokenizer is None:
         raise UserError(f"--labeler {config.labeler} is no CLIP with both an image tower and a text tower")
