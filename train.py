@@ -77,7 +77,7 @@ class TrainConfig(DataConfig):
     grad_clip: float = option(1.0, "largest gradient norm; 0 for no limit", least=0)
     crop: float = option(0.0, "augment: random windows, leaving out up to this share of the area", least=0, below=1)
     jitter: float = option(0.0, "augment: brightness, contrast, saturation, up to this factor", least=0, below=1)
-    flip: bool = option(True, "augment: mirror half of the images, but none whose captions say left or right")
+    flip: bool = option(True, "augment: mirror half of the images, but none whose (English) captions say left or right")
     device: str = option("auto", "cpu, cuda, mps or auto", group="the machine")
     dtype: str = option("auto", "of products; auto: 16 bits on cuda", ("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "torch.compile the blocks; default: on cuda, from 10 million weights on")

@@ -57,7 +57,11 @@ def sizes(dataset):
     ("\u0e15\u0e31\u0e27 2", "\u0e15\u0e31\u0e27"),                                                          # Thai
     ("\u0ba8\u0bbe\u0baf\u0bcd!", "\u0ba8\u0bbe\u0baf\u0bcd"),                                             # Tamil
     ("\u0645\u06cc\u200c\u062f\u0648\u062f", "\u0645\u06cc\u200c\u062f\u0648\u062f"), ("I \u2764\ufe0f it", "i it"),
-    ("\u72d7\u5728\u8dd1\u3002", "\u72d7\u5728\u8dd1"), ("!!! 12", "")])
+    ("\u72d7\u5728\u8dd1\u3002", "\u72d7\u5728\u8dd1"), ("!!! 12", ""),
+    ("\uff34\u30b7\u30e3\u30c4 \uff88\uff7a\uff01", "t\u30b7\u30e3\u30c4 \u30cd\u30b3"),   # full, half width
+    ("\ufedb\ufee0\ufe90 \u0643\u0644\u0628\u200f.", "\u0643\u0644\u0628 \u0643\u0644\u0628"),
+    ('\u05e6\u05d4\u05f4\u05dc \u05e6\u05d4"\u05dc "\u05d2\u05f3"', '\u05e6\u05d4"\u05dc \u05e6\u05d4"\u05dc \u05d2\''),
+    ("\u053b\u055e\u0576\u0579 \u0567\u0589", "\u056b\u0576\u0579 \u0567"), ("\u0130stanbul'da", "istanbul'da")])
 def test_cleaning_keeps_the_letters_of_every_script_whole(text, cleaned):
     r"""A class of \w tears Hindi, Thai and Tamil into letters: their vowel signs are no \w."""
     assert clean_caption(text, "words") == cleaned == clean_caption(cleaned, "words")
