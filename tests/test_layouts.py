@@ -90,6 +90,12 @@ def test_the_original_flickr_text_has_no_header_and_no_quoting(tmp_path):
     assert read_captions(own)[0] == {"7.jpg": ['a "big" dog'], "8.jpg": ["a"]}
 
 
+def test_a_caption_that_stands_twice_counts_twice(tmp_path):
+    """On purpose: ten of Flickr8k's do, as two people wrote the same; Karpathy's files and coco-caption keep them."""
+    file = table(tmp_path / "captions.csv", ["7.jpg,a dog", "7.jpg,a dog"])
+    assert read_captions(file)[0] == {"7.jpg": ["a dog", "a dog"]}
+
+
 def test_json_lines(tmp_path):
     rows = [{"file_name": "0.jpg", "text": "a\u2028dog,\x85runs"},
             {"Image": "1.jpg", "captions": ["one", "two"], "Split": "validation"}, {"image": "2.jpg", "caption": None}]
