@@ -11,6 +11,7 @@ import train
 from helpers import TEXT, TINY, losses, refused, run
 from public import tiny_clip
 from tinyvlm import retrieval
+from tinyvlm.captions import clean_caption
 from tinyvlm.clip import CLIP, CLIPConfig
 from tinyvlm.config import UserError
 from tinyvlm.features import text_embeddings, text_rows
@@ -18,7 +19,8 @@ from tinyvlm.gpt import GPTConfig
 from tinyvlm.image import Recipe, load_image, preprocess
 from tinyvlm.pretrained import load_clip
 from tinyvlm.retrieval import TEMPLATES, classify, embed_folder, fill, label_embeddings, search
-from tinyvlm.tokenizer import BPETokenizer
+from tinyvlm.tokenizer import BPETokenizer, WordTokenizer
+from tinyvlm.use import check_learned
 from tinyvlm.vit import ViTConfig
 
 RECIPE = Recipe(size=16, mode="squash")
@@ -58,6 +60,16 @@ def test_label_embeddings_are_means_of_sentences():
     emb = label_embeddings(tiny(), TOKENIZER, ["dog", "two boats"], clean=str.upper)
     each = text_embeddings(tiny(), TOKENIZER, [fill(t, "two boats").upper() for t in TEMPLATES], batch_size=1)
     torch.testing.assert_close(emb[1], torch.nn.functional.normalize(each.mean(dim=0), dim=-1))
+
+
+def test_words_that_a_model_never_learned_rank_nothing(capsys):
+    """A blank label took 51.7%; a search for nothing, or for an unknown word, found pictures all the same."""
+    run, clean = SimpleNamespace(tokenizer=WordTokenizer.train(["a dog"], 1)), partial(clean_caption, how="words")
+    for words in (" ", "7", "Zebra"):
+        with pytest.raises(UserError, match="holds no word that this model has learned"):
+            check_learned(run, ["a dog", words], clean)
+    check_learned(run, ["a dog", "a zebra"], clean)
+    assert capsys.readouterr().err.count("never learned") == 1
 
 
 def test_classify_and_search_by_arithmetic():
