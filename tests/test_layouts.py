@@ -270,7 +270,7 @@ def test_labels_are_read_as_captions_are(tmp_path):
     assert notes == [f"1 of 3 labels of {path} are of images not in folder, such as '8.jpg'"]
     for rows, fault in ((["0.jpg,c,red", "0.jpg,c,blue"], "gives '0.jpg' two labels of 'c': 'blue' and 'red'; keep one"),
                         (["8.jpg,c,red"], "labels no image of folder .1 labels, of others"),
-                        (["0.jpg,c,red,blue"], "more cells than the header"), ([], "labels no image")):
+                        (["0.jpg,c,red,blue"], "more cells than the header"), ([], "holds no label")):
         with pytest.raises(UserError, match=fault):
             read_labels(table(path, rows, "image,category,label"), dataset, [])
     with pytest.raises(UserError, match="should begin with the line `image,category,label`"):

@@ -142,14 +142,15 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
 ALBUM = "--dataset folder --data-dir ALBUM"
 MISTAKES = {
     sample: {
-        "": "--image", "--image none.png": "none.png", "--image EMPTY": "--image", "--image=": "empty value",
+        "": "--image", "--image none.png": "none.png", "--image EMPTY": "a folder without", "--image=": "empty value",
         "--imgae x": "did you mean --image", "--image EXAMPLE --out-dir none": "python train.py",
         "--image EXAMPLE --prompt a b": "give one --prompt", f"--image EXAMPLE --prompt={'a,' * 99}": "shorten",
         "--num-beams 2 --temperature 1": "--temperature", "--top-k 3": "--temperature", "--features f": "--features",
         "--serve --labels a b": "--labels is for the terminal", "--serve --port 70000": "--port must be below",
         "--images EMPTY": "are for clip",
         "--labels a b": "are for clip", "--search dog --images EMPTY": "are for clip", "--device nonsense": "--device",
-        "--image EXAMPLE --out-dir DAMAGED": "model.safetensors"},
+        "--image EXAMPLE --out-dir DAMAGED": "model.safetensors", "--out-dir f --image EXAMPLE": "name the folder of a",
+        "--image EXAMPLE --pretrained ./f": "./f is no folder"},
     train: {
         "--task": "--task", "--task dance": "dance", "--preset huge": "laptop", "--dataset folder": "data/folder",
         "--batch-size 7 --accum 2": "--batch-size 7", "--image-size 30": "30", "--n-head 3": "n_head",

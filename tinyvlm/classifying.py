@@ -110,7 +110,8 @@ def read_labels(path, dataset, notes):
         notes.append(f"{len(absent)} of {len(rows)} labels of {path} are of images not in {dataset.name}, such as "
                      f"{absent[0]!r:.60}")
     if not labels:
-        raise UserError(f"{path} labels no image of {dataset.name} ({len(rows)} labels, of others); name its own file")
+        why = f"labels no image of {dataset.name} ({len(rows)} labels, of others); name its own file"
+        raise UserError(f"{path} {why if rows else 'holds no label; make it again with a lower --margin'}")
     return labels
 
 
