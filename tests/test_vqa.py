@@ -158,6 +158,7 @@ def test_questions_that_nobody_answered_are_left_out_and_counted(tmp_path):
 SENTENCES = """Is the cat black? | yes | Yes, the cat is black.
 is there a red thing? | yes | yes, there is a red thing.
 Are there any dogs? | no | No, there are not any dogs.
+Is it red？ | no | No, it is not red.
 How many dogs are there? | 1 | There is 1.
 How many people are in the picture? | 3 | There are 3 people in the picture.
 What color is the fridge? | white | The fridge is white.

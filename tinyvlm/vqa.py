@@ -133,7 +133,7 @@ def to_sentence(question, answer):
     "Is it a dog?" no -> "No, it is not a dog."   "how many dogs are there?" 2 -> "there are 2 dogs."   "" -> ""
     """
     question, answer = " ".join(question.split()), " ".join(answer.split())
-    plain = question[:1].lower() + question[1:].rstrip(" ?.!")                    # "is it a dog"
+    plain = question[:1].lower() + question[1:].rstrip(" ?.!\uff1f")                    # "is it a dog"
     for pattern, answers, form in RULES:
         if match := re.fullmatch(answers, answer) and re.fullmatch(pattern, plain):
             text = form.format(answer=answer, **match.groupdict()) + "."
