@@ -84,7 +84,9 @@ def inputs(run, config, batch_size):
         if part:
             yield [name for name, _ in part], batch([value for _, value in part]).to(config.device)
     if len(broken) == len(set(names)):
-        raise UserError(next(iter(broken.values()), "name at least one picture: python sample.py --image dog.jpg"))
+        none = f"--image {config.image[0]} is a folder without images" if config.image else (
+            "name at least one picture: python sample.py --image dog.jpg")
+        raise UserError(next(iter(broken.values()), none))
     for reason in broken.values():
         print(f"left out: {reason}", file=sys.stderr)
 

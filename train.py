@@ -31,7 +31,7 @@ from tinyvlm.clip import contrastive_step
 from tinyvlm.config import UserError, flag_name, option, parse_config, peek, run_script
 from tinyvlm.device import Device, compile_blocks
 from tinyvlm.features import FeatureFile
-from tinyvlm.files import locked, write_json, write_text
+from tinyvlm.files import check_writable, locked, write_json, write_text
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Augment
 from tinyvlm.layouts import report
@@ -56,7 +56,8 @@ class TrainConfig(DataConfig):
     eval_only: bool = option(False, "train nothing: score the run in --out-dir on --split")
     split: str = option("test", "with --eval-only: the split to score", ("train", "val", "test"))
     vision: str | None = option(None, "start from this vision tower: a Hub id, a folder, or a run", group="the model")
-    image_size: int = option(64, "pixels a side; more shows more and costs its square; public towers fix it", above=0)
+    image_size: int = option(64, "pixels a side; more shows more and costs its square; public towers fix it", above=0,
+                             below=10_001)
     patch_size: int = option(16, "pixels a side of one image token", above=0)
     stem: str = option("conv", "how patches are cut: as in the paper, or by small convolutions", ("patch", "conv"))
     class_token: bool = option(False, "give the ViT its extra token; public ViTs have it, captioners do without")
@@ -76,13 +77,13 @@ class TrainConfig(DataConfig):
     grad_clip: float = option(1.0, "largest gradient norm; 0 for no limit", least=0)
     crop: float = option(0.0, "augment: random windows, leaving out up to this share of the area", least=0, below=1)
     jitter: float = option(0.0, "augment: brightness, contrast, saturation, up to this factor", least=0, below=1)
-    flip: bool = option(True, "augment: mirror half of the images, but none whose captions say left or right")
+    flip: bool = option(True, "augment: mirror half of the images, but none whose (English) captions say left or right")
     device: str = option("auto", "cpu, cuda, mps or auto", group="the machine")
     dtype: str = option("auto", "of products; auto: 16 bits on cuda", ("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "torch.compile the blocks; default: on cuda, from 10 million weights on")
     eval_interval: int = option(1000, "steps between evaluations (and saves)", above=0, group="reports")
-    eval_images: int = option(500, "validation images of each evaluation", above=0)
-    test_images: int = option(1000, "test images scored at the end", above=0)
+    eval_images: int = option(500, "validation images of each evaluation", least=2)
+    test_images: int = option(1000, "test images scored at the end", least=2)
     log_interval: int = option(25, "steps between log lines", above=0)
 
 
@@ -137,6 +138,11 @@ def build_setup(config, device, run=None):
         store = ImageStore.of_pixels(dataset, [config.split] if run else ["train", "val", "test"], prepared.recipe,
                                      config.allow_broken, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.say)
     rows = Rows(prepared.rows, fixed=device.cuda)
+    for split in [config.split] if run else ["train", "val", "test"]:             # before an epoch is spent
+        n, least = sum(rows.count[i] > 0 for i in store.usable(split)), 2 if config.task == "clip" else 1
+        if n < least and not (config.task == "vqa" and split == "test"):          # whose answers may be secret
+            raise UserError(f"the {split} split of {dataset.name} has {n} usable images with something to learn, and "
+                            f"needs {least}; see the lines above")
     if store.to(device.torch) and device.cuda:                  # batches are then made on the GPU, from a few numbers
         rows.idx, rows.targets = rows.idx.to(device.torch), rows.targets.to(device.torch)
     return Setup(config, device, dataset, prepared, store, rows)
@@ -301,9 +307,10 @@ def main():
         if path and not state and Path(path).resolve() == Path(config.out_dir).resolve():
             raise UserError(f"--{source} {path} would be replaced by the run that begins so; give another --out-dir")
     device = Device(config.device, config.dtype)
+    old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work,
+    check_writable(config.out_dir)                              # or cannot be written
     if config.eval_only:
         return evaluate_run(config, device)
-    old_files(config.out_dir)                                   # refuses a folder that is not a run's before all work
     setup = build_setup(config, device)
     if getattr(config, "show_batch", False):
         return show_batch(setup)

@@ -73,6 +73,7 @@ def test_peek_finds_what_the_whole_line_will_mean():
 @pytest.mark.parametrize("error, code, words", [
     (UserError("no such dog"), 2, "error: no such dog\n"), (KeyboardInterrupt(), 130, ""),
     (OSError(28, "No space left", "/x/y"), 2, "cannot use /x/y: No space left; free some space"),
+    (OSError(24, "Too many open files", "/x/y"), 2, "Too many open files; raise ulimit -n"),
     *((bad, 2, "memory ran out") for bad in (
         MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("CUDA out of memory. Tried to allocate 2"),
         RuntimeError("CPUAllocator: you tried to allocate 4e12 bytes"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")))])

@@ -225,6 +225,7 @@ def test_hub_cache_is_used_without_a_request(hub, host, monkeypatch):
     assert hf_file("org/name", "config.json") == hf_file("org/name", "config.json", COMMIT) == file
     assert str(file.parent / "x.bin") in fails("HF_HUB_OFFLINE forbids", hf_file, "org/name", "x.bin")
     assert hf_file("org/name", "x.bin", missing_ok=True) is None and len(host.seen) == count
+    fails("HF_HUB_OFFLINE forbids", hf_file, "org/other", "x.bin", missing_ok=True)     # "has no weights"
 
 
 def test_revisions_and_short_names(hub, host, home):

@@ -12,6 +12,7 @@ from public import tiny_clip
 from tinyvlm.config import UserError
 from tinyvlm.features import Encoder, FeatureFile, TextEmbeddings, short_names, write_features, write_text_embeddings
 from tinyvlm.layouts import photos
+from tinyvlm.shapes import Shapes
 from tinyvlm.weights import load_safetensors, read_metadata, save_safetensors
 
 VIT = str(REFERENCE / "vit")
@@ -62,6 +63,16 @@ def test_files_that_do_not_fit_are_refused(made, tmp_path, shape, metadata, word
     with pytest.raises(UserError, match=words) as error:
         FeatureFile(tmp_path / "f.safetensors", photos("folder", made))
     assert "\n" not in str(error.value) and "f.safetensors" in str(error.value)
+
+
+def test_features_of_other_drawn_scenes_are_refused(tmp_path):
+    """Scenes were called by their number alone: a file of --seed 1 was used for --seed 0 without a word."""
+    path = tmp_path / "f.safetensors"
+    write_features(VIT, Shapes(2, 4, seed=0), path, say=str)
+    assert len(FeatureFile(path, Shapes(2, 4, seed=0), say=str).row) == 6
+    for other in ((2, 4, 1), (3, 4, 0), (2, 5, 0)):             # in each, another picture would have the same number
+        with pytest.raises(UserError, match="lacks . of the . images of shapes, such as scene-"):
+            FeatureFile(path, Shapes(*other), say=str)
 
 
 def test_embeddings_of_other_captions_are_refused(made, tmp_path):

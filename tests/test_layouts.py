@@ -57,7 +57,11 @@ def sizes(dataset):
     ("\u0e15\u0e31\u0e27 2", "\u0e15\u0e31\u0e27"),                                                          # Thai
     ("\u0ba8\u0bbe\u0baf\u0bcd!", "\u0ba8\u0bbe\u0baf\u0bcd"),                                             # Tamil
     ("\u0645\u06cc\u200c\u062f\u0648\u062f", "\u0645\u06cc\u200c\u062f\u0648\u062f"), ("I \u2764\ufe0f it", "i it"),
-    ("\u72d7\u5728\u8dd1\u3002", "\u72d7\u5728\u8dd1"), ("!!! 12", "")])
+    ("\u72d7\u5728\u8dd1\u3002", "\u72d7\u5728\u8dd1"), ("!!! 12", ""),
+    ("\uff34\u30b7\u30e3\u30c4 \uff88\uff7a\uff01", "t\u30b7\u30e3\u30c4 \u30cd\u30b3"),   # full, half width
+    ("\ufedb\ufee0\ufe90 \u0643\u0644\u0628\u200f.", "\u0643\u0644\u0628 \u0643\u0644\u0628"),
+    ('\u05e6\u05d4\u05f4\u05dc \u05e6\u05d4"\u05dc "\u05d2\u05f3"', '\u05e6\u05d4"\u05dc \u05e6\u05d4"\u05dc \u05d2\''),
+    ("\u053b\u055e\u0576\u0579 \u0567\u0589", "\u056b\u0576\u0579 \u0567"), ("\u0130stanbul'da", "istanbul'da")])
 def test_cleaning_keeps_the_letters_of_every_script_whole(text, cleaned):
     r"""A class of \w tears Hindi, Thai and Tamil into letters: their vowel signs are no \w."""
     assert clean_caption(text, "words") == cleaned == clean_caption(cleaned, "words")
@@ -84,6 +88,12 @@ def test_the_original_flickr_text_has_no_header_and_no_quoting(tmp_path):
     assert notes == ["1 rows of Flickr8k.token.txt without an image name or a caption were left out"]
     own = write(tmp_path / "captions.txt", '7.jpg\t"a ""big"" dog"\n8.jpg\ta')     # without #k: quoted as other tables
     assert read_captions(own)[0] == {"7.jpg": ['a "big" dog'], "8.jpg": ["a"]}
+
+
+def test_a_caption_that_stands_twice_counts_twice(tmp_path):
+    """On purpose: ten of Flickr8k's do, as two people wrote the same; Karpathy's files and coco-caption keep them."""
+    file = table(tmp_path / "captions.csv", ["7.jpg,a dog", "7.jpg,a dog"])
+    assert read_captions(file)[0] == {"7.jpg": ["a dog", "a dog"]}
 
 
 def test_json_lines(tmp_path):
@@ -260,7 +270,7 @@ def test_labels_are_read_as_captions_are(tmp_path):
     assert notes == [f"1 of 3 labels of {path} are of images not in folder, such as '8.jpg'"]
     for rows, fault in ((["0.jpg,c,red", "0.jpg,c,blue"], "gives '0.jpg' two labels of 'c': 'blue' and 'red'; keep one"),
                         (["8.jpg,c,red"], "labels no image of folder .1 labels, of others"),
-                        (["0.jpg,c,red,blue"], "more cells than the header"), ([], "labels no image")):
+                        (["0.jpg,c,red,blue"], "more cells than the header"), ([], "holds no label")):
         with pytest.raises(UserError, match=fault):
             read_labels(table(path, rows, "image,category,label"), dataset, [])
     with pytest.raises(UserError, match="should begin with the line `image,category,label`"):

@@ -485,7 +485,7 @@ def test_safetensors_only_at_a_pinned_revision_are_found_there(monkeypatch):
     clip_agrees(load_clip("openai/clip-vit-base-patch32"), "clip_quick")
     refused("org/x", "no model.safetensors, and a pytorch_model.bin", "as org/name@refs/pr/1")
     assert load_pretrained("org/x@refs/pr/1").config["task"] == "text"
-    refused("./x", "./x has no model.safetensors")
+    refused("./x", "./x is no folder; name one")
 
 
 # ---- our own runs
@@ -542,6 +542,10 @@ def test_an_edited_config_of_a_run_is_one_sentence_naming_file_and_field(tmp_pat
 def test_a_run_whose_weights_are_anothers_says_the_cause(tmp_path):
     path = a_captioner(tmp_path / "run")
     config = json.loads((path / "config.json").read_text())
+    (path / "tokenizer.json").rename(tmp_path / "t.json")           # "config.json describes no run" was said
+    with pytest.raises(UserError, match="^[^:]*run holds no tokenizer.json"):
+        load_run(path)
+    (tmp_path / "t.json").rename(path / "tokenizer.json")
     config["sizes"]["text"]["vocab_size"] = 10 ** 7                 # gigabytes: checked before memory is taken
     write_json(path / "config.json", config)
     refused(path, "does not fit CrossCaptioner", "(262, 16) where ours is (10000000, 16)", load=load_run)

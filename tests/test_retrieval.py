@@ -1,5 +1,7 @@
 """--task clip beyond its model: labels in words, and a folder of photographs that is embedded once."""
 import os
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import train
 from helpers import TEXT, TINY, losses, refused, run
 from public import tiny_clip
 from tinyvlm import retrieval
+from tinyvlm.captions import clean_caption
 from tinyvlm.clip import CLIP, CLIPConfig
 from tinyvlm.config import UserError
 from tinyvlm.features import text_embeddings, text_rows
@@ -16,7 +19,8 @@ from tinyvlm.gpt import GPTConfig
 from tinyvlm.image import Recipe, load_image, preprocess
 from tinyvlm.pretrained import load_clip
 from tinyvlm.retrieval import TEMPLATES, classify, embed_folder, fill, label_embeddings, search
-from tinyvlm.tokenizer import BPETokenizer
+from tinyvlm.tokenizer import BPETokenizer, WordTokenizer
+from tinyvlm.use import check_learned
 from tinyvlm.vit import ViTConfig
 
 RECIPE = Recipe(size=16, mode="squash")
@@ -58,6 +62,16 @@ def test_label_embeddings_are_means_of_sentences():
     torch.testing.assert_close(emb[1], torch.nn.functional.normalize(each.mean(dim=0), dim=-1))
 
 
+def test_words_that_a_model_never_learned_rank_nothing(capsys):
+    """A blank label took 51.7%; a search for nothing, or for an unknown word, found pictures all the same."""
+    run, clean = SimpleNamespace(tokenizer=WordTokenizer.train(["a dog"], 1)), partial(clean_caption, how="words")
+    for words in (" ", "7", "Zebra"):
+        with pytest.raises(UserError, match="holds no word that this model has learned"):
+            check_learned(run, ["a dog", words], clean)
+    check_learned(run, ["a dog", "a zebra"], clean)
+    assert capsys.readouterr().err.count("never learned") == 1
+
+
 def test_classify_and_search_by_arithmetic():
     """Cosines 0.8 and 0.6 at a factor of 10: odds of e^2."""
     probs = classify(torch.tensor([[0.8, 0.6, 0.0]]), torch.eye(3)[:2], torch.tensor(10.0).log())
@@ -83,8 +97,19 @@ def test_micro_batches_do_not_change_a_contrastive_run(tmp_path):
 
 
 def test_recall_among_one_image_is_no_result(tmp_path, capsys):
-    """It was 100%, and decided which checkpoint is kept."""
-    refused(capsys, "recall needs two", train, *CLIP_RUN, "--n-scenes", "16", "--out-dir", tmp_path / "r")
+    """It was 100%, and decided which checkpoint is kept; then it was refused, but only after an epoch."""
+    refused(capsys, "the val split of shapes has 1 usable images", train, *CLIP_RUN, "--n-scenes", "16", "--out-dir",
+            tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_captions_of_which_cleaning_leaves_nothing_are_no_wrong_answers():
+    """All of them became the same row, the end alone: right and wrong answers of a batch were one."""
+    data = SimpleNamespace(captions=[["a dog", "7"], ["1, 2 .."], ["a cat"]], splits={"train": [0, 1], "val": [2]})
+    assert retrieval.drop_empty(data, "words") == [
+        "2 captions hold nothing to learn after --clean words and were left out"]
+    assert data.captions == [["a dog"], [], ["a cat"]] and data.splits == {"train": [0], "val": [2]}
+    assert not retrieval.drop_empty(data, "words")
 
 
 @pytest.fixture

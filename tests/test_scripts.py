@@ -142,14 +142,15 @@ def test_sample_from_an_address_and_attention(host, trained, tmp_path, capsys):
 ALBUM = "--dataset folder --data-dir ALBUM"
 MISTAKES = {
     sample: {
-        "": "--image", "--image none.png": "none.png", "--image EMPTY": "--image", "--image=": "empty value",
+        "": "--image", "--image none.png": "none.png", "--image EMPTY": "a folder without", "--image=": "empty value",
         "--imgae x": "did you mean --image", "--image EXAMPLE --out-dir none": "python train.py",
         "--image EXAMPLE --prompt a b": "give one --prompt", f"--image EXAMPLE --prompt={'a,' * 99}": "shorten",
         "--num-beams 2 --temperature 1": "--temperature", "--top-k 3": "--temperature", "--features f": "--features",
         "--serve --labels a b": "--labels is for the terminal", "--serve --port 70000": "--port must be below",
         "--images EMPTY": "are for clip",
         "--labels a b": "are for clip", "--search dog --images EMPTY": "are for clip", "--device nonsense": "--device",
-        "--image EXAMPLE --out-dir DAMAGED": "model.safetensors"},
+        "--image EXAMPLE --out-dir DAMAGED": "model.safetensors", "--out-dir f --image EXAMPLE": "name the folder of a",
+        "--image EXAMPLE --pretrained ./f": "./f is no folder"},
     train: {
         "--task": "--task", "--task dance": "dance", "--preset huge": "laptop", "--dataset folder": "data/folder",
         "--batch-size 7 --accum 2": "--batch-size 7", "--image-size 30": "30", "--n-head 3": "n_head",
@@ -162,6 +163,7 @@ MISTAKES = {
         "--task clip --batch-size 64": "--batch-size cannot be 64", "--task clip --text-embeddings none": "none",
         "--out-dir": "expected one argument", "--out-dir f": "f is a file", "--out-dir f/below": "f",
         "--data-dir ALBUM": "say what it holds with --dataset",     # drawn scenes were trained on, whatever it held
+        "--image-size 20000": "--image-size must be below", "--eval-images 1": "must be at least 2",
         "--out-dir FOREIGN": "not of a run", "--vision none --out-dir none": "give another --out-dir"},
     data: {
         "--dataset cocoo": "coco", "--dataset folder": "data/folder", "--label none.json": "none.json",
@@ -292,13 +294,27 @@ def test_a_killed_run_and_one_that_is_told_to_end_resume_to_the_same_end(trained
     same_run(trained, out)
 
 
-def two(logs, *argv):
-    """train.py as torchrun starts it twice -> exit codes, what each has printed."""
+def start_two(logs, *argv):
+    """train.py as torchrun starts it twice."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [Training(logs / f"log{rank}", *argv, rank=rank, port=port) for rank in (0, 1)]
+    return [Training(logs / f"log{rank}", *argv, rank=rank, port=port) for rank in (0, 1)]
+
+
+def two(logs, *argv):
+    """.. -> exit codes, what each has printed."""
+    both = start_two(logs, *argv)
     return [process.wait() for process in both], [process.printed() for process in both]
+
+
+def test_a_process_that_is_killed_takes_the_other_along_in_one_sentence(tmp_path):
+    """Killed, it has no message of its own that would say why, as the other one said."""
+    one, other = start_two(tmp_path, *RUN, "--epochs", "90", "--out-dir", tmp_path / "r")
+    one.until("step 3/")
+    other.signal(signal.SIGKILL)
+    assert other.wait() == -signal.SIGKILL and one.wait() == 2 and "Traceback" not in one.printed()
+    assert one.printed().endswith("its own message, or torchrun's report, says why\n"), one.printed()
 
 
 def test_two_processes_give_the_same_curve_as_one(tmp_path):
@@ -316,6 +332,30 @@ def test_two_processes_give_the_same_curve_as_one(tmp_path):
         codes, printed = two(one, *argv, "--out-dir", out)
     assert codes == [2, 2] and "in use by another process" in printed[0] and "Traceback" not in "".join(printed)
     assert "error: another process of this run has ended" in printed[1], printed[1]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_that_holds_nothing_to_learn_is_refused_before_an_epoch_is_spent(tmp_path, capsys, split):
+    """Captions of which --clean leaves nothing; of val that was said after the first epoch, of test after the last."""
+    rows = [{"image": f"{k}.jpg", "caption": "1, 2 .." if part == split else "a dog", "split": part}
+            for k in range(20) for part in [("train", "train", "val", "test")[k % 4]]]
+    (album(tmp_path / "a", captions=False) / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused(capsys, f"the {split} split of folder has 0 usable images", train, *RUN, *from_folder(tmp_path / "a"),
+            "--clean", "words", "--out-dir", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(trained, tmp_path, capsys, monkeypatch):
+    """A read-only disk was met when all images were decoded, or all of a split was scored, or a folder encoded."""
+    def refuse(dir):
+        raise OSError(30, "Read-only file system", f"{dir}/tmp0")
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(train, "build_setup", None)
+    words = f"cannot write into {tmp_path}/a/b (Read-only file system); name another folder"
+    refused(capsys, words, train, *RUN, "--out-dir", tmp_path / "a/b")
+    refused(capsys, f"cannot write into {trained} (Read", train, "--eval-only", "--out-dir", trained)
+    refused(capsys, "cannot write into", data, "--features", REFERENCE / "vit", "--n-scenes", "9", "--data-dir",
+            tmp_path / "c", "--sheet", tmp_path / "s.png")
 
 
 def test_a_compiler_that_fails_is_one_line(tmp_path, capsys, monkeypatch):

@@ -195,6 +195,12 @@ def test_5_from_addresses_to_answers(pub, host, tmp_path, steps, capsys):
     run(train, "--eval-only", "--out-dir", out, "--split", "val")
     assert {"blank accuracy", "shuffled accuracy", "accuracy"} <= {*json.loads((out / "scores.json").read_text())}
     assert {*json.loads((out / "results.json").read_text())[0]} == {"question_id", "answer"}
+    secret = [{"image_id": 31, "question_id": k, "question": "What is it?"} for k in (7, 8)]
+    (questions[-1] / "v2_OpenEnded_mscoco_test2015_questions.json").write_text(json.dumps({"questions": secret}))
+    (questions[-1] / "COCO_test2015_000000000031.jpg").write_bytes(png(31))
+    run(train, "--eval-only", "--out-dir", out)                 # it was refused: without answers there is no loss
+    assert [row["question_id"] for row in json.loads((out / "results.json").read_text())] == [7, 8]
+    assert {*json.loads((out / "scores.json").read_text())} == {"split", "num_beams", "length_penalty"}
     capsys.readouterr()
     run(sample, "--image", out / "example.png", "--prompt", "Is it red?", "What is it?", "--out-dir", out, "--json")
     assert [row["question"] for row in json_lines(capsys)] == ["Is it red?", "What is it?"]

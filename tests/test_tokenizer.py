@@ -231,6 +231,8 @@ BYTES, MODEL = REFERENCE["base"]["pre_tokenizer"], REFERENCE["base"]["model"]
     *[({"pre_tokenizer": part}, "pre_tokenizer") for part in (
         None, {}, {"type": "Metaspace"}, BYTES | {"use_regex": False}, BYTES | {"add_prefix_space": True},
         {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]})],
+    *[({"decoder": part}, "decoder") for part in (          # another one makes another text of the same ids
+        {}, {"type": "Metaspace"}, {"type": "WordPiece", "prefix": "##"}, {"type": "Sequence", "decoders": [BYTES]})],
     ({"normalizer": {"type": "NFC"}}, "normalizer"), ({"post_processor": {"type": "Strange"}}, "post_processor"),
     ({"post_processor": {"type": "BertProcessing", "cls": ["a", 900], "sep": ["b", 1]}}, "post_processor.*900"),
     ({"model": None}, "broken"), ({"model": {"type": "BPE", "merges": []}}, "vocab"),

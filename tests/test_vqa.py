@@ -132,11 +132,33 @@ def test_two_copies_of_a_file_must_be_the_same_and_ids_may_be_written_as_text(tm
             vqav2(tmp_path)
 
 
+def test_questions_that_nobody_answered_are_left_out_and_counted(tmp_path):
+    """They were scored, as wrong, or ended the training with the first evaluation: the accuracy of no answers."""
+    def change(k, question, answers):
+        for rows, key, value in zip((questions, people), ("question", "answers"), (question, answers)):
+            next(row for row in rows if row["question_id"] == k)[key] = value
+        for path, name, rows in zip(paths, ("questions", "annotations"), (questions, people)):
+            path.write_text(json.dumps({name: rows}))
+    paths = write_pair(tmp_path, images=range(1, 21))
+    questions, people = (json.loads(path.read_text())[key] for path, key in zip(paths, ("questions", "annotations")))
+    change(1000, "What?", [])
+    change(2000, "What?", [{"answer": " "}] * 10)
+    change(2001, " ", [{"answer": "red"}] * 10)
+    ds = vqav2(tmp_path)
+    assert "3 questions of train, empty or without answers, were left out" in ds.notes
+    assert len(ds.names) == 19 and all(q.question and any(q.answers) for qs in ds.questions for q in qs)
+    for row in questions:
+        change(row["question_id"], "What?", [])
+    with pytest.raises(UserError, match="holds no question that anybody has answered"):
+        vqav2(tmp_path)
+
+
 # -- sentences
 
 SENTENCES = """Is the cat black? | yes | Yes, the cat is black.
 is there a red thing? | yes | yes, there is a red thing.
 Are there any dogs? | no | No, there are not any dogs.
+Is it red？ | no | No, it is not red.
 How many dogs are there? | 1 | There is 1.
 How many people are in the picture? | 3 | There are 3 people in the picture.
 What color is the fridge? | white | The fridge is white.

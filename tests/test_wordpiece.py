@@ -61,6 +61,10 @@ def test_cleanup_takes_spaces_before_punctuation_out(bert, tmp_path):
     spec = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(spec | {"decoder": spec["decoder"] | {"cleanup": True}}), encoding="utf-8")
     assert load_tokenizer(path).decode(ids) == "a dogs ' - a dog!"
+    for other in (spec["decoder"] | {"prefix": "@@"}, {"type": "ByteLevel"}):     # was read as if it were this one
+        path.write_text(json.dumps(spec | {"decoder": other}), encoding="utf-8")
+        with pytest.raises(UserError, match="decoder"):
+            load_tokenizer(path)
 
 
 def test_words_are_the_common_ones(tmp_path):
@@ -76,7 +80,7 @@ def test_words_are_the_common_ones(tmp_path):
     with pytest.raises(UserError, match="no word occurs 9 times"):
         WordTokenizer.train(texts, min_count=9)
     spec = json.loads((tmp_path / "words" / "tokenizer.json").read_text(encoding="utf-8"))
-    for part in ("normalizer", "pre_tokenizer"):
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
         (tmp_path / "odd.json").write_text(json.dumps(spec | {part: {"type": "Whitespace"}}), encoding="utf-8")
         with pytest.raises(UserError, match=part):
             load_tokenizer(tmp_path / "odd.json")

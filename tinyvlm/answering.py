@@ -75,11 +75,14 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **how):
                 for k, key, row in zip(places, ids, write(model, feats[[*places]], prompts, setup, longest, **how)):
                     answers[batch.members[k]][way, key] = tokenizer.decode(row).strip()
         return answers
-    answers, value, shuffled, _ = run_split(model, setup, split, limit, predict, captioning.cross_entropy, n_predict)
+    # the official test split keeps its answers secret
+    secret = not any(q.answers for i in setup.dataset.splits[split] for q in questions[i])
+    loss = None if secret else captioning.cross_entropy
+    answers, value, shuffled, _ = run_split(model, setup, split, limit, predict, loss, n_predict)
     pairs = [(i, q, answers[i].get(("", q.question_id), "")) for i in answers for q in questions[i]]
-    scores = {"loss": value, "shuffled loss": shuffled}
+    scores = {} if secret else {"loss": value, "shuffled loss": shuffled}
     short = {q.question_id: to_short(text) for _, q, text in pairs}
-    if any(q.answers for _, q, _ in pairs):                     # the official test split keeps its answers secret
+    if not secret:
         for way in ("", "shuffled ", "blank ") if full else ("",):
             texts = {q.question_id: to_short(answers[i].get((way, q.question_id), "")) for i, q, _ in pairs}
             parts = score_vqa([q for _, q, _ in pairs], texts)

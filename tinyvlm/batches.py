@@ -98,7 +98,7 @@ class Batches:
     """Training steps: make(step) gives the list of this process's micro-batches in that step.
 
     batch_size images in all, over `world` processes and `accum` micro-batches, with K captions of each. Raises
-    UserError where that does not divide, or the split is empty.
+    UserError where that does not divide.
     """
 
     def __init__(self, store, rows, batch_size, K=1, accum=1, seed=0, rank=0, world=1, whole=False):
@@ -109,8 +109,6 @@ class Batches:
         self.rank, self.world, self.parts = rank, world, accum * world
         if batch_size % self.parts:
             raise UserError(f"--batch-size {batch_size} does not divide among {world} processes x {accum} parts")
-        if not self.members:
-            raise UserError("the train split holds no usable image with something to learn; see the lines above")
         if whole and not 1 < batch_size <= len(self.members):
             raise UserError(f"a contrastive batch holds different images, at least 2: of {len(self.members)} training "
                             f"images, --batch-size cannot be {batch_size}")

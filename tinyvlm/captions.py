@@ -23,8 +23,10 @@ from .files import IMAGE_TYPES, read_json, tidy_name
 IMAGE = ("image", "file_name", "filename", "image_name", "image_path")            # columns by their names
 CAPTION = ("caption", "captions", "text", "comment", "raw")     # .. or caption_1, caption_2; raw: Flickr30k at the hub
 SPLIT = ("split", "subset", "partition", "set", "fold")
-APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u02bc\uff07\u2032\u00b4`"), "'")
-PLAIN = APOSTROPHES | {0x2010: "-", 0x2011: "-", 0xAD: None}    # one spelling; a soft hyphen is none
+APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u02bc\u05f3\u2032\u00b4`"), "'")
+UNSEEN = dict.fromkeys([0xAD, 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF])
+PLAIN = APOSTROPHES | UNSEEN | {0x2010: "-", 0x2011: "-", 0x5F4: '"'}   # one spelling, and soft hyphens are none
+FORMS = regex.compile("[\ufb00-\ufdff\ufe70-\ufeff\uff01-\uffee]+")    # letters by another code: wide, narrow, joined
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test", "restval": "train"}   # restval: what Karpathy left over of COCO's val
 CLEAN = ("none", "lower", "words")
@@ -35,17 +37,19 @@ def clean_caption(text, how):
     """A caption, or a prompt, simplified before it is tokenised; white space always becomes single blanks.
 
     "lower" makes small letters, and one spelling of those that have several: typographic apostrophes and hyphens become
-    plain, accents are composed. "words" also leaves nothing but apostrophes, hyphens, and letters of every script with
-    the marks that belong to them: "A dog, 2 cats." -> "a dog cats".
+    plain, accents are composed, letters of full or half width are as usual. "words" also leaves nothing but
+    apostrophes, hyphens, and letters of every script with the marks that belong to them: "A dog, 2 cats." -> "a dog
+    cats".
     """
-    text = " ".join(text.split())
-    if how == "none":
-        return text
-    text = unicodedata.normalize("NFC", text.lower()).translate(PLAIN)
-    if how == "lower":
-        return text
-    # \p{M}: vowel signs and accents; 200C and 200D, without width, stand inside words of Persian and Hindi
-    return " ".join(regex.findall(r"[\p{L}'-][\p{L}\p{M}\u200c\u200d'-]*", text))
+    if how != "none":
+        text = FORMS.sub(lambda form: unicodedata.normalize("NFKC", form[0]), text).lower().replace("i\u0307", "i")
+        text = unicodedata.normalize("NFC", text).translate(PLAIN)
+    if how == "words":
+        # \p{M}: vowel signs and accents; 200C and 200D, without width, stand inside words of Persian and Hindi, quotes
+        # inside those of Hebrew. Armenian puts its signs of question, exclamation and stress on a vowel.
+        text = " ".join(regex.findall(r"""[\p{L}'-](?:[\p{L}\p{M}\u200c\u200d'-]|(?<=\p{Hebrew})"(?=\p{Hebrew}))*""",
+                                      regex.sub("[\u055b\u055c\u055e]", "", text)))
+    return " ".join(text.split())
 
 
 def read_captions(path, notes=None):

@@ -15,7 +15,7 @@ from .captions import IMAGE, clean_caption, read_table, readable
 from .cnn import ResNetConfig
 from .config import UserError, option
 from .features import Encoder
-from .files import ImageFinder, read_json, write_csv
+from .files import ImageFinder, check_writable, read_json, write_csv
 from .gpt import IGNORE
 from .image import open_batches
 from .retrieval import classify, label_embeddings
@@ -110,7 +110,8 @@ def read_labels(path, dataset, notes):
         notes.append(f"{len(absent)} of {len(rows)} labels of {path} are of images not in {dataset.name}, such as "
                      f"{absent[0]!r:.60}")
     if not labels:
-        raise UserError(f"{path} labels no image of {dataset.name} ({len(rows)} labels, of others); name its own file")
+        why = f"labels no image of {dataset.name} ({len(rows)} labels, of others); name its own file"
+        raise UserError(f"{path} {why if rows else 'holds no label; make it again with a lower --margin'}")
     return labels
 
 
@@ -170,6 +171,7 @@ def write_pseudo_labels(config, dataset, path, say=print):
     config: data.PrepareConfig.
     """
     categories, encoder = read_categories(config.label), Encoder(config.labeler, config.device)
+    check_writable(path.parent)
     model, tokenizer, clean = encoder.model, encoder.loaded.tokenizer, encoder.loaded.config.get("clean", "none")
     if getattr(model, "text_head", None) is None or tokenizer is None:
         raise UserError(f"--labeler {config.labeler} is no CLIP with both an image tower and a text tower")

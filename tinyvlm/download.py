@@ -155,7 +155,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
     """The Path of one file of a hub repository, from the shared cache or else the network (then cached).
 
     revision: branch, tag, `refs/pr/32`, or a commit sha. With missing_ok a file that the repository does not have
-    gives None instead of a DownloadError (offline: one that the cache does not have).
+    gives None instead of a DownloadError (offline: one that the cache has only other files of).
     Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE as for huggingface_hub.
 
     The hub knows the etag, not the store it redirects to: the content's sha256 for a large file (X-Linked-Etag), git's
@@ -171,7 +171,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
     link = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision) / filename
     if link.is_file():
         return link
-    if offline and missing_ok:
+    if offline and missing_ok and link.parent.is_dir():         # Guard: of an unknown repository nothing is known
         return None
     if offline:
         raise DownloadError(url, f"there is no {link}, and HF_HUB_OFFLINE forbids the network")

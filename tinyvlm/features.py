@@ -19,6 +19,7 @@ import torch
 
 from .captions import clean_caption
 from .config import UserError
+from .files import check_writable
 from .image import Recipe, open_batches, preprocess
 from .layouts import MAX_LOST
 from .pretrained import is_run, load_pretrained, load_run
@@ -85,6 +86,7 @@ def encode_rows(path, ids, open_one, encode, meta, batch_size, say):
     """Encode what open_one(k) gives for each of the ids, into the file `path` -> the ids that could be read, and their
     rows in float16. What is broken is counted and left out."""
     rows, broken = {}, {}
+    check_writable(Path(path).parent)
     for part in open_batches(range(len(ids)), open_one, batch_size, broken, "encoding"):
         rows.update(zip([k for k, _ in part], encode([value for _, value in part]).half().cpu() if part else ()))
     for reason in list(broken.values())[:10]:
@@ -152,7 +154,9 @@ class FeatureFile:
         encoder, self.recipe, lost = meta.get("encoder", "unknown"), meta["recipe"], len(wanted) - len(self.row)
         about = f"{path}, by {encoder:.100}, lacks {lost} of the {len(wanted)} images of {dataset.name}"
         if lost > MAX_LOST * len(wanted) or of not in (None, dataset.name):
-            raise UserError(f"{about}, and was made of {of or 'others'}; run data.py --features again")
+            first = names[min(wanted - self.row.keys(), default=0)]
+            raise UserError(f"{about}, such as {first:.60}, and was made of {of or 'others'}; run data.py --features "
+                            "again")
         say(about)
         self.feat_dim, self.n_tokens = self.data.shape[-1], 1 if self.data.dim() == 2 else self.data.shape[1]
         # source: None where sample.py cannot make features of new pictures

@@ -13,6 +13,7 @@ import json
 import os
 import posixpath
 import re
+import tempfile
 import time
 import unicodedata
 from pathlib import Path
@@ -93,6 +94,15 @@ def locked(path, wait=True):
         except OSError:                 # a network disk without locks
             pass
         yield
+
+
+def check_writable(folder):
+    """Refuse, before any work is done for it, a folder that nothing could be written into; it need not exist yet."""
+    place = Path(os.path.abspath(folder))
+    try:
+        tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}); name another folder") from None
 
 
 def read_json(path, missing_ok=False):

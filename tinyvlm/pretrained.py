@@ -10,6 +10,7 @@ Left out: pickled files, files of several parts, CLIP's ResNets, distilled DeiT,
 """
 import contextlib
 import re
+import shlex
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,8 @@ def _finder(source):
     folder, (repo, _, revision) = Path(source).expanduser(), str(source).partition("@")
     if folder.is_dir():
         return lambda name: folder / name if (folder / name).is_file() else None
+    if folder.exists() or str(source)[:1] in "./~":
+        raise UserError(f"{source!s:.120} is no folder; name one, or a Hub id such as openai-community/gpt2")
     return lambda name: hf_file(repo, name, revision or PINNED.get(repo, "main"), missing_ok=True)
 
 
@@ -217,15 +220,18 @@ def load_run(folder):
     """A run that train.py left in `folder` -> Loaded, in eval mode. Raises UserError naming the file and the fault."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} holds no trained model; train one first: python train.py --out-dir {folder}")
-    config = read_json(path)
-    with blame(f"{path} describes no run of this version", "mend it, or train again"):
+        first = f"train one first: python train.py --out-dir={shlex.quote(str(folder))}"
+        remedy = "name the folder of a run" if Path(folder).is_file() else first
+        raise UserError(f"{folder} holds no trained model; {remedy}")
+    config, where = read_json(path), (f"{path} describes no run of this version", "mend it, or train again")
+    with blame(*where):
         for key in [key for key in ("sizes", "recipe") if not isinstance(config[key], dict)]:
             raise ValueError(f"{key} is {config[key]!r:.60}")
         with torch.device("meta"):
             model = _build_run(config)
-        tokenizer = pretrained_tokenizer(folder, missing_ok=getattr(model.config, "text", None) is None)
         recipe = Recipe(**config["recipe"])
+    tokenizer = pretrained_tokenizer(folder, missing_ok=getattr(model.config, "text", None) is None)
+    with blame(*where):
         _check(config, model, tokenizer)
     rules, path = {name: Source((name,)) for name in model.state_dict()}, path.with_name("model.safetensors")
     copy_weights(model, load_safetensors(path), rules, source=path)

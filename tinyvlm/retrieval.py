@@ -52,6 +52,7 @@ def prepare(config, dataset, features=None, run=None):
         raise UserError("a tower has made --features or --text-embeddings: drop --vision or --text, or the file")
     if features and features.data.dim() != 2:
         raise UserError(f"--task clip takes one vector for each image, and {config.features} has {features.n_tokens}")
+    notes = [] if ready else drop_empty(dataset, config.clean)
     source, texts = run or reader, [[clean_caption(t, config.clean) for t in captions] for captions in dataset.captions]
     tokenizer = None if ready else source.tokenizer if source else make_tokenizer(
         config, [text for i in dataset.splits["train"] for text in texts[i]])
@@ -66,10 +67,19 @@ def prepare(config, dataset, features=None, run=None):
         model_config = replace(text, vision=None if features else vision.config, head=config.head,
                                dropout=config.dropout, feat_dim=features and features.feat_dim)
     rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, model_config).tolist()]
-                                     for captions in texts]
+                                     if captions else [] for captions in texts]
     meta = {"clean": config.clean, "text_embeddings": ready and ready.source}
     start = SimpleNamespace(vision=vision, reader=reader, ready=ready, config=model_config)
-    return Prepared((run or vision).recipe, rows, tokenizer, meta, start, features)
+    return Prepared((run or vision).recipe, rows, tokenizer, meta, start, features, notes)
+
+
+def drop_empty(dataset, clean):
+    """Captions of which cleaning leaves nothing are all the same: they go, and images without others. Returns notes."""
+    kept = [[text for text in captions if clean_caption(text, clean)] for captions in dataset.captions]
+    n = sum(map(len, dataset.captions)) - sum(map(len, kept))
+    dataset.captions, dataset.splits = kept, {split: [i for i in members if kept[i]]
+                                              for split, members in dataset.splits.items()}
+    return [f"{n} captions hold nothing to learn after --clean {clean} and were left out"] if n else []
 
 
 def build(config, prepared):

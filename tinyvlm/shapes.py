@@ -169,8 +169,9 @@ class Shapes(Dataset):
                     scene = make_scene(rng, n_objects)
                     home = {0: "val", 1: "test"}.get(zlib.crc32(describe(scene).encode()) % 10, "train")
                 self.scenes.append(scene)
-        names, captions = [f"scene-{i:05d}" for i in range(len(self.scenes))], [[describe(s)] for s in self.scenes]
-        super().__init__("shapes", names, captions, splits)
+        # features and labels are found by name, so names tell all that the pictures depend on
+        names = [f"scene-{seed}-{n_objects}-{n_scenes}-{i:05d}" for i in range(len(self.scenes))]
+        super().__init__("shapes", names, [[describe(scene)] for scene in self.scenes], splits)
         # labels of the first thing, the large or leftmost one
         self.labels = {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}
 

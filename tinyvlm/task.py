@@ -127,10 +127,10 @@ def run_split(model, setup, split, limit, predict, loss=None, n_predict=None):
         before = batch.img
     train_mode(model)
     (true, shuffled, n), found = device.total(*total), device.merge(found)
-    if not n:
+    if not (n if loss else found):
         raise UserError(f"the {split} split of {setup.dataset.name} has no usable image to evaluate with, see above")
     members = [i for i in setup.store.usable(split) if i in found][:n_predict]
-    return {i: found[i] for i in members}, true / n, shuffled / n, n
+    return {i: found[i] for i in members}, true / max(n, 1), shuffled / max(n, 1), n
 
 
 def show(scores):

@@ -204,6 +204,7 @@ class BPETokenizer(Tokenizer):
         *cuts, last = split.get("pretokenizers", [split])
         require("pre_tokenizer", cuts, *(CLIP_SPLITS if self._suffix else [[]]))
         require("pre_tokenizer", last, BYTE_LEVEL)
+        require("decoder", spec["decoder"] and spec["decoder"]["type"], None, "ByteLevel")      # its flags do nothing
         self._clip_words = regex.compile(cuts[0]["pattern"]["Regex"]) if cuts else None
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]  # "a b" is old
         require("merges", [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocab][:1], [])

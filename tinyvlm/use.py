@@ -127,11 +127,22 @@ def open_texts(run, config):
     return partial(clean_caption, how=run.config["clean"])
 
 
+def check_learned(run, texts, clean):
+    """Refuse words for a picture of which the model has learned none: they would fit any picture. Some are said."""
+    for text in texts:
+        ids = {*run.tokenizer.encode_plain(clean(text))}
+        if not ids - {run.tokenizer.unk_id}:
+            raise UserError(f"{text[:60]!r} holds no word that this model has learned; use others")
+        if run.tokenizer.unk_id in ids:
+            print(f"{text[:60]!r} holds words that this model never learned; they count for nothing", file=sys.stderr)
+
+
 def ranker(run, config, labels):
     """-> a function: img -> for each image the labels that fit best, with their probabilities, {"a dog": 0.9, ..}."""
     labels, clean = list(dict.fromkeys(labels)), open_texts(run, config)
     if len(labels) < 2:
         raise UserError(f"{labels} is neither two labels nor a file of them, and one alone is always 100%; add some")
+    check_learned(run, labels, clean)
     label_emb = label_embeddings(run.model, run.tokenizer, labels, clean=clean)               # (n, D)
 
     def rank(img):
@@ -160,6 +171,7 @@ def embed_images(run, config):
 def find(run, config, words):
     """The pictures of --images that fit the words best -> [(name, cosine), ..], best first."""
     clean = open_texts(run, config)
+    check_learned(run, [words], clean)
     names, image_emb = embed_images(run, config)                                  # (n, D)
     text_emb = text_embeddings(run.model, run.tokenizer, [words], clean=clean)[0].cpu()      # (D,)
     scores, order = search(image_emb, text_emb, config.hits)                      # (k,), (k,)

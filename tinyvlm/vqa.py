@@ -81,7 +81,12 @@ def vqav2(folder, seed=0, allow_broken=False):
                 raise UserError(f"{folder} holds no {name}; put VQA's files there, or name it: --data-dir")
             if not all(filecmp.cmp(folder / paths[0], folder / path, shallow=False) for path in paths[1:]):
                 raise UserError(f"{folder} holds {' and '.join(paths)}, which differ; keep one")
-        questions = read_vqa(*(folder / paths[0] for paths in files.values()))
+        read = read_vqa(*(folder / paths[0] for paths in files.values()))
+        questions = [q for q in read if q.question and (split == "test" or any(q.answers))]
+        if not questions:
+            raise UserError(f"{parts[0]} in {folder} holds no question that anybody has answered; fetch it again")
+        if len(questions) < len(read):
+            notes.append(f"{len(read) - len(questions)} questions of {split}, empty or without answers, were left out")
         for form in (f"COCO_{subset}_{{:012d}}.jpg", "{:012d}.jpg"):        # in COCO's folders of 2017 are the same
             names = {form.format(i): i for i in {q.image_id for q in questions} - where.keys()}
             where |= {names[name]: path for name, path in finder.find(names).items()}
@@ -128,7 +133,7 @@ def to_sentence(question, answer):
     "Is it a dog?" no -> "No, it is not a dog."   "how many dogs are there?" 2 -> "there are 2 dogs."   "" -> ""
     """
     question, answer = " ".join(question.split()), " ".join(answer.split())
-    plain = question[:1].lower() + question[1:].rstrip(" ?.!")                    # "is it a dog"
+    plain = question[:1].lower() + question[1:].rstrip(" ?.!\uff1f")                    # "is it a dog"
     for pattern, answers, form in RULES:
         if match := re.fullmatch(answers, answer) and re.fullmatch(pattern, plain):
             text = form.format(answer=answer, **match.groupdict()) + "."

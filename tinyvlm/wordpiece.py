@@ -41,6 +41,8 @@ class WordPieceTokenizer(Tokenizer):
         require("model", {key: value for key, value in spec["model"].items() if key != "vocab"}, MODEL)
         require("normalizer", spec["normalizer"], CLEANING)
         require("pre_tokenizer", spec["pre_tokenizer"], {"type": "BertPreTokenizer"})
+        require("decoder", spec["decoder"], None, *({"type": "WordPiece", "prefix": "##", "cleanup": how} for how in
+                                                    (False, True)))
         self.unk_id, self._cleanup = self._vocab["[UNK]"], (spec["decoder"] or {}).get("cleanup")
 
     def _normalize(self, text):
@@ -101,6 +103,7 @@ class WordTokenizer(Tokenizer):
     def _setup(self, spec):
         require("normalizer", spec["normalizer"], None)
         require("pre_tokenizer", spec["pre_tokenizer"], {"type": "WhitespaceSplit"})
+        require("decoder", spec["decoder"], None)
         self.unk_id = self._vocab[spec["model"]["unk_token"]]
 
     def _word_ids(self, word):
