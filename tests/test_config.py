@@ -85,6 +85,13 @@ def test_run_script_ends_with_a_sentence_and_a_code(error, code, words, capsys):
     assert stop.value.code == code and words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", ["Connection closed by peer", "connectFullMesh failed: Connection refused"])
+def test_a_neighbour_that_has_ended_is_no_bug_of_ours(words, capsys, monkeypatch):
+    """In the middle of a step, or before the processes had met."""
+    monkeypatch.setenv("RANK", "1")
+    test_run_script_ends_with_a_sentence_and_a_code(RuntimeError(words), 2, "error: another process of this", capsys)
+
+
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("cannot share"), RuntimeError("reset by peer")])
 def test_run_script_does_not_hide_our_bugs(bug):
     def main():

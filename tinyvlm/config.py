@@ -167,7 +167,7 @@ def _sentence(error):
         return str(error)
     if out_of_memory(error):
         return "memory ran out; ask for less at once (train.py: a higher --accum), or for a smaller model"
-    if "RANK" in os.environ and re.search("Connection (closed|reset)|peer|NCCL", str(error)):
+    if "RANK" in os.environ and re.search("Connection (closed|reset|refused)|peer|NCCL", str(error)):
         return "another process of this run has ended; its own message, or torchrun's report, says why"
     if isinstance(error, OSError) and error.errno is not None:
         remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "raise ulimit -n" if (
