@@ -52,10 +52,10 @@ class Options(DecoderOptions):
     reinforce: int = option(0, "reward the better of this many captions of each image (CIDEr-D); needs --init", least=0)
 
 
+SLOTS = 8       # attention has nothing to choose from in a single vector: it is made into this many image tokens
 # options that are a model's or its tokenizer's own: a stage that goes on from --init cannot change them
 MADE_WITH = {"image_size", "patch_size", "stem", "class_token", "n_layer", "n_head", "n_embd", "n_hidden", "shuffle",
              "wiring", "soft_attention", "tokenizer", "vocab_size", "min_count"}
-SLOTS = 8       # a GPT has nothing to choose from in a single vector of features: it is made into this many image tokens
 ONLY = {"wiring": "cross", "shuffle": "prefix", "n_hidden": "lstm", "soft_attention": "lstm"}   # .. and of one --model
 
 
@@ -145,7 +145,8 @@ def build(config, prepared):
         return extend(start.run.model, config, vocab_size, features)
     vision = None if features else replace(start.vision.config, dropout=config.dropout)
     c = VLMConfig(model=config.model, vision=vision, text=None, wiring=config.wiring, shuffle=config.shuffle,
-                  feat_dim=features and features.feat_dim, slots=SLOTS if features and features.n_tokens == 1 else 1,
+                  feat_dim=features and features.feat_dim,
+                  slots=SLOTS if features and features.n_tokens == 1 and config.model != "lstm" else 1,
                   image_token=prepared.meta["first"] if config.model == "prefix" else None)
     room = config.max_tokens + 2 + n_image_tokens(c, features)                    # start, end
     if config.model == "lstm":

@@ -171,7 +171,7 @@ def hf_file(repo_id, filename, revision="main", missing_ok=False):
     link = folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision) / filename
     if link.is_file():
         return link
-    if offline and missing_ok and link.parent.is_dir():         # Guard: of an unknown repository nothing is known
+    if offline and missing_ok and link.parent.is_dir():         # of a repository not cached nothing is known
         return None
     if offline:
         raise DownloadError(url, f"there is no {link}, and HF_HUB_OFFLINE forbids the network")

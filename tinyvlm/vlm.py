@@ -97,7 +97,7 @@ class CrossCaptioner(Captioner):
             init_weights(self.connector, n_layer=1)
 
     def encode(self, img):
-        """img (B, 3, H, W) or features -> what the decoder attends to: (B, N, C), or a list of them, one per block."""
+        """img (B, 3, H, W) or features -> what the decoder attends to: (B, N slots, C), or a list, one per block."""
         if self.config.wiring == "final":
             x = self.features(img)                                                # (B, N, C_img)
             x = x if self.vision else self.drop(self.connector["norm"](x))
