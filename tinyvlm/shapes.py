@@ -107,7 +107,7 @@ def make_scene(rng, n_objects):
         if not pairs:                   # a lone thing keeps off the lines between the ninths: its place is clear
             clear = all(abs(v - line * CANVAS / 3) > 6 for v in (things[0].x, things[0].y) for line in (1, 2))
         if clear:
-            return sorted(things, key=lambda t: (t.size != "large", t.x))
+            return sorted(things, key=lambda t: t.x + t.y)
 
 
 def draw_scene(scene, rng):
