@@ -54,10 +54,10 @@ def relation(a, b):
 
 
 def describe(scene):
-    """The one right caption of a scene in its order (make_scene: large things first, then the leftmost).
+    """The one right caption of a scene, its things in reading order (make_scene): what is left or above comes first.
 
     one thing:  "a small red circle in the top left"            (of the picture's ninths)
-    three:      "a large blue square right of a small red circle and above a small green star"   (of the first, both)"""
+    three:      "a large blue square left of a small red circle and above a small green star"    (of the first, both)"""
     first, *others = scene
     if others:
         return f"a {first} " + " and ".join(f"{relation(first, other)} a {other}" for other in others)
@@ -107,7 +107,7 @@ def make_scene(rng, n_objects):
         if not pairs:                   # a lone thing keeps off the lines between the ninths: its place is clear
             clear = all(abs(v - line * CANVAS / 3) > 6 for v in (things[0].x, things[0].y) for line in (1, 2))
         if clear:
-            return sorted(things, key=lambda t: t.x + t.y)
+            return sorted(things, key=lambda t: t.x + t.y)      # reading order: as `relation` has it, as |dx| != |dy|
 
 
 def draw_scene(scene, rng):
@@ -172,7 +172,7 @@ class Shapes(Dataset):
         # features and labels are found by name, so names tell all that the pictures depend on
         names = [f"scene-{seed}-{n_objects}-{n_scenes}-{i:05d}" for i in range(len(self.scenes))]
         super().__init__("shapes", names, [[describe(scene)] for scene in self.scenes], splits)
-        # labels of the first thing, the large or leftmost one
+        # labels of the first thing, in reading order
         self.labels = {i: dict(color=s[0].color, shape=s[0].shape, size=s[0].size) for i, s in enumerate(self.scenes)}
 
     @cached_property
@@ -183,5 +183,5 @@ class Shapes(Dataset):
         return draw_scene(self.scenes[i], random.Random(f"{self.seed}/paint/{i}"))
 
     def may_flip(self, i):
-        """Of two things the one further left is often named first, so only lone things can be mirrored."""
-        return len(self.scenes[i]) == 1 and super().may_flip(i)
+        """Not three things: mirrored, two of them that stand side by side would be named the other way round."""
+        return len(self.scenes[i]) < 3 and super().may_flip(i)
