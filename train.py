@@ -65,7 +65,7 @@ class TrainConfig(DataConfig):
     n_head: int = option(4, "attention heads", above=0)
     n_embd: int = option(128, "channels", above=0)
     dropout: float = option(0.0, "raise it (0.1) when only the training loss still falls", least=0, below=1)
-    epochs: float = option(4, "passes over the training images", above=0, group="the training")
+    epochs: float = option(3.5, "passes over the training images", above=0, group="the training")
     batch_size: int = option(32, "images a step, over all processes and micro-batches", above=0)
     accum: int = option(1, "split each step into this many micro-batches; raise it when memory runs out", above=0)
     lr: float = option(2e-3, "peak learning rate; lower for larger models, much lower for public weights", above=0)

@@ -86,6 +86,16 @@ def test_an_extended_vocabulary_is_still_read_at_the_tokenizers_end():
         by_end.eval().encode_text(torch.tensor([[1, 5, 4, end], [1, 5, 4, 4]]))
 
 
+def test_a_bag_is_the_mean_of_its_words():
+    """Whatever their order and the padding; of no word at all it is nothing, not NaN."""
+    model = tiny(bag=True, end_token=END)
+    emb = model.encode_text(torch.tensor([[1, 2, 3, END, 0], [3, 1, 2, END, END], [5, END, 0, 0, 0], [END, 1, 2, 0, 0]]))
+    mean = model.text.wte.weight[1:4].mean(dim=0, keepdim=True)
+    torch.testing.assert_close(emb[:2], normalize(model.text_head(mean), dim=-1).expand(2, -1))
+    torch.testing.assert_close(emb[2], normalize(model.text_head(model.text.wte.weight[5]), dim=-1))
+    assert not emb[3].any()
+
+
 # ----- other towers, ready-made features and text embeddings -----
 
 FEATURES_ONLY = {"vision": None, "text": None, "feat_dim": 6}   # of 6 numbers, against text embeddings of 8

@@ -234,6 +234,7 @@ ABOVE = [("cross", "vit", "public"), ("prefix", None, None), ("prefix", "vit", "
          ("clip", "resnet", "embeddings"), ("classify", "vit", None)]
 PAIRS = [pair for pair in itertools.product(TASKS, (None, "vit", "resnet", "features"), (None, "public", "embeddings"))
          if pair not in ABOVE and not (pair[2] and refusal(*pair[:2], None))]
+PAIRS += [("clip", vision, "bag") for vision in (None, "vit", "resnet", "features")]
 
 
 @pytest.mark.parametrize("task, vision, text", PAIRS)
@@ -243,7 +244,7 @@ def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp
     argv += {None: [], "features": ["--features", scenes / "features-vgg.safetensors"]}.get(
         vision, ["--vision", pub.get(vision)])
     argv += {None: [], "embeddings": ["--text-embeddings", scenes / "text-embeddings-clip.safetensors"],
-             "public": ["--text", pub["clip" if task == "clip" else "gpt2"]]}[text]
+             "bag": ["--bag"], "public": ["--text", pub["clip" if task == "clip" else "gpt2"]]}[text]
     if words:
         refused(capsys, words, train, *argv)
         assert not out.exists()

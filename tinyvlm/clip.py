@@ -39,7 +39,8 @@ class CLIPConfig:
     head: str = "linear"            # on the image side: "linear" as published; "mlp": two layers, GELU between
     end_token: int | None = None    # a text is read at the first of these; None: at its largest id, as OpenAI's CLIP
     feat_dim: int | None = None     # width of ready-made features, where vision is None
-    dropout: float = 0.0            # before each linear layer of the image head
+    dropout: float = 0.0            # before each linear layer of the image head, and on a bag's words
+    bag: bool = False               # the text tower: no transformer, but the mean of the words' vectors
 
 
 def similarities(image_emb, text_emb, logit_scale):
@@ -56,6 +57,20 @@ def info_nce(image_emb, text_emb, logit_scale):
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.t(), diagonal)) / 2
 
 
+class WordBag(nn.Module):
+    """The simplest text tower: the mean of the words' vectors. "Dog bites man" is "man bites dog", but there is little
+    to learn, and a word that tells nothing can make its vector short: from few captions it learns more (README)."""
+    def __init__(self, c, dropout):
+        super().__init__()
+        self.wte, self.drop = nn.Embedding(c.vocab_size, c.n_embd), nn.Dropout(dropout)
+        nn.init.normal_(self.wte.weight, std=0.05)
+
+    def forward(self, idx, n):
+        """idx (B, T), of which the first n (B,) are words -> (B, C)."""
+        words = torch.arange(idx.size(1), device=idx.device) < n[:, None]         # (B, T)
+        return (self.drop(self.wte(idx)) * words[:, :, None]).sum(dim=1) / n[:, None].clamp(min=1)
+
+
 class CLIP(nn.Module):
     """Two towers and two projections into one space of D numbers, with a learned temperature between them."""
     def __init__(self, config):
@@ -63,7 +78,7 @@ class CLIP(nn.Module):
         c = self.config = config
         check_sizes(c, head=("linear", "mlp"))
         self.vision = build_vision(c.vision) if c.vision else None                # (B, 3, H, W) -> (B, width)
-        self.text = GPT(c.text) if c.text else None                               # (B, T) -> (B, T, C)
+        self.text = (WordBag(c.text, c.dropout) if c.bag else GPT(c.text)) if c.text else None
         width = self.vision.n_feat if c.vision else c.feat_dim
         self.drop = nn.Dropout(c.dropout)
         self.image_head = nn.Linear(width, c.n_joint, bias=False)
@@ -90,8 +105,8 @@ class CLIP(nn.Module):
         return F.normalize(self.image_head(self.drop(feats)).float(), dim=-1)     # (B, D)
 
     def encode_text(self, idx):
-        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything; padding after
-        it changes nothing, as blocks are causal. Floats (B, D) are embeddings already."""
+        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything (of a bag: the
+        mean before it). Padding after it changes nothing, as blocks are causal. Floats (B, D) are embeddings already."""
         if idx.is_floating_point():
             return F.normalize(idx.float(), dim=-1)                               # (B, D)
         end = self.config.end_token
@@ -99,7 +114,10 @@ class CLIP(nn.Module):
         if not self.training and not ended.any(dim=1).all():    # in training no GPU is waited for
             raise UserError(f"a text lacks the end token, id {end}: use the tokenizer that came with the weights")
         at = ended.int().argmax(dim=1)                                            # (B,): the first
-        x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), at]  # (B, C)
+        if self.config.bag:
+            x = self.text(idx, at)                                                # (B, C)
+        else:
+            x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), at]        # (B, C)
         return F.normalize(self.text_head(x).float(), dim=-1)                     # (B, D)
 
     def parts(self):

@@ -35,6 +35,7 @@ class Options(TextOptions):
     text_embeddings: str | None = option(None, "the same for the captions (data.py --text-embeddings): a frozen text "
                                                "tower, run once")
     head: str = option("linear", "from image features to the common space; mlp: two layers, GELU", ("linear", "mlp"))
+    bag: bool = option(False, "no transformer for text, but the mean of the words' vectors: better from few captions")
     n_joint: int = option(512, "numbers in the common space (a public text tower brings its own)", above=0)
 
 
@@ -45,6 +46,8 @@ def prepare(config, dataset, features=None, run=None):
 
     start: what `build` begins with: the towers vision and reader (a CLIP), ready text embeddings, the CLIPConfig.
     """
+    if config.bag and (config.text or config.text_embeddings):
+        raise UserError("--bag is a text tower of its own: drop it, or --text and --text-embeddings")
     vision = None if run else load_vision(config)
     reader = load_clip(config.text) if config.text and not run else None
     ready = TextEmbeddings(config.text_embeddings, dataset) if config.text_embeddings else None
@@ -63,7 +66,7 @@ def prepare(config, dataset, features=None, run=None):
     else:
         text = reader.config if reader else CLIPConfig(text=None, n_joint=ready.dim) if ready else CLIPConfig(
             text=GPTConfig(block_size=config.max_tokens + 1, vocab_size=tokenizer.vocab_size, **sizes(config)),
-            n_joint=config.n_joint, end_token=tokenizer.token_to_id(END))
+            n_joint=config.n_joint, end_token=tokenizer.token_to_id(END), bag=config.bag)
         model_config = replace(text, vision=None if features else vision.config, head=config.head,
                                dropout=config.dropout, feat_dim=features and features.feat_dim)
     rows = ready.rows if ready else [[(row, [0]) for row in text_rows(tokenizer, captions, model_config).tolist()]
