@@ -19,7 +19,7 @@ from helpers import TEXT, album, from_folder, png, refused, run, table
 from servers import send
 from tinyvlm import layouts
 from tinyvlm.pretrained import load_gpt2, load_resnet50, load_run, load_vit
-from tinyvlm.presets import PRESETS
+from tinyvlm.presets import PRESETS, choose
 from tinyvlm.weights import load_safetensors, save_safetensors
 
 SIZES = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2"]
@@ -262,6 +262,17 @@ def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp
     assert f"{out}/example.png: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, preset", [
+    ("", None), ("--task vqa", "vqa"), ("--dataset flickr8k --device cpu", "laptop"), ("--text gpt2", None),
+    ("--dataset coco --text gpt2", "public"), ("--dataset coco --features F", "lstm"), ("--task vqa --dataset vqav2",
+     "vqa-photos"), ("--dataset coco --features F --model prefix", "decoder"), ("--task clip --dataset coco", "clip"),
+    ("--task clip --dataset coco --features F", "clip-features"), ("--preset gpu", "gpu"),
+    ("--task clip --dataset coco --features F --text-embeddings T", "clip"), ("--task clip", None)])
+def test_a_command_line_brings_its_preset(flags, preset):
+    """A bag of words, for one, only where no other text tower is named."""
+    assert choose(flags.split())[1] == preset
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs(pub, encoded, tmp_path, capsys, name):
     """At tiny sizes, on a data set of its kind: what a preset sets fits its task, and works."""
@@ -274,7 +285,7 @@ def test_every_preset_runs(pub, encoded, tmp_path, capsys, name):
         argv += ["--labels", table(tmp_path / "l.csv", [("image", "category", "label"), *labels])]
     if name == "public":
         argv += ["--vision", pub["vit"], "--text", pub["gpt2"]]
-    if name in ("lstm", "decoder", "reward"):
+    if name in ("lstm", "decoder", "reward", "clip-features"):
         argv += ["--features", folder / "features-vgg.safetensors"]
     if name == "reward":
         run(train, *argv, "--preset", "lstm", "--out-dir", tmp_path / "init")

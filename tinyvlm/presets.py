@@ -10,6 +10,8 @@ from .pretrained import is_run
 
 PHOTOS = dict(dataset="flickr8k", image_size=128, n_embd=256, dropout=0.2, crop=0.4, jitter=0.3)
 WORDS = dict(clean="words", optimizer="adamw")
+SPACE = dict(WORDS, task="clip", tokenizer="words", head="mlp", max_tokens=16, batch_size=256, eval_interval=94,
+             eval_images=1000)
 
 PRESETS = {
     # real photographs from scratch on two cores: within 40 minutes
@@ -29,9 +31,11 @@ PRESETS = {
     # after either: the model's own captions, rewarded by their score (--features FILE --init RUN)
     "reward": dict(WORDS, dataset="flickr8k", model="lstm", max_tokens=24, reinforce=5, epochs=2, batch_size=64,
                    lr=3e-4, warmup=0.1, eval_interval=94, eval_images=1000),
-    # pictures and sentences in one space, from pixels or ready-made features (--features FILE)
-    "clip": dict(PHOTOS, task="clip", clean="words", tokenizer="words", head="mlp", dropout=0.3, max_tokens=16,
-                 epochs=40, batch_size=256, lr=1e-3, eval_interval=94, eval_images=1000, optimizer="adamw"),
+    # pictures and sentences in one space, from pixels ..
+    "clip": dict(PHOTOS, **SPACE, dropout=0.3, epochs=40, lr=1e-3),
+    # .. or from ready-made features (--features FILE), with a bag of words against them
+    "clip-features": dict(SPACE, dataset="flickr8k", bag=True, min_count=3, n_embd=512, dropout=0.5, epochs=120,
+                          lr=3e-3),
     # labels of photographs: the first stage of the TinyVLM recipe
     "labels": dict(PHOTOS, task="classify", dataset="capsfusion", epochs=10, batch_size=64, lr=1e-3),
     # questions and answers about drawn scenes
@@ -57,7 +61,9 @@ def choose(argv):
         return task, named
     if task != "caption":
         vqa = "vqa-photos" if dataset == "vqav2" else "vqa"
-        return task, {"vqa": vqa, "clip": "clip", "classify": "labels"}.get(task)
+        bag = peek(argv, "features") and not (peek(argv, "text") or peek(argv, "text_embeddings"))
+        clip = "clip-features" if bag else "clip"
+        return task, {"vqa": vqa, "clip": clip, "classify": "labels"}.get(task)
     if peek(argv, "reinforce"):
         return task, "reward"
     if peek(argv, "features"):
