@@ -1,8 +1,8 @@
 """CLIP: two towers that put images and sentences into one space, where what belongs together lies together.
 
 From "Learning transferable visual models from natural language supervision" (Radford et al. 2021, arXiv:2103.00020).
-The vision tower is our ViT or ResNet-50, the text tower our GPT without its output matrix. New is the task set by a
-batch: which of B sentences belongs to this image, and which of B images to this sentence?
+The vision tower is our ViT or ResNet-50, the text tower our GPT without its output matrix, or a mere bag of words. New
+is the task set by a batch: which of B sentences belongs to this image, and which of B images to this sentence?
 
               a dog   a boat                     row 0 should find "a dog", column 0 should find the dog's image:
     dog.jpg  [  9.1     2.0 ]                    cross-entropy along the rows and along the columns,
