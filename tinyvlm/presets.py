@@ -39,7 +39,7 @@ PRESETS = {
     # labels of photographs: the first stage of the TinyVLM recipe
     "labels": dict(PHOTOS, task="classify", dataset="capsfusion", epochs=10, batch_size=64, lr=1e-3),
     # questions and answers about drawn scenes
-    "vqa": dict(task="vqa", max_tokens=64, captions_per_image=5, epochs=2.5, lr=1e-3, lr_vision=0.5, warmup=0.1),
+    "vqa": dict(task="vqa", max_tokens=64, captions_per_image=3, epochs=4, lr=1e-3, lr_vision=0.5, warmup=0.1),
     # .. and about photographs
     "vqa-photos": dict(PHOTOS, task="vqa", dataset="vqav2", vocab_size=4096, max_tokens=160, turns=5, batch_size=64,
                        lr=1e-3),
