@@ -99,7 +99,7 @@ def test_sample_on_files_and_folders_as_json(trained, tmp_path, capsys, how):
     assert "--prompt" not in how or all(line["caption"].startswith("a large") for line in lines)
 
 
-@pytest.mark.parametrize("how", [[], ["--temperature", "2", "--seed", "1"], ["--prompt", "a large"]])
+@pytest.mark.parametrize("how", [[], ["--temperature", "2", "--seed", "1"], ["--prompt", "a small"]])
 def test_a_terminal_shows_a_caption_as_it_is_made(trained, capsys, monkeypatch, how):
     """Written in pieces, it is the line that goes into a pipe; two images are captioned together, a line at a time."""
     argv = ["--image", trained / "example.png", "--out-dir", trained, *how]
