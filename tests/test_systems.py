@@ -262,6 +262,20 @@ def test_every_pair_of_towers_trains_and_is_used_or_is_refused(pub, encoded, tmp
     assert f"{out}/example.png: " in capsys.readouterr().out
 
 
+def test_a_bag_of_words_is_borrowed_by_who_learned_from_its_embeddings(tmp_path, capsys):
+    """It was read as the transformer that a model without --bag has, and ended in a traceback."""
+    scenes = ["--n-scenes", "30", "--data-dir", tmp_path / "scenes"]
+    argv = [*SMALL, *scenes, "--task", "clip", "--out-dir"]
+    run(train, *argv, tmp_path / "bag", "--bag")
+    run(data, *scenes, "--text-embeddings", tmp_path / "bag", "--sheet", tmp_path / "s.png")
+    run(train, *argv, tmp_path / "out", "--text-embeddings", tmp_path / "scenes" / "text-embeddings-bag.safetensors")
+    capsys.readouterr()
+    run(sample, "--image", tmp_path / "out" / "example.png", "--labels", "small", "large", "--out-dir", tmp_path / "out",
+        "--json")
+    probabilities = json_lines(capsys)[0]["labels"]
+    assert probabilities.keys() == {"small", "large"} and sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("flags, preset", [
     ("", None), ("--task vqa", "vqa"), ("--dataset flickr8k --device cpu", "laptop"), ("--text gpt2", None),
     ("--dataset coco --text gpt2", "public"), ("--dataset coco --features F", "lstm"), ("--task vqa --dataset vqav2",

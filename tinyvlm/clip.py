@@ -68,7 +68,8 @@ class WordBag(nn.Module):
     def forward(self, idx, n):
         """idx (B, T), of which the first n (B,) are words -> (B, C)."""
         words = torch.arange(idx.size(1), device=idx.device) < n[:, None]         # (B, T)
-        return (self.drop(self.wte(idx)) * words[:, :, None]).sum(dim=1) / n[:, None].clamp(min=1)
+        x = self.drop(self.wte(idx)) * words[:, :, None]                          # (B, T, C)
+        return x.sum(dim=1) / n[:, None].clamp(min=1)                             # (B, C)
 
 
 class CLIP(nn.Module):
@@ -105,8 +106,8 @@ class CLIP(nn.Module):
         return F.normalize(self.image_head(self.drop(feats)).float(), dim=-1)     # (B, D)
 
     def encode_text(self, idx):
-        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything (of a bag: the
-        mean before it). Padding after it changes nothing, as blocks are causal. Floats (B, D) are embeddings already."""
+        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything, or the mean of
+        a bag. Padding after it changes nothing, as blocks are causal. Floats (B, D) are embeddings already."""
         if idx.is_floating_point():
             return F.normalize(idx.float(), dim=-1)                               # (B, D)
         end = self.config.end_token
@@ -114,7 +115,7 @@ class CLIP(nn.Module):
         if not self.training and not ended.any(dim=1).all():    # in training no GPU is waited for
             raise UserError(f"a text lacks the end token, id {end}: use the tokenizer that came with the weights")
         at = ended.int().argmax(dim=1)                                            # (B,): the first
-        if self.config.bag:
+        if isinstance(self.text, WordBag):                      # not config.bag: the tower may be borrowed (use.py)
             x = self.text(idx, at)                                                # (B, C)
         else:
             x = self.text.hidden(idx)[torch.arange(len(idx), device=idx.device), at]        # (B, C)
