@@ -106,8 +106,8 @@ class CLIP(nn.Module):
         return F.normalize(self.image_head(self.drop(feats)).float(), dim=-1)     # (B, D)
 
     def encode_text(self, idx):
-        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything, or the mean of
-        a bag. Padding after it changes nothing, as blocks are causal. Floats (B, D) are embeddings already."""
+        """idx (B, T) -> (B, D), of length 1: the state at the end token, which alone has read everything, or a bag's
+        mean. Padding after it changes nothing, as blocks are causal. Floats (B, D) are embeddings already."""
         if idx.is_floating_point():
             return F.normalize(idx.float(), dim=-1)                               # (B, D)
         end = self.config.end_token
