@@ -88,8 +88,8 @@ class TrainConfig(DataConfig):
 
 
 # what may be given anew to a run that is continued; and what else to one that is only scored
-FREE = {"resume", "eval_only", "out_dir", "split", "num_beams", "length_penalty", "device", "data_dir", "features",
-        "log_interval"}
+FREE = {"resume", "eval_only", "out_dir", "split", "num_beams", "length_penalty", "consensus", "device", "data_dir",
+        "features", "log_interval"}
 FREE_TO_SCORE = FREE | {"dtype", "batch_size", "allow_broken"}
 
 
@@ -278,7 +278,8 @@ def evaluate_run(config, device):
     """--eval-only: score a finished run on a whole split; leaves scores.json and predictions.jsonl."""
     run, out = load_run(config.out_dir), Path(config.out_dir)
     setup = build_setup(config, device, run)
-    how = {name: getattr(config, name) for name in ("num_beams", "length_penalty") if hasattr(config, name)}
+    names = ("num_beams", "length_penalty", "consensus")
+    how = {name: getattr(config, name) for name in names if hasattr(config, name)}
     scores, examples = TASKS[config.task].evaluate(run.model.to(device.torch), setup, config.split, **how)
     device.say(f"{config.split} split: {show(scores)}")
     if device.main:

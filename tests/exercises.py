@@ -178,16 +178,17 @@ def kv_cache():
 
 
 def beam_search():
-    """n_best: all K finished sentences, the best first. One step of five beams over five words is a sorted list."""
-    from test_generate import EOS, Table, by_hand, logp
-    model = Table()
-    rows = generate.generate(model, torch.arange(4), [[1]] * 4, 1, num_beams=5, eos_id=EOS, n_best=True)
-    for i, sentences in enumerate(rows):
-        words = sorted(range(5), key=lambda w: -logp(model, i, (w,)))
-        assert sentences == [[] if w == EOS else [w] for w in words]
-    rows = generate.generate(model, torch.arange(4), [[1]] * 4, 6, num_beams=3, eos_id=EOS, n_best=True)
-    assert [row[0] for row in rows] == [by_hand(model, i, 3, 6, 1.0) for i in range(4)]
-    assert all(len({*map(tuple, row)}) == len(row) == 3 for row in rows)
+    """min_new_tokens: nothing ends before. With 40 beams over three words, the best of all such sentences is found."""
+    from test_generate import EOS, Table, logp
+    model = Table(V=3)
+    for least in range(4):
+        options = [(*s, EOS) for n in range(least, 4) for s in itertools.product((1, 2), repeat=n)]
+        options += itertools.product((1, 2), repeat=4)
+        best = max(options, key=lambda s: logp(model, 0, s))
+        how = dict(eos_id=EOS, length_penalty=0.0, min_new_tokens=least)
+        rows = generate.generate(model, torch.tensor([0]), [[1]], 4, num_beams=40, **how)
+        assert rows == [[w for w in best if w != EOS]]
+        assert len(generate.generate(model, torch.tensor([0]), [[1]], 4, **how)[0]) >= least, "greedy, too"
 
 
 def bleu():

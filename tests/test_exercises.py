@@ -25,6 +25,6 @@ def test_each_exercise_is_still_to_be_done():
     that fails for any other reason could never pass: two of them once built a Block as it had been built before."""
     assert re.findall(r"\*\*Exercise\*\* `(\w+)`", "".join(IDEAS)) == list(exercises.CHECKS)
     missing = ["min_count", "overlap", "off", "window", "gated", "row_end", "7 were given", "drop", "sigmoid_loss",
-               "anneal", "undo", "n_best", "smooth", "'d'", "describe", "freeze_vision"]
+               "anneal", "undo", "min_new_tokens", "smooth", "'d'", "describe", "freeze_vision"]
     failures = {name: str(exercises.failure(name)) for name in exercises.CHECKS}
     assert [failures[name] for name, what in zip(failures, missing, strict=True) if what not in failures[name]] == []

@@ -83,6 +83,20 @@ def test_an_exhaustive_beam_finds_the_best_of_all_sentences():
             == [w for w in best if w != EOS]
 
 
+def test_n_best_are_all_finished_sentences_the_best_first():
+    """One step of five beams over five words is a sorted list."""
+    model, images = Table(), torch.arange(4)
+    rows = generate(model, images, [[1]] * 4, 1, num_beams=5, eos_id=EOS, n_best=True)
+    for i, sentences in enumerate(rows):
+        words = sorted(range(5), key=lambda w: -logp(model, i, (w,)))
+        assert sentences == [[] if w == EOS else [w] for w in words]
+    rows = generate(model, images, [[1]] * 4, 6, num_beams=3, eos_id=EOS, n_best=True)
+    assert [row[0] for row in rows] == [by_hand(model, i, 3, 6, 1.0) for i in range(4)]
+    assert all(len({*map(tuple, row)}) == len(row) == 3 for row in rows)
+    assert generate(model, images, [[1]] * 4, 6, eos_id=EOS, n_best=True) == [
+        [row] for row in generate(model, images, [[1]] * 4, 6, eos_id=EOS)]
+
+
 @pytest.mark.parametrize("kind", ["cross", "prefix", "lstm"])
 def test_images_and_prompts_decode_as_if_alone(kind):
     """Prompts of different length, reordered caches, shared image keys: each as it would come out by itself; and greedy
@@ -128,7 +142,7 @@ def test_the_host_waits_for_a_device_every_eighth_step_only(n, error):
             logits, state = net.prefill(torch.zeros(2, 7, 16), torch.zeros(2, 3, dtype=torch.long), ends, n)
             step = lambda token: net.step(token, state)
             with pytest.raises(error) if error else contextlib.nullcontext():
-                tokens = (beam_search(logits, step, state.reorder, n, K, EOS, 1.0) if K > 1 else
+                tokens = (beam_search(logits, step, state.reorder, n, K, EOS, 1.0)[:, 0] if K > 1 else
                           sample(logits, step, n, temperature, 5, 0.9, EOS))
                 assert tokens.shape == (2, n)
 

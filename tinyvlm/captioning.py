@@ -16,6 +16,7 @@ from . import metrics
 from .batches import pad_rows
 from .captions import clean_caption
 from .config import UserError, flag_name, option
+from .consensus import Consensus
 from .gpt import IGNORE, GPTConfig
 from .lstm import LSTM
 from .pretrained import load_gpt2, load_run
@@ -50,9 +51,11 @@ class Options(DecoderOptions):
     soft_attention: bool = option(False, "lstm: every state also attends to the image features (--n-head heads)")
     features: str | None = option(None, "learn from ready-made image features in this file (data.py --features)")
     reinforce: int = option(0, "reward the better of this many captions of each image (CIDEr-D); needs --init", least=0)
+    consensus: str | None = option(None, "with --eval-only: of all beams, take the caption most like those that this "
+                                         "run of --task clip finds for the image")
 
 
-SLOTS = 8       # attention has nothing to choose from in a single vector: it is made into this many image tokens
+SLOTS = 4       # attention has nothing to choose from in a single vector: it is made into this many image tokens
 # options that are a model's or its tokenizer's own: a stage that goes on from --init cannot change them
 MADE_WITH = {"image_size", "patch_size", "stem", "class_token", "n_layer", "n_head", "n_embd", "n_hidden", "shuffle",
              "wiring", "soft_attention", "tokenizer", "vocab_size", "min_count"}
@@ -205,11 +208,9 @@ def loss(model, batch, setup):
 
 def make_reward(dataset):
     """-> the function (caption, image) of the CIDEr-D of a caption against those of that training image."""
-    def tidy(text):
-        return " ".join(metrics.tokenize(text))
     place = {i: k for k, i in enumerate(dataset.splits["train"])}
-    cider = metrics.CiderD([[tidy(text) for text in dataset.captions[i]] for i in place])
-    return lambda caption, i: cider.score(tidy(caption), place[i])
+    cider = metrics.CiderD([[metrics.tidy(text) for text in dataset.captions[i]] for i in place])
+    return lambda caption, i: cider.score(metrics.tidy(caption), place[i])
 
 
 def self_critical_loss(model, batch, setup):
@@ -239,7 +240,7 @@ def self_critical_loss(model, batch, setup):
     return value + (-score.mean() / share - value).detach()     # this gradient; as the number to log, minus the score
 
 
-def evaluate(model, setup, split, limit=None, n_predict=None, **how):
+def evaluate(model, setup, split, limit=None, n_predict=None, consensus=None, **how):
     """-> scores, examples: the loss, and the captions of the first n_predict images, scored if all are made (None).
 
     "shuffled": the same with every image in its neighbour's place; what is left of a score then is what the model knows
@@ -247,10 +248,15 @@ def evaluate(model, setup, split, limit=None, n_predict=None, **how):
     """
     config, dataset, prepared = setup.config, setup.dataset, setup.prepared
     n_predict = None if config.reinforce else n_predict         # what is trained is the score, so it also decides
+    judge, decode = Consensus(consensus, setup) if consensus else None, prepared.tokenizer.decode
+    if judge and how["num_beams"] == 1:
+        raise UserError("--consensus chooses among beams, and there is one: give --num-beams 20, for example")
 
     def predict(batch):
-        rows = write(model, batch.img, [[prepared.meta["first"]]] * len(batch.img), setup, **how)
-        return {i: prepared.tokenizer.decode(row).strip() for i, row in zip(batch.members, rows)}
+        rows = write(model, batch.img, [[prepared.meta["first"]]] * len(batch.img), setup, n_best=True, **how)
+        texts = [[decode(row).strip() for row in beams] for beams in rows]        # B lists of num_beams
+        best = judge.choose(batch.img, batch.members, texts) if judge else [beams[0] for beams in texts]
+        return dict(zip(batch.members, best))
     captions, value, shuffled, n_tokens = run_split(model, setup, split, limit, predict, cross_entropy, n_predict)
     n_words = sum(scored_words(clean_caption(text, config.clean), prepared) for i in setup.store.usable(split)[:limit]
                   for text in dataset.captions[i])

@@ -12,11 +12,12 @@ NEVER = -1e9    # a score no real sentence has; finite, because -inf - -inf is n
 
 @torch.inference_mode()
 def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, num_beams=1, eos_id=None,
-             length_penalty=1.0, seed=None, forbidden=(), on_token=None):
+             length_penalty=1.0, n_best=False, seed=None, forbidden=(), on_token=None):
     """Continue B prompts of ids, of any lengths, together -> B lists of new ids, without eos_id, and never `forbidden`.
     img: (B, 3, H, W) or features, or None for a model without images. temperature 0 takes the likeliest token every
     time (greedy); above 0 draws from softmax(logits / temperature), kept to the top_k likeliest and to the smallest set
-    with probability top_p. num_beams > 1 searches for the best sum of log-probabilities / length ** length_penalty.
+    with probability top_p. num_beams > 1 searches for the best sum of log-probabilities / length ** length_penalty, and
+    n_best gives, in place of each image's best sentence, the list of all num_beams, best first.
     on_token: called with each step's B ids as they are chosen, eos_id behind an end; beams are chosen at the end."""
     assert num_beams == 1 or temperature == 0, "beam search is not sampled: use temperature 0, or num_beams 1"
     device, end = next(model.parameters()).device, -1 if eos_id is None else eos_id        # no token is -1
@@ -30,9 +31,11 @@ def generate(model, img, idx, max_new_tokens, temperature=0.0, top_k=None, top_p
     step = lambda token: allowed(model.step(token, state))                        # (R,) -> (R, V)
     if num_beams > 1:
         tokens = beam_search(allowed(logits), step, state.reorder, max_new_tokens, num_beams, end, length_penalty)
+        tokens = tokens if n_best else tokens[:, 0]                               # (B, K, T_new) or (B, T_new)
     else:
         tokens = sample(allowed(logits), step, max_new_tokens, temperature, top_k, top_p, end, seed, on_token)
-    return [row[:row.index(end)] if end in row else row for row in tokens.tolist()]
+    rows = [row[:row.index(end)] if end in row else row for row in tokens.flatten(0, -2).tolist()]
+    return [rows[k:k + num_beams] for k in range(0, len(rows), num_beams)] if n_best else rows
 
 
 def filter_logits(logits, top_k=None, top_p=None):
@@ -70,7 +73,7 @@ def sample(logits, step, max_new_tokens, temperature, top_k, top_p, end, seed=No
 
 
 def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
-    """Keep the K best unfinished sentences of each image; remember the K best finished ones. Returns ids (B, T_new).
+    """Keep the K best unfinished sentences of each image; remember the K best finished ones: (B, K, T_new).
     Of the K * V ways to extend the beams by a token the 2K best are taken, so that K unfinished ones remain. One that
     ends (or is cut off) among the first K is finished, with score sum / length ** length_penalty, its end token
     counted. An image stops when its best open beam, at the length so far, is below the worst of K finished ones: as in
@@ -106,4 +109,4 @@ def beam_search(logits, step, reorder, max_new_tokens, K, end, length_penalty):
             break
         reorder(image * K + parent.flatten())
         logits = step(tokens[:, :, n - 1].flatten())                              # (B * K, V)
-    return best_tokens[:, 0]                                                      # (B, T_new)
+    return best_tokens                                                            # (B, K, T_new)

@@ -99,14 +99,18 @@ class CiderD:
 
     def score(self, candidate, i):
         """The tokenised string `candidate` against the references of image i."""
+        return self.against(candidate, self.references[i])
+
+    def against(self, candidate, references):
+        """The same against any of those references, as the vectors that self.references holds."""
         total, (weights, norm, length) = 0.0, self._vector(_ngrams(candidate)[0])
-        for ref_weights, ref_norm, ref_length in self.references[i]:
+        for ref_weights, ref_norm, ref_length in references:
             dots = [0.0] * 4
             for gram in weights.keys() & ref_weights.keys():
                 dots[len(gram) - 1] += min(weights[gram], ref_weights[gram]) * ref_weights[gram]  # clipped
             cosines = sum(dot / math.sqrt(a * b) for dot, a, b in zip(dots, norm, ref_norm) if dot)
             total += 10 * cosines / 4 * math.exp(-(length - ref_length) ** 2 / (2 * 6.0 ** 2))
-        return total / len(self.references[i])
+        return total / len(references)
 
 
 def cider(candidates, references):
@@ -119,8 +123,7 @@ def cider(candidates, references):
 def score_captions(candidates, references):
     """All caption scores from raw text: {"BLEU-1": .., .., "ROUGE-L": .., "CIDEr-D": ..}, as fractions."""
     _check_pairs(candidates, references)
-    candidates = [" ".join(tokenize(caption)) for caption in candidates]
-    references = [[" ".join(tokenize(caption)) for caption in refs] for refs in references]
+    candidates, references = [*map(tidy, candidates)], [[*map(tidy, refs)] for refs in references]
     scores = {f"BLEU-{n}": score for n, score in enumerate(bleu(candidates, references), 1)}
     return {**scores, "ROUGE-L": rouge_l(candidates, references), "CIDEr-D": cider(candidates, references)}
 
@@ -288,3 +291,8 @@ def tokenize(caption):
             curly = len(token) <= 3 and not token[-1].isdigit()  # ’s n’t become 's n't; o’clock stays
             tokens.append((regex.sub("[’`‘‛]", "'", token) if curly else token).lower())
     return tokens
+
+
+def tidy(caption):
+    """A caption as the scores above take it: its words with one space between."""
+    return " ".join(tokenize(caption))

@@ -1,0 +1,80 @@
+"""Choosing among captions by what is said of similar pictures: by hand, and through the scripts."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import public
+import train
+from helpers import album, from_folder, refused, run, table
+from tinyvlm import consensus
+from tinyvlm.consensus import Consensus
+from tinyvlm.pretrained import load_run
+
+SMALL = "--n-embd 16 --batch-size 4 --epochs 1 --eval-images 3 --test-images 3 --device cpu --accum 1".split()
+SAID = [["a dog runs on grass", "a brown dog on the grass"], ["a boat on a lake", "a small boat on water"],
+        ["a dog jumps on grass", "the dog runs on wet grass"]]
+WHO, DOES = ["dog", "cat", "boy", "boat"], ["runs", "sleeps", "falls"]
+PLACE = {"dog": [1.0, 0.0], "boat": [0.0, 1.0]}
+
+
+class Eyes:
+    """An image is its embedding; a caption lies where its animal or boat is."""
+    config = SimpleNamespace(feat_dim=2)
+    to = lambda self, device: self
+    encode_image = staticmethod(lambda img: img)
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    monkeypatch.setattr(consensus, "load_run", lambda folder: SimpleNamespace(
+        model=Eyes(), config={"task": "clip", "clean": "words"}, tokenizer="any"))
+    monkeypatch.setattr(consensus, "text_embeddings", lambda model, tokenizer, texts, clean: torch.tensor(
+        [PLACE["dog" if "dog" in text else "boat"] for text in texts]))
+    monkeypatch.setattr(consensus, "POOL", 3)
+    return Consensus("clip", SimpleNamespace(
+        prepared=SimpleNamespace(features=SimpleNamespace(feat_dim=2)), device=SimpleNamespace(torch="cpu"),
+        dataset=SimpleNamespace(captions=SAID, splits={"train": [0, 1, 2]})))
+
+
+def test_the_chosen_caption_is_the_one_most_like_the_pool(judge):
+    """Two pictures, the same candidates: what lies near each decides. Among equals the first stays, the model's own."""
+    candidates = ["a cat sleeps", "a dog runs on the grass", "a small boat on the lake"]
+    img = torch.tensor([[1.0, 0.0], [0.0, 1.0]])                                  # (2, D)
+    assert judge.choose(img, [7, 8], [candidates, candidates]) == candidates[1:]
+    assert judge.choose(img[:1], [7], [["no word of theirs", "none either"]]) == ["no word of theirs"]
+
+
+def test_what_was_said_of_the_very_image_is_not_in_its_pool(judge):
+    """Image 0 is said to be brown; for it, as for a new picture, only what others say counts."""
+    img, candidates = torch.tensor([[1.0, 0.0]]), ["a brown dog on the grass", "the dog jumps on wet grass"]
+    assert judge.choose(img, [0], [candidates]) == [candidates[1]]
+
+
+def test_through_the_scripts(tmp_path, capsys):
+    """A captioner and a CLIP on the same features, then one chooses by the other; runs that do not fit are refused."""
+    folder = album(tmp_path / "d", captions=False)
+    said = [(f"{k}.jpg", f"{a} {WHO[k % 4]} {DOES[k % 3]}") for k in range(20) for a in ("a", "the", "one")]
+    table(folder / "captions.txt", [("image", "caption"), *said])
+    where = from_folder(folder)
+    run(data, *where, "--features", public.tiny_vgg16(tmp_path / "vgg"), "--sheet", tmp_path / "s.png")
+    argv = [*where, *SMALL, "--features", tmp_path / "d" / "features-vgg.safetensors", "--min-count", "1", "--out-dir"]
+    run(train, *argv, tmp_path / "words", "--preset", "lstm", "--epochs", "8", "--lr", "3e-2")
+    run(train, *argv, tmp_path / "clip", "--task", "clip")
+    plain = [train, "--eval-only", "--out-dir", tmp_path / "words", "--split", "train"]
+    found = {}
+    for more in ((), ("--consensus", tmp_path / "clip")):
+        run(*plain, "--num-beams", "5", *more)
+        lines = (tmp_path / "words" / "predictions.jsonl").read_text().splitlines()
+        found[more] = [json.loads(line)["prediction"] for line in lines]
+    alone, chosen = found.values()
+    assert len(alone) == len(chosen) == 16 and alone != chosen
+    assert json.loads((tmp_path / "words" / "scores.json").read_text())["consensus"] == str(tmp_path / "clip")
+    refused(capsys, "give --num-beams", *plain, "--consensus", tmp_path / "clip")
+    refused(capsys, "is no run of --task clip", *plain, "--consensus", tmp_path / "words")
+    run(train, *where, *SMALL, "--image-size", "16", "--n-head", "2", "--n-layer", "1", "--task", "clip", "--out-dir",
+        tmp_path / "pixels")
+    assert load_run(tmp_path / "pixels").model.vision
+    refused(capsys, "from other images or features", *plain, "--consensus", tmp_path / "pixels")
