@@ -11,9 +11,9 @@ import train
 from helpers import album, from_folder, refused, run, table
 from tinyvlm import consensus
 from tinyvlm.consensus import Consensus
-from tinyvlm.pretrained import load_run
 
-SMALL = "--n-embd 16 --batch-size 4 --epochs 1 --eval-images 3 --test-images 3 --device cpu --accum 1".split()
+SMALL = "--n-embd 16 --n-head 1 --n-layer 1 --batch-size 4 --accum 1 --epochs 1 --eval-images 3 --test-images 3".split()
+SMALL += ["--device", "cpu"]
 SAID = [["a dog runs on grass", "a brown dog on the grass"], ["a boat on a lake", "a small boat on water"],
         ["a dog jumps on grass", "the dog runs on wet grass"]]
 WHO, DOES = ["dog", "cat", "boy", "boat"], ["runs", "sleeps", "falls"]
@@ -53,28 +53,32 @@ def test_what_was_said_of_the_very_image_is_not_in_its_pool(judge):
     assert judge.choose(img, [0], [candidates]) == [candidates[1]]
 
 
-def test_through_the_scripts(tmp_path, capsys):
-    """A captioner and a CLIP on the same features, then one chooses by the other; runs that do not fit are refused."""
-    folder = album(tmp_path / "d", captions=False)
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twenty images with three captions each, and their features by a tiny VGG-16."""
+    folder = album(tmp_path_factory.mktemp("photos") / "d", captions=False)
     said = [(f"{k}.jpg", f"{a} {WHO[k % 4]} {DOES[k % 3]}") for k in range(20) for a in ("a", "the", "one")]
     table(folder / "captions.txt", [("image", "caption"), *said])
-    where = from_folder(folder)
-    run(data, *where, "--features", public.tiny_vgg16(tmp_path / "vgg"), "--sheet", tmp_path / "s.png")
-    argv = [*where, *SMALL, "--features", tmp_path / "d" / "features-vgg.safetensors", "--min-count", "1", "--out-dir"]
-    run(train, *argv, tmp_path / "words", "--preset", "lstm", "--epochs", "8", "--lr", "3e-2")
-    run(train, *argv, tmp_path / "clip", "--task", "clip")
-    plain = [train, "--eval-only", "--out-dir", tmp_path / "words", "--split", "train"]
-    found = {}
-    for more in ((), ("--consensus", tmp_path / "clip")):
+    run(data, *from_folder(folder), "--features", public.tiny_vgg16(folder.parent / "vgg"), "--sheet",
+        folder.parent / "s.png")
+    return folder
+
+
+@pytest.mark.parametrize("eyes, others", [("features", "pixels"), ("pixels", "features")])
+def test_through_the_scripts(photos, tmp_path, capsys, eyes, others):
+    """A captioner and a CLIP that see the same; then one chooses by the other. Runs that do not fit are refused."""
+    sees = {"features": ["--features", photos / "features-vgg.safetensors"], "pixels": ["--image-size", "16"]}
+    argv, words = [*from_folder(photos), *SMALL, "--out-dir"], tmp_path / "words"
+    run(train, *argv, words, *sees[eyes], "--preset", "lstm", "--min-count", "1", "--epochs", "8", "--lr", "3e-2")
+    for way in sees:
+        run(train, *argv, tmp_path / way, *sees[way], "--task", "clip")
+    plain, found = [train, "--eval-only", "--out-dir", words, "--split", "train"], {}
+    for more in ((), ("--consensus", tmp_path / eyes)):
         run(*plain, "--num-beams", "5", *more)
-        lines = (tmp_path / "words" / "predictions.jsonl").read_text().splitlines()
+        lines = (words / "predictions.jsonl").read_text().splitlines()
         found[more] = [json.loads(line)["prediction"] for line in lines]
     alone, chosen = found.values()
     assert len(alone) == len(chosen) == 16 and alone != chosen
-    assert json.loads((tmp_path / "words" / "scores.json").read_text())["consensus"] == str(tmp_path / "clip")
-    refused(capsys, "give --num-beams", *plain, "--consensus", tmp_path / "clip")
-    refused(capsys, "is no run of --task clip", *plain, "--consensus", tmp_path / "words")
-    run(train, *where, *SMALL, "--image-size", "16", "--n-head", "2", "--n-layer", "1", "--task", "clip", "--out-dir",
-        tmp_path / "pixels")
-    assert load_run(tmp_path / "pixels").model.vision
-    refused(capsys, "from other images or features", *plain, "--consensus", tmp_path / "pixels")
+    assert json.loads((words / "scores.json").read_text())["consensus"] == str(tmp_path / eyes)
+    for folder, why in ((eyes, "give --num-beams"), (words, "is no run of --task clip"), (others, "from other images")):
+        refused(capsys, why, *plain, "--consensus", tmp_path / folder)
