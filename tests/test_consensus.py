@@ -10,11 +10,12 @@ import public
 import train
 from helpers import album, from_folder, refused, run, table
 from tinyvlm import consensus
+from tinyvlm.config import UserError
 from tinyvlm.consensus import Consensus
 
 SMALL = "--n-embd 16 --n-head 1 --n-layer 1 --batch-size 4 --accum 1 --epochs 1 --eval-images 3 --test-images 3".split()
 SMALL += ["--device", "cpu"]
-SAID = [["a dog runs on grass", "a brown dog on the grass"], ["a boat on a lake", "a small boat on water"],
+SAID = [["a dog runs on grass", "a brown dog on the grass", "?!"], ["a boat on a lake", "a small boat on water"],
         ["a dog jumps on grass", "the dog runs on wet grass"]]
 WHO, DOES = ["dog", "cat", "boy", "boat"], ["runs", "sleeps", "falls"]
 PLACE = {"dog": [1.0, 0.0], "boat": [0.0, 1.0]}
@@ -29,28 +30,40 @@ class Eyes:
 
 @pytest.fixture
 def judge(monkeypatch):
+    monkeypatch.setattr(consensus, "is_run", lambda folder: True)
     monkeypatch.setattr(consensus, "load_run", lambda folder: SimpleNamespace(
-        model=Eyes(), config={"task": "clip", "clean": "words"}, tokenizer="any"))
+        model=Eyes(), config={"task": "clip", "clean": "words", "features": {"encoder": "eyes"}}, tokenizer="any"))
     monkeypatch.setattr(consensus, "text_embeddings", lambda model, tokenizer, texts, clean: torch.tensor(
         [PLACE["dog" if "dog" in text else "boat"] for text in texts]))
     monkeypatch.setattr(consensus, "POOL", 3)
-    return Consensus("clip", SimpleNamespace(
-        prepared=SimpleNamespace(features=SimpleNamespace(feat_dim=2)), device=SimpleNamespace(torch="cpu"),
-        dataset=SimpleNamespace(captions=SAID, splits={"train": [0, 1, 2]})))
+    return lambda shape=(3, 2), encoder="eyes": Consensus("clip", SimpleNamespace(
+        prepared=SimpleNamespace(features=SimpleNamespace(data=torch.zeros(shape), meta={"encoder": encoder})),
+        device=SimpleNamespace(torch="cpu"), dataset=SimpleNamespace(captions=SAID, splits={"train": [0, 1, 2]})))
 
 
 def test_the_chosen_caption_is_the_one_most_like_the_pool(judge):
     """Two pictures, the same candidates: what lies near each decides. Among equals the first stays, the model's own."""
     candidates = ["a cat sleeps", "a dog runs on the grass", "a small boat on the lake"]
-    img = torch.tensor([[1.0, 0.0], [0.0, 1.0]])                                  # (2, D)
+    judge, img = judge(), torch.tensor([[1.0, 0.0], [0.0, 1.0]])                  # (2, D)
     assert judge.choose(img, [7, 8], [candidates, candidates]) == candidates[1:]
     assert judge.choose(img[:1], [7], [["no word of theirs", "none either"]]) == ["no word of theirs"]
 
 
-def test_what_was_said_of_the_very_image_is_not_in_its_pool(judge):
-    """Image 0 is said to be brown; for it, as for a new picture, only what others say counts."""
-    img, candidates = torch.tensor([[1.0, 0.0]]), ["a brown dog on the grass", "the dog jumps on wet grass"]
-    assert judge.choose(img, [0], [candidates]) == [candidates[1]]
+@pytest.mark.parametrize("pool", [3, 100])
+def test_what_was_said_of_the_very_image_is_not_in_its_pool(judge, monkeypatch, pool):
+    """Image 0 is said to be brown; for it, as for a new picture, only what others say counts, be it all there is. A
+    caption of which cleaning leaves nothing (it would be no word's, or any's) is not there."""
+    judge, candidates = judge(), ["a brown dog on the grass", "the dog jumps on wet grass"]
+    monkeypatch.setattr(consensus, "POOL", pool)
+    assert judge.choose(torch.tensor([[1.0, 0.0]]), [0], [candidates]) == [candidates[1]]
+    assert len(judge.owner) == len(judge.said) == len(judge.emb) == 6
+
+
+@pytest.mark.parametrize("sees", [((3, 4, 2), "eyes"), ((3, 5), "eyes"), ((3, 2), "other eyes")])
+def test_a_clip_that_has_seen_something_else_is_refused(judge, sees):
+    """A grid of vectors as wide as its one, another width, and the same by another network."""
+    with pytest.raises(UserError, match="learned from other images or features"):
+        judge(*sees)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +78,9 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.parametrize("eyes, others", [("features", "pixels"), ("pixels", "features")])
-def test_through_the_scripts(photos, tmp_path, capsys, eyes, others):
+def test_through_the_scripts(photos, tmp_path, capsys, monkeypatch, eyes, others):
     """A captioner and a CLIP that see the same; then one chooses by the other. Runs that do not fit are refused."""
+    monkeypatch.setattr(consensus, "POOL", 6)                   # of 45 in all
     sees = {"features": ["--features", photos / "features-vgg.safetensors"], "pixels": ["--image-size", "16"]}
     argv, words = [*from_folder(photos), *SMALL, "--out-dir"], tmp_path / "words"
     run(train, *argv, words, *sees[eyes], "--preset", "lstm", "--min-count", "1", "--epochs", "8", "--lr", "3e-2")
@@ -80,5 +94,8 @@ def test_through_the_scripts(photos, tmp_path, capsys, eyes, others):
     alone, chosen = found.values()
     assert len(alone) == len(chosen) == 16 and alone != chosen
     assert json.loads((words / "scores.json").read_text())["consensus"] == str(tmp_path / eyes)
-    for folder, why in ((eyes, "give --num-beams"), (words, "is no run of --task clip"), (others, "from other images")):
-        refused(capsys, why, *plain, "--consensus", tmp_path / folder)
+    refused(capsys, "give --eval-only and --num-beams", *plain, "--consensus", tmp_path / eyes)
+    late = ["--num-beams", "5", "--consensus"]
+    refused(capsys, "give --eval-only and --num-beams", train, *argv, tmp_path / "new", *late, tmp_path / eyes)
+    for folder, why in (words, "no run of --task"), (tmp_path / "none", "no run of"), (tmp_path / others, "from other"):
+        refused(capsys, why, *plain, *late, folder)

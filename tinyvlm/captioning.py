@@ -66,6 +66,8 @@ ONLY = {"wiring": "cross", "shuffle": "prefix", "n_hidden": "lstm", "soft_attent
 
 def prepare(config, dataset, features=None, run=None):
     """-> Prepared. run: a Loaded run that is only to be evaluated."""
+    if config.consensus and (not run or config.num_beams == 1):
+        raise UserError("--consensus chooses among beams of a finished run: give --eval-only and --num-beams 20, say")
     start = load_start(config, dataset, features, run)
     rows, notes = caption_rows(dataset.captions, start.tokenizer, **start.meta)
     start.reward = make_reward(dataset) if config.reinforce else None
@@ -249,8 +251,6 @@ def evaluate(model, setup, split, limit=None, n_predict=None, consensus=None, **
     config, dataset, prepared = setup.config, setup.dataset, setup.prepared
     n_predict = None if config.reinforce else n_predict         # what is trained is the score, so it also decides
     judge, decode = Consensus(consensus, setup) if consensus else None, prepared.tokenizer.decode
-    if judge and how["num_beams"] == 1:
-        raise UserError("--consensus chooses among beams, and there is one: give --num-beams 20, for example")
 
     def predict(batch):
         rows = write(model, batch.img, [[prepared.meta["first"]]] * len(batch.img), setup, n_best=True, **how)

@@ -1,8 +1,8 @@
 """Of several captions for a picture, take the one most like what people have said of similar pictures.
 
 From "Exploring nearest neighbor approaches for image captioning" (Devlin et al. 2015, arXiv:1505.04467); Mao et al.
-(2015, arXiv:1412.6632) choose among a model's captions so. Both look for similar pictures. Here a CLIP trained on the
-same captions is asked, which finds sentences:
+(2015, arXiv:1412.6632) choose among a model's captions in this way. Both look for similar pictures. Here a CLIP finds
+similar sentences directly:
 
     pool         the training captions that lie nearest to the image: "a dog runs on grass", "two dogs run", ..
     candidates   all the beams of the captioner's search
@@ -13,39 +13,45 @@ A captioner says what is likely word by word; the pool knows what whole sentence
 import torch
 
 from .captions import clean_caption
+from .clip import similarities
 from .config import UserError
 from .features import text_embeddings
 from .metrics import CiderD, tidy
-from .pretrained import load_run
+from .pretrained import is_run, load_run
 
 POOL = 120      # captions
 
 
 class Consensus:
     """The training captions where a CLIP puts them, and how alike captions are. folder: a run of --task clip that has
-    learned from what the captioner of `setup` sees. Raises UserError if it is not."""
+    learned from what the captioner of `setup` sees. Raises UserError if it has not."""
 
     def __init__(self, folder, setup):
-        run, dataset, features = load_run(folder), setup.dataset, setup.prepared.features
-        if run.config["task"] != "clip" or run.tokenizer is None:
-            raise UserError(f"--consensus {folder} is no run of --task clip that reads texts; name one")
-        if run.model.config.feat_dim != (features and features.feat_dim) or \
-                not features and run.recipe != setup.prepared.recipe:
+        run = load_run(folder) if is_run(folder) else None
+        if not run or run.config["task"] != "clip" or not run.tokenizer:
+            raise UserError(f"--consensus {folder} is no run of --task clip that reads texts; train one with "
+                            "train.py --task clip")
+        features, theirs = setup.prepared.features, run.config["features"] or {}                 # empty: pixels
+        same = not theirs and run.recipe == setup.prepared.recipe if not features else (
+            theirs.get("encoder") == features.meta["encoder"] and features.data.shape[1:] == (run.model.config.feat_dim,))
+        if not same:
             raise UserError(f"--consensus {folder} has learned from other images or features than this run; train it "
-                            "with the same --features, or the same --image-size")
-        train, self.model = dataset.splits["train"], run.model.to(setup.device.torch)
-        texts = [dataset.captions[i] for i in train]
-        self.cider = CiderD([[tidy(text) for text in captions] for captions in texts])
-        self.said = [vector for captions in self.cider.references for vector in captions]        # m of them
-        self.owner = torch.tensor([i for i, captions in zip(train, texts) for _ in captions])    # (m,)
-        self.emb = text_embeddings(run.model, run.tokenizer, [text for captions in texts for text in captions],
-                                   clean=lambda text: clean_caption(text, run.config["clean"])).cpu()       # (m, D)
+                            "with the same --features (one vector an image), or the same --image-size")
+        captions, clean = setup.dataset.captions, lambda text: clean_caption(text, run.config["clean"])
+        texts = {i: [text for text in captions[i] if clean(text) and tidy(text)] for i in setup.dataset.splits["train"]}
+        flat = [text for i in texts for text in texts[i]]                                        # m captions
+        self.owner, self.most = [i for i in texts for _ in texts[i]], max(map(len, texts.values()))         # (m), ()
+        self.model = run.model.to(setup.device.torch)
+        self.cider = CiderD([[*map(tidy, texts[i])] for i in texts])
+        self.said = [vector for vectors in self.cider.references for vector in vectors]          # (m)
+        self.emb = text_embeddings(run.model, run.tokenizer, flat, clean=clean).cpu()            # (m, D)
 
     def choose(self, img, members, candidates):
-        """img (B, 3, H, W) or features, which images they are, and B lists of captions -> the best of each list.
-        (What people have said of the very image does not count: for training images it is in the pool.)"""
-        cosines = self.model.encode_image(img).cpu() @ self.emb.t()                              # (B, m)
-        cosines[torch.tensor(members)[:, None] == self.owner] = -1
-        pools = cosines.topk(min(POOL, len(self.owner))).indices.tolist()                        # (B, POOL)
-        return [max(dict.fromkeys(texts), key=lambda text: self.cider.against(tidy(text), [self.said[k] for k in pool]))
-                for pool, texts in zip(pools, candidates)]
+        """img (B, 3, H, W) or features, which images they are, and B lists of captions -> the best of each list. (What
+        was said of the very image is left out: a training image would find its own captions.)"""
+        cosines = similarities(self.model.encode_image(img).cpu(), self.emb, 0.0)                # (B, m)
+        nearest, best = cosines.topk(min(POOL + self.most, len(self.owner))).indices.tolist(), []
+        for i, row, texts in zip(members, nearest, candidates):
+            pool = [self.said[k] for k in row if self.owner[k] != i][:POOL]
+            best.append(max(dict.fromkeys(texts), key=lambda text: self.cider.against(tidy(text), pool)))
+        return best

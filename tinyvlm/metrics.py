@@ -102,7 +102,7 @@ class CiderD:
         return self.against(candidate, self.references[i])
 
     def against(self, candidate, references):
-        """The same against any of those references, as the vectors that self.references holds."""
+        """The same against a list of reference vectors taken from self.references, of whichever images."""
         total, (weights, norm, length) = 0.0, self._vector(_ngrams(candidate)[0])
         for ref_weights, ref_norm, ref_length in references:
             dots = [0.0] * 4
@@ -294,5 +294,5 @@ def tokenize(caption):
 
 
 def tidy(caption):
-    """A caption as the scores above take it: its words with one space between."""
+    """A caption as the scores above take it: its words, joined by single spaces."""
     return " ".join(tokenize(caption))
