@@ -31,9 +31,11 @@ class Consensus:
         if not run or run.config["task"] != "clip" or not run.tokenizer:
             raise UserError(f"--consensus {folder} is no run of --task clip that reads texts; train one with "
                             "train.py --task clip")
-        features, theirs = setup.prepared.features, run.config["features"] or {}                 # empty: pixels
-        same = not theirs and run.recipe == setup.prepared.recipe if not features else (
-            theirs.get("encoder") == features.meta["encoder"] and features.data.shape[1:] == (run.model.config.feat_dim,))
+        features, theirs, D = setup.prepared.features, run.config["features"], run.model.config.feat_dim
+        if features:
+            same = theirs and theirs["encoder"] == features.meta["encoder"] and features.data.shape[1:] == (D,)
+        else:
+            same = not theirs and run.recipe == setup.prepared.recipe
         if not same:
             raise UserError(f"--consensus {folder} has learned from other images or features than this run; train it "
                             "with the same --features (one vector an image), or the same --image-size")
