@@ -36,9 +36,10 @@ def judge(monkeypatch):
     monkeypatch.setattr(consensus, "text_embeddings", lambda model, tokenizer, texts, clean: torch.tensor(
         [PLACE["dog" if "dog" in text else "boat"] for text in texts]))
     monkeypatch.setattr(consensus, "POOL", 3)
-    return lambda shape=(3, 2), encoder="eyes": Consensus("clip", SimpleNamespace(
+    return lambda shape=(3, 2), encoder="eyes", train=(0, 1, 2): Consensus("clip", SimpleNamespace(
         prepared=SimpleNamespace(features=SimpleNamespace(data=torch.zeros(shape), meta={"encoder": encoder})),
-        device=SimpleNamespace(torch="cpu"), dataset=SimpleNamespace(captions=SAID, splits={"train": [0, 1, 2]})))
+        device=SimpleNamespace(torch="cpu"),
+        dataset=SimpleNamespace(name="these", captions=SAID, splits={"train": train})))
 
 
 def test_the_chosen_caption_is_the_one_most_like_the_pool(judge):
@@ -64,6 +65,12 @@ def test_a_clip_that_has_seen_something_else_is_refused(judge, sees):
     """A grid of vectors as wide as its one, another width, and the same by another network."""
     with pytest.raises(UserError, match="learned from other images or features"):
         judge(*sees)
+
+
+@pytest.mark.parametrize("train", [(), (1,)])
+def test_a_training_split_that_leaves_no_pool_is_refused(judge, train):
+    with pytest.raises(UserError, match="split of these has no captions"):
+        judge(train=train)
 
 
 @pytest.fixture(scope="module")

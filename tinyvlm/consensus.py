@@ -41,8 +41,11 @@ class Consensus:
                             "with the same --features (one vector an image), or the same --image-size")
         captions, clean = setup.dataset.captions, lambda text: clean_caption(text, run.config["clean"])
         texts = {i: [text for text in captions[i] if clean(text) and tidy(text)] for i in setup.dataset.splits["train"]}
+        if sum(map(bool, texts.values())) < 2:                  # of one image alone, nothing would be left for itself
+            raise UserError(f"the training split of {setup.dataset.name} has no captions for --consensus to choose by")
         flat = [text for i in texts for text in texts[i]]                                        # m captions
-        self.owner, self.most = [i for i in texts for _ in texts[i]], max(map(len, texts.values()))         # (m), ()
+        self.owner = [i for i in texts for _ in texts[i]]                                        # (m)
+        self.most = max(map(len, texts.values()))               # captions of one image
         self.model = run.model.to(setup.device.torch)
         self.cider = CiderD([[*map(tidy, texts[i])] for i in texts])
         self.said = [vector for vectors in self.cider.references for vector in vectors]          # (m)
