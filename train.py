@@ -35,7 +35,7 @@ from tinyvlm.files import check_writable, locked, write_json, write_text
 from tinyvlm.gpt import IGNORE
 from tinyvlm.image import Augment
 from tinyvlm.layouts import report
-from tinyvlm.optimizer import make_optimizer, unfreeze
+from tinyvlm.optimizer import blended, make_optimizer, unfreeze
 from tinyvlm.presets import PRESETS, choose
 from tinyvlm.pretrained import load_run
 from tinyvlm.runs import (fingerprint, load_state, old_files, read_state, report_test, save_model, save_state,
@@ -166,7 +166,8 @@ def train(setup, state=None):
     task, out = TASKS[config.task], Path(config.out_dir)
     torch.manual_seed(config.seed)
     model = task.build(config, setup.prepared).to(device.torch)
-    optimizer = make_optimizer(model, config)
+    optimizer, share = make_optimizer(model, config), getattr(config, "blend", 1)
+    origin = {name: t.clone() for name, t in model.state_dict().items() if share != 1}
     batches = Batches(setup.store, setup.rows, config.batch_size, getattr(config, "captions_per_image", 1),
                       config.accum, config.seed, device.rank, device.world, whole=config.task == "clip")
     steps_per_epoch, n_params = len(batches.members) / config.batch_size, sum(p.numel() for p in model.parameters())
@@ -248,7 +249,8 @@ def train(setup, state=None):
 
             # Evaluate, save, leave.
             if evaluating:
-                best = validate(model, setup, step, best, log[-1])
+                with blended(model, origin, share):
+                    best = validate(model, setup, step, best, log[-1])
                 mark = time.perf_counter()
             if (evaluating or leaving) and device.main:
                 save()

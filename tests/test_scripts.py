@@ -54,6 +54,17 @@ def test_training_leaves_a_complete_folder(trained):
         Image.open(trained / name).verify()
 
 
+def test_blend_keeps_the_weights_part_of_the_way_from_init(trained, tmp_path):
+    """What is kept is init + 0.25 (own - init), although training itself goes all the way (--resume: from there)."""
+    out = tmp_path / "out"
+    run(train, *RUN, "--init", trained, "--blend", "0.25", "--eval-interval", "100", "--out-dir", out)
+    old, kept = (load_safetensors(folder / "model.safetensors") for folder in (trained, out))
+    own = read_state(out)["model"]
+    assert not torch.equal(old["text.wte.weight"], own["text.wte.weight"])
+    for name in kept:
+        torch.testing.assert_close(kept[name], old[name] + 0.25 * (own[name] - old[name]))
+
+
 def test_the_printed_command_works_whatever_the_folder_is_called(tmp_path, capfdbinary):
     """A name that begins with a dash was taken for a flag, and of one that is not UTF-8 another was printed."""
     out = "- run\udce9'"
@@ -157,7 +168,8 @@ MISTAKES = {
         "--device cuda:99": "cuda:99", "--device meta": "--device meta", "--model prefix --shuffle 3": "--shuffle 3",
         "--wiring lockstep --model lstm": "--wiring", "--model lstm --text gpt2": "--text", "--vision=": "empty value",
         "--features none.safetensors": "none.safetensors", "--vision ./none": "./none", "--init none": "none",
-        "--init a --vision b": "--init brings", "--reinforce 5": "--reinforce needs", "--tokenizer ./none": "./none",
+        "--init a --vision b": "--init brings", "--blend 0.5": "give --init RUN",
+        "--reinforce 5": "--reinforce needs", "--tokenizer ./none": "./none",
         "--stream": "leave it out for shapes", "--eval-only": "train.py", "--task vqa --max-tokens 8": "--max-tokens 8",
         f"--task vqa {ALBUM}": "holds no questions", f"--task classify {ALBUM}": "--labels",
         "--task clip --batch-size 64": "--batch-size cannot be 64", "--task clip --text-embeddings none": "none",

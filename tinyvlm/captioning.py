@@ -33,6 +33,7 @@ from .vqa import SYSTEM, TAGS, to_sentence
 class DecoderOptions(TextOptions):
     """Options of every model that writes text: captioners, and the one that answers questions."""
     init: str | None = option(None, "go on from the model of this run, with another stage or data set")
+    blend: float = option(1.0, "with --init: keep the weights at this share of the way to the new ones", above=0)
     shuffle: int = option(1, "prefix: join this many by this many neighbouring patches into one image token", above=0)
     captions_per_image: int = option(1, "texts of each image a step; the vision tower runs once for all", above=0)
     show_batch: bool = option(False, "print the first batch token by token (image, masked, trained), and stop")
@@ -81,6 +82,8 @@ def load_start(config, dataset, features=None, run=None):
         raise UserError("--reinforce needs 2 or more captions, --init RUN, --features, and --captions-per-image 1")
     if config.init and (config.vision or config.text) or config.text and config.model == "lstm":
         raise UserError("--init brings a whole model and --model lstm has no GPT-2: drop --vision, --text or the other")
+    if config.blend != 1 and not config.init:
+        raise UserError("--blend is a share of the way from the weights of --init: give --init RUN")
     for name in sorted(ONLY.keys() & config.given):
         if config.model != ONLY[name]:
             raise UserError(f"{flag_name(name)} is for --model {ONLY[name]}, not {config.model}: drop it")

@@ -1,9 +1,13 @@
-"""Which weights learn, how fast, and by which rule: groups of parameters, and staged unfreezing.
+"""Which weights learn, how fast, by which rule, and how far: groups of parameters, staged unfreezing, blending.
 
 A model names its parts: "connector" (new layers), "decoder" and "vision" (often public weights). New layers learn from
 the start at the full rate; what is already good waits for its epoch and then takes smaller steps, or the noise of the
 untrained layers would undo it (as ULMFiT thaws, Howard & Ruder 2018, arXiv:1801.06146).
 """
+from contextlib import contextmanager
+
+import torch
+
 from .muon import Muon
 
 
@@ -32,3 +36,17 @@ def unfreeze(model, config, epoch):
             changed |= p.requires_grad != (epoch >= since)
             p.requires_grad_(epoch >= since)
     return changed
+
+
+@contextmanager
+def blended(model, origin, share):
+    """`with blended(..):` the model's weights are origin + share (own - origin). origin: the state_dict with which they
+    began; empty for all the way. Fine-tuning wins one skill and loses others, and part of the way often has most of
+    both. From "Robust fine-tuning of zero-shot models" (Wortsman et al. 2021, arXiv:2109.01903)."""
+    weights, own = model.state_dict(), {}                       # the tensors themselves, without their gradients
+    for name, start in origin.items():
+        own[name] = weights[name].clone()
+        weights[name].copy_(torch.lerp(start, own[name], share))
+    yield
+    for name, value in own.items():
+        weights[name].copy_(value)
