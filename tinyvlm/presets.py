@@ -27,7 +27,7 @@ PRESETS = {
     # a GPT decoder on ready-made features, by cross-attention (or --model prefix)
     "decoder": dict(WORDS, dataset="flickr8k", optimizer="muon", tokenizer="words", n_layer=2, n_embd=256, dropout=0.2,
                     max_tokens=24, epochs=7, batch_size=64, captions_per_image=5, accum=4, lr=1e-3, eval_interval=94),
-    # after either: the model's own captions, rewarded by their score (--features FILE --init RUN)
+    # after either: the model's own captions, rewarded by their score, and 0.4 of the way (--features FILE --init RUN)
     "reward": dict(WORDS, dataset="flickr8k", model="lstm", max_tokens=24, reinforce=5, blend=0.4, epochs=2,
                    batch_size=64, lr=1e-4, warmup=0.1, eval_interval=94, eval_images=1000),
     # pictures and sentences in one space, from pixels ..
