@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -175,7 +175,7 @@ def train(setup, state=None):
     step, best, log, data = 0, math.inf, [], fingerprint(setup.dataset, setup.prepared)
     if state:
         load_state(out, state, model, optimizer, device, data)
-        step, best, log = state["step"], state["best"], state["log"]
+        step, best, log, origin = (state.get(name, {}) for name in ("step", "best", "log", "origin"))
     device.say(f"{n_params / 1e6:.2f} M parameters; steps {step} to {total} of {config.batch_size} images x {batches.K}"
                f" texts, {config.epochs:g} epochs, on {device.world} x {device.torch}, {str(device.dtype)[6:]}")
     if config.resume and not state:                             # one command for a scheduler, and a mistyped folder
@@ -187,7 +187,7 @@ def train(setup, state=None):
     first, losses, stop, mark, since = step, [], [], time.perf_counter(), None
 
     def save():
-        save_state(out, model, optimizer, device, step=step, best=best, log=log, options=asdict(config), data=data)
+        save_state(out, model, optimizer, device, config, step=step, best=best, log=log, origin=origin, data=data)
 
     with locked(out / ".lock", wait=False) if device.main else nullcontext(), catch_signals(stop):
         for micro_batches in load_steps(batches, step, total, device):

@@ -22,7 +22,7 @@ from servers import send
 from tinyvlm.config import UserError
 from tinyvlm.files import locked
 from tinyvlm.runs import read_state
-from tinyvlm.weights import load_safetensors
+from tinyvlm.weights import load_safetensors, save_safetensors
 
 RUN = [*TINY, *TEXT]
 COMPLETE = {"model.safetensors", "config.json", "tokenizer.json", "state.pt", "log.csv", "curves.png", "samples.png",
@@ -55,7 +55,7 @@ def test_training_leaves_a_complete_folder(trained):
 
 
 def test_blend_keeps_the_weights_part_of_the_way_from_init(trained, tmp_path):
-    """What is kept is init + 0.25 (own - init), although training itself goes all the way (--resume: from there)."""
+    """What is kept is init + 0.25 (own - init), although training itself goes all the way."""
     out = tmp_path / "out"
     run(train, *RUN, "--init", trained, "--blend", "0.25", "--eval-interval", "100", "--out-dir", out)
     old, kept = (load_safetensors(folder / "model.safetensors") for folder in (trained, out))
@@ -63,6 +63,19 @@ def test_blend_keeps_the_weights_part_of_the_way_from_init(trained, tmp_path):
     assert not torch.equal(old["text.wte.weight"], own["text.wte.weight"])
     for name in kept:
         torch.testing.assert_close(kept[name], old[name] + 0.25 * (own[name] - old[name]))
+
+
+def test_blend_resumes_on_the_same_line_although_init_was_trained_anew(copy, tmp_path, stop_at):
+    """Where the line begins is kept with the state: another run in the folder of --init would have bent it silently."""
+    go_on = [train, *RUN, "--init", copy, "--blend", "0.25", "--out-dir"]
+    run(*go_on, tmp_path / "whole")
+    stop_at(7)
+    run(*go_on, tmp_path / "broken")
+    stop_at(None)
+    old = load_safetensors(copy / "model.safetensors")
+    save_safetensors({name: value + 1 for name, value in old.items()}, copy / "model.safetensors")
+    run(train, "--resume", "--out-dir", tmp_path / "broken")
+    same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_the_printed_command_works_whatever_the_folder_is_called(tmp_path, capfdbinary):

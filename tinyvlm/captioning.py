@@ -33,7 +33,8 @@ from .vqa import SYSTEM, TAGS, to_sentence
 class DecoderOptions(TextOptions):
     """Options of every model that writes text: captioners, and the one that answers questions."""
     init: str | None = option(None, "go on from the model of this run, with another stage or data set")
-    blend: float = option(1.0, "with --init: keep the weights at this share of the way to the new ones", above=0)
+    blend: float = option(1.0, "with --init: keep weights this share of the way to the new ones; less forgets less",
+                          above=0)
     shuffle: int = option(1, "prefix: join this many by this many neighbouring patches into one image token", above=0)
     captions_per_image: int = option(1, "texts of each image a step; the vision tower runs once for all", above=0)
     show_batch: bool = option(False, "print the first batch token by token (image, masked, trained), and stop")

@@ -41,12 +41,12 @@ def unfreeze(model, config, epoch):
 @contextmanager
 def blended(model, origin, share):
     """`with blended(..):` the model's weights are origin + share (own - origin). origin: the state_dict with which they
-    began; empty for all the way. Fine-tuning wins one skill and loses others, and part of the way often has most of
-    both. From "Robust fine-tuning of zero-shot models" (Wortsman et al. 2021, arXiv:2109.01903)."""
+    began, on any device; empty for all the way. Fine-tuning wins one skill and loses others, and part of the way often
+    has most of both. From "Robust fine-tuning of zero-shot models" (Wortsman et al. 2021, arXiv:2109.01903)."""
     weights, own = model.state_dict(), {}                       # the tensors themselves, without their gradients
     for name, start in origin.items():
         own[name] = weights[name].clone()
-        weights[name].copy_(torch.lerp(start, own[name], share))
+        weights[name].copy_(torch.lerp(start.to(own[name]), own[name], share))
     yield
     for name, value in own.items():
         weights[name].copy_(value)

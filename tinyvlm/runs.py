@@ -57,12 +57,12 @@ def save_model(model, setup, scores):
         "options": asdict(config)})
 
 
-def save_state(out, model, optimizer, device, **rest):
+def save_state(out, model, optimizer, device, config, **rest):
     """All that --resume needs to go on as if nothing had happened, in one file: no kill can split it. rest: step, best,
-    log, options, data (the fingerprint)."""
+    log, origin (where --blend begins; the run of --init may be trained anew), data (the fingerprint)."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": device.scaler.state_dict(),
              "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(device.torch) if device.cuda else None,
-             **rest}
+             "options": asdict(config), **rest}
 
     def write(file):
         try:
